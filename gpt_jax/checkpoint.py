@@ -1,0 +1,42 @@
+"""A train state on disk: orbax for all of it, and model.safetensors that either backend reads."""
+
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from jax import Array
+
+from gpt_jax.model import GPTModel
+from gpt_jax.pretrained import export_weights
+from parity import huggingface
+from parity.errors import InputError
+
+STATE = "state"
+
+
+def save(folder: Path, model: GPTModel, arrays: dict[str, Array]) -> None:
+    """Write `arrays` (orbax) and the model's weights (safetensors) into an existing folder; waits until written."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute() / STATE, arrays)
+        checkpointer.wait_until_finished()
+    huggingface.write(folder, model.config, export_weights(model))
+
+
+def restore(folder: Path, like: dict[str, Array]) -> dict[str, Array]:
+    """The arrays saved in `folder`; raises InputError unless names, shapes and dtypes are those of `like`."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        path = folder.absolute() / STATE
+        try:
+            stored = checkpointer.metadata(path).item_metadata
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{path} is no train state of gpt_jax ({error})") from None
+        found = {name: (tuple(stored[name].shape), stored[name].dtype) for name in stored}
+        wanted = {name: (array.shape, array.dtype) for name, array in like.items()}
+        different = [
+            f"{name} is {found.get(name)} there, {wanted.get(name)} here"
+            for name in sorted(found.keys() | wanted.keys())
+            if found.get(name) != wanted.get(name)
+        ]
+        if different:
+            raise InputError(f"{path} does not fit this run: {'; '.join(different)}")
+        return checkpointer.restore(path, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))

@@ -1,0 +1,53 @@
+"""Weights into and out of the Flax model, through the table in parity/weights.py."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from parity import huggingface, weights
+
+if TYPE_CHECKING:
+    from gpt_jax.model import GPTModel
+
+
+def parameters(model: "GPTModel") -> dict[str, nnx.Param]:
+    """{flax name of the table: parameter}."""
+    return {".".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def load_weights(
+    model: "GPTModel", arrays: Mapping[str, Any], source: str = "huggingface", origin: str = "weights"
+) -> None:
+    """Put arrays, named as in `source`, in place of the model's parameters, in the parameters' dtype.
+
+    Raises InputError that lists every missing, unknown or wrongly shaped name.
+    """
+    found = parameters(model)
+    new = {}
+    for name, array in weights.convert(arrays, source, "flax", model.config, origin=origin):
+        new[name] = jnp.asarray(array, dtype=found[name].get_value().dtype)
+    nnx.update(model, nnx.from_flat_state([(tuple(name.split(".")), nnx.Param(value)) for name, value in new.items()]))
+
+
+def export_weights(model: "GPTModel", target: str = "huggingface") -> dict[str, np.ndarray]:
+    """The model's parameters as NumPy arrays, named and oriented as in `target`."""
+    arrays = {name: np.asarray(parameter.get_value()) for name, parameter in parameters(model).items()}
+    return dict(weights.convert(arrays, "flax", target, model.config))
+
+
+def load_pretrained(path: str | Path, **options: Any) -> "GPTModel":
+    """The model in a folder with config.json and model.safetensors; `options` go to GPTModel.
+
+    Such a folder is one of our checkpoints or one saved by transformers.
+    """
+    from gpt_jax.model import GPTModel
+
+    config, arrays = huggingface.read(path)
+    # Abstract first: the zeros that the constructor makes are never allocated.
+    model = nnx.eval_shape(lambda: GPTModel(config, seed=None, **options))
+    load_weights(model, arrays, origin=str(path))
+    return model

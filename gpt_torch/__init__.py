@@ -1,0 +1,7 @@
+"""GPT-2 in PyTorch: the readable reference."""
+
+from gpt_torch.generate import generate
+from gpt_torch.model import GPTModel
+from gpt_torch.pretrained import export_weights, load_pretrained, load_weights
+
+__all__ = ["GPTModel", "export_weights", "generate", "load_pretrained", "load_weights"]

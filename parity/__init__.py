@@ -1,0 +1,9 @@
+"""What both backends must agree on: configuration, weights, tokenizer, data order, noise, comparison.
+
+Nothing in this package imports torch, jax or tensorflow; arrays are NumPy arrays.
+"""
+
+from parity.config import PRESETS, GPTConfig, as_config
+from parity.errors import InputError
+
+__all__ = ["PRESETS", "GPTConfig", "InputError", "as_config"]

@@ -1,0 +1,95 @@
+"""Step folders that are whole or not there, with a manifest of sha256 that says which.
+
+checkpoints/000500/ holds whatever the backend wrote, and manifest.json, which lists every file. It
+is written under another name and renamed when all of it is on the disk.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from parity.errors import InputError
+
+MANIFEST = "manifest.json"
+_UNFINISHED = ".unfinished-"
+
+
+def save(checkpoints: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
+    """Let `write(folder)` fill a folder, publish it as the step's, and drop all but the newest `keep`.
+
+    Raises InputError where the disk does not take it; checkpoints saved before are left as they were.
+    """
+    target, unfinished = _folder(checkpoints, step), checkpoints / f"{_UNFINISHED}{step:06d}"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        write(unfinished)
+        (unfinished / MANIFEST).write_text(json.dumps(_hashes(unfinished), indent=1) + "\n")
+        _flush(unfinished)
+        if target.exists():
+            shutil.rmtree(target)
+        unfinished.rename(target)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise InputError(f"checkpoint {target} could not be written ({error}); earlier checkpoints are intact") from error
+    for old in steps(checkpoints)[:-keep]:
+        shutil.rmtree(_folder(checkpoints, old))
+    return target
+
+
+def steps(checkpoints: Path) -> list[int]:
+    """Steps that have a folder, ascending."""
+    return sorted(int(path.name) for path in checkpoints.glob("[0-9]*") if path.name.isdigit())
+
+
+def newest_intact(checkpoints: Path) -> Path:
+    """The newest step folder whose files are all as they were written; warns of others passed over.
+
+    Raises InputError where there is none.
+    """
+    for step in reversed(steps(checkpoints)):
+        folder = _folder(checkpoints, step)
+        if not (damage := _damage(folder)):
+            return folder
+        warnings.warn(f"checkpoint {folder} is passed over: {damage}", stacklevel=2)
+    raise InputError(f"{checkpoints} holds no intact checkpoint; was the run stopped before its first evaluation?")
+
+
+def _folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"{step:06d}"
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / MANIFEST:
+            with path.open("rb") as file:
+                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with a step folder, or nothing."""
+    try:
+        expected = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError) as error:
+        return f"its {MANIFEST} cannot be read ({error})"
+    found = _hashes(folder)
+    changed = sorted(name for name in expected if found.get(name) != expected[name])
+    return f"missing or altered: {', '.join(changed)}" if changed else ""
+
+
+def _flush(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

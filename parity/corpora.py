@@ -1,0 +1,129 @@
+"""Corpora by name or path: token arrays for training and validation."""
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import requests
+
+from parity.data import read_bin
+from parity.errors import InputError
+from parity.tokenizer import Tokenizer, cache_folder
+
+EMBEDDED = "python-docs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Download:
+    url: str
+    sha256: str
+
+
+DOWNLOADS = {
+    # Edith Wharton, 1908; the notebook's corpus.
+    "the-verdict": Download(
+        "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/01_main-chapter-code/the-verdict.txt",
+        "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f",
+    ),
+    "tiny-shakespeare": Download(
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    name: str
+    train: list[np.ndarray]
+    validation: list[np.ndarray]
+    sha256: str
+    """Of the text, or of the token files' names and sizes: what config.json records."""
+
+
+def load_corpus(name: str, tokenizer: Tokenizer, validation_part: float = 0.1) -> Corpus:
+    """A corpus by name, or from a path.
+
+    Names: python-docs (the text of Python's own help, on every machine), the-verdict and
+    tiny-shakespeare (downloaded once). A path: a UTF-8 text file, a folder of .txt files, a .bin
+    file, or a folder with train*.bin and val*.bin (nanoGPT's or llm.c's). Where the corpus has no
+    validation part of its own, the last `validation_part` of the text, or tokens, is it.
+    Raises InputError that names what is missing, empty or not UTF-8.
+    """
+    if not 0 < validation_part < 1:
+        raise InputError(f"validation part must be between 0 and 1, got {validation_part}")
+    path = Path(name)
+    if name in DOWNLOADS or name == EMBEDDED or not path.exists():
+        return _from_text(name, _named_text(name), tokenizer, validation_part)
+    if path.is_file() and path.suffix != ".bin":
+        return _from_text(name, _read_text(path), tokenizer, validation_part)
+    bins = [path] if path.is_file() else sorted(path.glob("*.bin"))
+    if not bins:
+        files = sorted(path.rglob("*.txt"))
+        if not files:
+            raise InputError(f"folder {path} holds neither .txt nor .bin files")
+        return _from_text(name, "\n\n".join(map(_read_text, files)), tokenizer, validation_part)
+    digest = hashlib.sha256(repr([(file.name, file.stat().st_size) for file in bins]).encode()).hexdigest()
+    validation = [read_bin(file) for file in bins if "val" in file.stem]
+    train = [read_bin(file) for file in bins if "val" not in file.stem]
+    if not train:
+        raise InputError(f"folder {path} holds validation tokens only; add train*.bin")
+    if not validation:
+        *train, last = train
+        cut = int(len(last) * (1 - validation_part))
+        train, validation = [*train, last[:cut]], [last[cut:]]
+    return Corpus(name, train, validation, digest)
+
+
+def _from_text(name: str, text: str, tokenizer: Tokenizer, validation_part: float) -> Corpus:
+    if not text.strip():
+        raise InputError(f"corpus {name} is empty")
+    cut = int(len(text) * (1 - validation_part))
+    ids = [np.array(tokenizer.encode(part), np.uint16) for part in (text[:cut], text[cut:])]
+    return Corpus(name, ids[:1], ids[1:], hashlib.sha256(text.encode()).hexdigest())
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def _named_text(name: str) -> str:
+    if name == EMBEDDED:
+        try:
+            from pydoc_data.topics import topics
+        except ImportError:
+            raise InputError(f"this Python came without pydoc_data, so {EMBEDDED} is missing; name a file") from None
+        return "\n\n".join(topics[topic] for topic in sorted(topics))
+    if name not in DOWNLOADS:
+        raise InputError(f"corpus {name!r} is no file or folder, and not one of {', '.join([EMBEDDED, *DOWNLOADS])}")
+    cached = cache_folder() / f"{name}.txt"
+    if not cached.is_file():
+        _download(name, cached)
+    elif hashlib.sha256(cached.read_bytes()).hexdigest() != DOWNLOADS[name].sha256:
+        raise InputError(f"{cached} is damaged (its sha256 differs); delete it and run again")
+    return _read_text(cached)
+
+
+def _download(name: str, target: Path) -> None:
+    source = DOWNLOADS[name]
+    try:
+        answer = requests.get(source.url, timeout=30)
+        answer.raise_for_status()
+    except requests.RequestException as error:
+        raise InputError(
+            f"corpus {name} could not be downloaded from {source.url} ({type(error).__name__}); without a network, "
+            f"use the embedded {EMBEDDED}, or name a text file"
+        ) from None
+    if hashlib.sha256(answer.content).hexdigest() != source.sha256:
+        raise InputError(f"{source.url} sent something else than {name} (its sha256 differs); nothing was kept")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_suffix(f".{os.getpid()}.part")
+    part.write_bytes(answer.content)
+    part.replace(target)

@@ -1,0 +1,118 @@
+"""Token files and windows. A batch is a pure function of (seed, step), the same for both backends.
+
+Files: nanoGPT's .bin (raw uint16) and llm.c's .bin (256 int32 of header, then uint16), both
+memory-mapped; text goes through a tokenizer (parity/corpora.py).
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from parity.errors import InputError
+
+# llm.c dev/data/data_common.py
+_LLMC_MAGIC, _LLMC_VERSION, _LLMC_HEADER = 20240520, 1, 256 * 4
+NO_TARGET = -1
+"""Target of a padded position: it counts in no loss."""
+
+
+def read_bin(path: str | Path) -> np.ndarray:
+    """Memory-mapped uint16 tokens [length] of a .bin file; raises InputError that names it."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"token file {path} is missing")
+    size = path.stat().st_size
+    header = np.fromfile(path, np.int32, count=3) if size >= _LLMC_HEADER else np.zeros(3, np.int32)
+    if header[0] == _LLMC_MAGIC:
+        if header[1] != _LLMC_VERSION:
+            raise InputError(f"token file {path} has llm.c version {header[1]}; only version {_LLMC_VERSION} is known")
+        if size != _LLMC_HEADER + 2 * int(header[2]):
+            raise InputError(f"token file {path} is cut or damaged: its header promises {header[2]} tokens")
+        if header[2] == 0:
+            raise InputError(f"token file {path} holds no tokens")
+        return np.memmap(path, np.uint16, mode="r", offset=_LLMC_HEADER)
+    if size == 0 or size % 2:
+        raise InputError(f"token file {path} has {size} bytes; uint16 tokens take a positive, even number")
+    return np.memmap(path, np.uint16, mode="r")
+
+
+class Windows:
+    """Shifted windows over token arrays: window i has inputs [T] and, one position on, targets [T].
+
+    `shards`: arrays of token ids, memory-mapped or not; a window never crosses from one to the next.
+    `stride`: from one window's start to the next; by default n_ctx, so that no target comes twice.
+    Raises InputError for shards shorter than one window, and, where a batch meets one, for an id
+    outside the vocabulary.
+    """
+
+    def __init__(
+        self, shards: Sequence[np.ndarray], n_ctx: int, n_vocab: int, stride: int | None = None, name: str = "corpus"
+    ):
+        self.shards, self.n_ctx, self.n_vocab, self.name = list(shards), n_ctx, n_vocab, name
+        self.stride = n_ctx if stride is None else stride
+        if self.stride < 1:
+            raise InputError(f"stride must be at least 1, got {self.stride}")
+        counts = [max(0, (len(shard) - n_ctx - 1) // self.stride + 1) for shard in self.shards]
+        self._ends = np.cumsum(counts, dtype=np.int64)
+        if not self.shards or self._ends[-1] == 0:
+            longest = max(map(len, self.shards), default=0)
+            raise InputError(
+                f"{name} has {longest} tokens, less than one window of n_ctx + 1 = {n_ctx + 1}; "
+                "give more text or a shorter context"
+            )
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(map(len, self.shards))
+
+    def batch(self, seed: int, step: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets, int32 [B, T], of a training step: a pure function of its arguments.
+
+        The windows run in a new order each epoch, every one once; a batch that begins near the end
+        of an epoch is filled from the next epoch's order, so that no batch is short.
+        """
+        places = np.arange(step * size, (step + 1) * size)
+        epochs, offsets = places // len(self), places % len(self)
+        indices = [int(_order(seed, int(e), len(self))[o]) for e, o in zip(epochs, offsets, strict=True)]
+        return self._stack([self._window(index) for index in indices])
+
+    def in_order(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Every token once, in order, in batches int32 [size, T].
+
+        Positions after the end of a shard, and rows after the last window, have targets NO_TARGET.
+        """
+        rows = [
+            shard[start : start + self.n_ctx + 1]
+            for shard in self.shards
+            for start in range(0, len(shard) - 1, self.n_ctx)
+        ]
+        for begin in range(0, len(rows), size):
+            chunk = rows[begin : begin + size]
+            yield self._stack(chunk + [chunk[0][:0]] * (size - len(chunk)))
+
+    def _window(self, index: int) -> np.ndarray:
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        start = (index - (int(self._ends[shard - 1]) if shard else 0)) * self.stride
+        return self.shards[shard][start : start + self.n_ctx + 1]
+
+    def _stack(self, windows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.full((len(windows), self.n_ctx + 1), NO_TARGET, np.int32)
+        for row, window in zip(ids, windows, strict=True):
+            row[: len(window)] = window
+        if (high := int(ids.max())) >= self.n_vocab:
+            raise InputError(
+                f"{self.name} holds token id {high}, outside the vocabulary 0..{self.n_vocab - 1}; "
+                "was it made with another tokenizer?"
+            )
+        return np.maximum(ids[:, :-1], 0), ids[:, 1:]
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
+    return generator.permutation(count)
