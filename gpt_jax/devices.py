@@ -23,7 +23,7 @@ def choose_device(name: str) -> jax.Device:
 
 
 def choose_attention(name: str, device: jax.Device, dtype: str, drop_rate: float) -> str:
-    """"explicit" or "cudnn" for auto; raises InputError where cudnn is asked for and cannot run."""
+    """ "explicit" or "cudnn" for auto; raises InputError where cudnn is asked for and cannot run."""
     obstacles = [
         text
         for text, applies in (

@@ -30,7 +30,9 @@ def Linear(*args: Any, **options: Any) -> nnx.LinearGeneral:
 
 
 def Embedding(rows: int, n_embd: int) -> nnx.Embed:
-    return nnx.Embed(rows, n_embd, embedding_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
+    embedding = nnx.Embed(rows, n_embd, embedding_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
+    embedding.dtype = None  # nnx.Embed would stay with float32 whatever its parameter is cast to
+    return embedding
 
 
 class MultiHeadAttention(nnx.Module):
@@ -158,10 +160,10 @@ class GPTModel(nnx.Module):
         T = tokens.shape[1]
         slots = jnp.arange(T)
         mask = slots[None, :] <= slots[:, None]  # [T, S]
-        keys = (None, None) if key is None else jax.random.split(key)
+        drop_key, layers_key = (None, None) if key is None else jax.random.split(key)
         x = self.tok_emb(tokens) + self.pos_emb(slots)  # [B, T, D]
-        x = dropout(x, self.config.drop_rate, keys[0])
-        layer_keys = None if key is None else jax.random.split(keys[1], self.config.n_layer)
+        x = dropout(x, self.config.drop_rate, drop_key)
+        layer_keys = None if layers_key is None else jax.random.split(layers_key, self.config.n_layer)
 
         def layer(x, block_and_key):
             block, layer_key = block_and_key

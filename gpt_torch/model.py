@@ -119,9 +119,7 @@ class GPTModel(nn.Module):
     Dropout follows train() and eval(); a new model is in eval mode.
     """
 
-    def __init__(
-        self, config: GPTConfig | Mapping[str, Any] | str, seed: int | None = 0, attention: str = "explicit"
-    ):
+    def __init__(self, config: GPTConfig | Mapping[str, Any] | str, seed: int | None = 0, attention: str = "explicit"):
         super().__init__()
         self.config = config = as_config(config)
         self.tok_emb = nn.Embedding(config.n_vocab, config.n_embd)

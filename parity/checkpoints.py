@@ -36,7 +36,9 @@ def save(checkpoints: Path, step: int, write: Callable[[Path], None], keep: int)
         unfinished.rename(target)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise InputError(f"checkpoint {target} could not be written ({error}); earlier checkpoints are intact") from error
+        raise InputError(
+            f"checkpoint {target} could not be written ({error}); earlier checkpoints are intact"
+        ) from error
     for old in steps(checkpoints)[:-keep]:
         shutil.rmtree(_folder(checkpoints, old))
     return target

@@ -56,8 +56,7 @@ class GPTConfig:
                 raise InputError(f"config: {name} must be an integer in 1..{limit}, got {value!r}")
         if self.n_embd % self.n_head:
             raise InputError(
-                f"config: n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
-                "every head has the same width"
+                f"config: n_embd={self.n_embd} is not divisible by n_head={self.n_head}; every head has the same width"
             )
         if not 0.0 <= self.drop_rate < 1.0:
             raise InputError(f"config: drop_rate must be in [0, 1), got {self.drop_rate!r}")
@@ -95,7 +94,7 @@ PRESETS: dict[str, GPTConfig] = {
     # The notebook's from-scratch model: a short context, a head of its own, no q/k/v bias.
     "notebook": GPTConfig(n_ctx=256, drop_rate=0.1, qkv_bias=False, tied_head=False),
     # What `make train` trains on two CPU cores.
-    "small": GPTConfig(n_vocab=257, n_ctx=128, n_embd=192, n_head=6, n_layer=4),
+    "small": GPTConfig(n_vocab=257, n_ctx=128, n_embd=128, n_head=4, n_layer=4),
     # For tests: every axis has another size, so that no two can be confused.
     "tiny": GPTConfig(n_vocab=97, n_ctx=24, n_embd=20, n_head=4, n_layer=3),
 }

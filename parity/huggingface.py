@@ -1,7 +1,7 @@
 """Hugging Face's folder, config.json and model.safetensors, in and out: our own checkpoints too.
 
-Keys: transformers' GPT2Config. Two keys of ours, qkv_bias and n_vocab's tie, are kept beside them,
-so that the notebook's options survive; transformers ignores what it does not know.
+Keys: transformers' GPT2Config. One key of ours, qkv_bias, stands beside them, so that the notebook's
+option survives; transformers keeps what it does not know without acting on it.
 """
 
 import json
@@ -15,7 +15,6 @@ from safetensors.numpy import load_file, save_file
 
 from parity.config import GPTConfig
 from parity.errors import InputError
-from parity.weights import shapes
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _PREFIX = "transformer."
@@ -63,7 +62,9 @@ def config_from_dict(entries: Mapping[str, Any], origin: str) -> GPTConfig:
 def write(folder: Path, config: GPTConfig, arrays: Mapping[str, np.ndarray]) -> None:
     """Write config.json and model.safetensors; `arrays` are in the huggingface format."""
     folder.mkdir(parents=True, exist_ok=True)
-    named = {name if name == "lm_head.weight" else _PREFIX + name: np.ascontiguousarray(a) for name, a in arrays.items()}
+    named = {
+        name if name == "lm_head.weight" else _PREFIX + name: np.ascontiguousarray(a) for name, a in arrays.items()
+    }
     save_file(named, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(config_to_dict(config), indent=2) + "\n")
 
@@ -92,7 +93,7 @@ def read(path: str | Path) -> tuple[GPTConfig, dict[str, np.ndarray]]:
     arrays = {name.removeprefix(_PREFIX): array for name, array in stored.items()}
     if len(arrays) < len(stored):
         raise InputError(f"{weights_path}: some tensors are there twice, with and without {_PREFIX!r}")
-    tied_copy = "lm_head.weight" in arrays and "lm_head.weight" not in shapes(config, "huggingface")
-    if tied_copy and np.array_equal(arrays["lm_head.weight"], arrays.get("wte.weight")):
-        del arrays["lm_head.weight"]
+    head, embedding = arrays.get("lm_head.weight"), arrays.get("wte.weight")
+    if config.tied_head and head is not None and embedding is not None and np.array_equal(head, embedding):
+        del arrays["lm_head.weight"]  # a tied head stored twice
     return config, arrays

@@ -102,6 +102,4 @@ def prepare(
     for row, prompt in zip(tokens, as_lists, strict=True):
         row[width - len(prompt) :] = prompt
     noise = uniforms(seed, np.arange(len(as_lists)), lengths, bucket(max_new_tokens))
-    return Request(
-        as_lists, tokens, width - lengths, noise, max_new_tokens, float(temperature), top_k, top_p, eos_id
-    )
+    return Request(as_lists, tokens, width - lengths, noise, max_new_tokens, float(temperature), top_k, top_p, eos_id)

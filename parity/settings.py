@@ -65,7 +65,7 @@ class TrainSettings:
 
 # nanoGPT's hyperparameters for the four sizes; the rest is for two CPU cores.
 _CPU = TrainSettings(
-    tokenizer="bytes", steps=700, batch_size=16, accumulate=1, lr=2e-3, min_lr=1e-4, warmup=50, beta2=0.99,
+    tokenizer="bytes", steps=600, batch_size=16, accumulate=1, lr=3e-3, min_lr=1e-4, warmup=60, beta2=0.99,
     dtype="float32", eval_every=100, sample_prompt="The ",
 )  # fmt: skip
 TRAIN_PRESETS: dict[str, TrainSettings] = {

@@ -113,7 +113,7 @@ def cache_folder() -> Path:
 
 
 def load_tokenizer(name: str, vocab_bpe: str | Path | None = None) -> Tokenizer:
-    """"bytes", or "gpt2" with its vocabulary from `vocab_bpe` or the cache folder.
+    """ "bytes", or "gpt2" with its vocabulary from `vocab_bpe` or the cache folder.
 
     Raises InputError that lists the places looked at.
     """

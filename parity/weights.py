@@ -35,18 +35,13 @@ class Row:
     huggingface: str
     torch: str
     flax: str
-    openai_axes: str
-    huggingface_axes: str
-    torch_axes: str
-    flax_axes: str
+    axes: Mapping[str, str]
+    """{format: einops pattern}, of one layer."""
     init: str
     """normal, residual (normal, scaled down by depth), position, zeros or ones."""
 
     def name(self, format: str) -> str | None:
         return getattr(self, format)
-
-    def axes(self, format: str) -> str:
-        return getattr(self, f"{format}_axes")
 
     @property
     def per_layer(self) -> bool:
@@ -61,7 +56,8 @@ class Row:
 def _row(openai: str | None, huggingface: str, torch: str, flax: str, axes: str, init: str) -> Row:
     """`axes`: of openai, huggingface, torch and flax, separated by `|`; one alone holds for all."""
     each = [part.strip() for part in axes.split("|")]
-    return Row(openai, huggingface, torch, flax, *(each if len(each) == 4 else each * 4), init)
+    by_format = dict(zip(FORMATS, each if len(each) == 4 else each * 4, strict=True))
+    return Row(openai, huggingface, torch, flax, by_format, init)
 
 
 def _layer_norm(openai: str, huggingface: str, ours: str, flax: str) -> tuple[Row, Row]:
@@ -119,7 +115,7 @@ def shapes(config: GPTConfig, format: str) -> dict[str, tuple[int, ...]]:
     """
     found: dict[str, tuple[int, ...]] = {}
     for row in rows(config):
-        name, shape = row.name(format), _shape(row.axes(format), config)
+        name, shape = row.name(format), _shape(row.axes[format], config)
         if name is None:
             raise InputError(f"the {format} format has no place for {row.huggingface}; use tied_head=True")
         if row.per_layer and format == "flax":
@@ -169,11 +165,12 @@ def convert(
     """
     check({name: tuple(array.shape) for name, array in weights.items()}, config, source, origin)
     shapes(config, target)  # that the target can hold it
-    by_size = sorted(rows(config), key=lambda row: -math.prod(_shape(row.axes(target), config)))
+    by_size = sorted(rows(config), key=lambda row: -math.prod(_shape(row.axes[target], config)))
     for row in by_size:
-        pattern = f"{row.axes(source)} -> {row.axes(target)}"
+        pattern = f"{row.axes[source]} -> {row.axes[target]}"
         source_name, target_name = row.name(source), row.name(target)
-        assert source_name is not None and target_name is not None
+        assert source_name is not None
+        assert target_name is not None
 
         def one(array: Any, pattern: str = pattern) -> np.ndarray:
             sizes = {letter: size for letter, size in config.axes.items() if letter in pattern}
@@ -209,10 +206,12 @@ def initial_weights(config: GPTConfig, seed: int, dtype: Any = np.float32) -> di
     weights = {}
     for row in rows(config):
         layers = range(config.n_layer) if row.per_layer else [0]
-        shape = _shape(row.huggingface_axes, config)
+        shape = _shape(row.axes["huggingface"], config)
         for name in (row.huggingface.format(layer) for layer in layers):
             if row.init in scale:
-                generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(name.encode())])))
+                generator = np.random.Generator(
+                    np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(name.encode())]))
+                )
                 draw = generator.standard_normal(shape, np.float32)
                 draw *= scale[row.init]
                 weights[name] = draw.astype(dtype, copy=False)

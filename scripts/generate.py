@@ -1,7 +1,7 @@
 """Continue a prompt with a trained model, by either backend.
 
-    python scripts/generate.py --run runs/NAME "The "
-    python scripts/generate.py --run runs/NAME --backend torch "The "
+python scripts/generate.py --run runs/NAME "The "
+python scripts/generate.py --run runs/NAME --backend torch "The "
 """
 
 import dataclasses

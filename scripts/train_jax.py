@@ -1,8 +1,8 @@
 """Train a GPT-2 with the JAX backend.
 
-    python scripts/train_jax.py                                       # small, embedded corpus, any CPU
-    python scripts/train_jax.py --preset 124M --settings.corpus DIR --device gpu
-    python scripts/train_jax.py --run runs/NAME --resume              # go on
+python scripts/train_jax.py                                       # small, embedded corpus, any CPU
+python scripts/train_jax.py --preset 124M --settings.corpus DIR --device gpu
+python scripts/train_jax.py --run runs/NAME --resume              # go on
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class Args:
     """Layers written out in the compiled program; more compiles longer and may run faster."""
     vocab_bpe: Path | None = None
     """OpenAI's vocab.bpe, for the gpt2 tokenizer."""
-    settings: TrainSettings = TrainSettings()
+    settings: TrainSettings = dataclasses.field(default_factory=TrainSettings)
 
 
 def parse() -> Args:
@@ -121,7 +121,9 @@ def main() -> int:
     last = [entry for entry in run.metrics() if "validation_loss" in entry][-1]
     beside = "" if bigram is None else f", bigram {bigram:.4f}"
     console.print(f"validation loss {last['validation_loss']:.4f}{beside}; {time.perf_counter() - begin:.0f} s")
-    console.print(f'sample from it: python scripts/generate.py --run {run.path} "The "', highlight=False, soft_wrap=True)
+    console.print(
+        f'sample from it: python scripts/generate.py --run {run.path} "The "', highlight=False, soft_wrap=True
+    )
     return status
 
 

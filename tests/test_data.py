@@ -1,0 +1,196 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import requests
+
+from parity import corpora
+from parity.bigram import bigram_loss
+from parity.corpora import load_corpus
+from parity.data import NO_TARGET, Windows, read_bin
+from parity.errors import InputError
+from parity.schedule import learning_rate
+from parity.tokenizer import ByteTokenizer
+
+
+def windows(lengths=(100, 57), n_ctx=8, **options):
+    """Shards that count upward, so that a window tells where it came from."""
+    starts = np.cumsum([0, *lengths])
+    shards = [np.arange(a, b, dtype=np.uint16) for a, b in itertools.pairwise(starts)]
+    return Windows(shards, n_ctx, 1000, **options)
+
+
+def write_llmc(path, tokens, promised=None, version=1):
+    header = np.zeros(256, np.int32)
+    header[:3] = 20240520, version, len(tokens) if promised is None else promised
+    path.write_bytes(header.tobytes() + np.asarray(tokens, np.uint16).tobytes())
+    return path
+
+
+@pytest.mark.parametrize("stride", [8, 3])
+def test_every_window_once_an_epoch_over_any_batch_size(stride):
+    data = windows(stride=stride)
+    for size in (1, 5, 7, len(data) + 3):
+        seen = []
+        for step in range(math.ceil(2 * len(data) / size)):
+            inputs, targets = data.batch(0, step, size)
+            assert inputs.dtype == targets.dtype == np.int32
+            assert inputs.shape == (size, 8)
+            assert np.array_equal(inputs[:, 1:], targets[:, :-1])
+            assert (targets == inputs + 1).all()  # shifted by one, and inside one shard
+            seen += inputs[:, 0].tolist()
+        epochs = [seen[i * len(data) : (i + 1) * len(data)] for i in range(2)]
+        assert len(set(epochs[0])) == len(data)
+        assert set(epochs[0]) == set(epochs[1])
+        assert epochs[0] != epochs[1]
+
+
+def test_batch_is_a_pure_function():
+    a, b = windows(), windows()
+    wanted = [a.batch(3, step, 4)[0] for step in range(20)]
+    for step in (17, 2, 2, 9):
+        assert np.array_equal(b.batch(3, step, 4)[0], wanted[step])
+    assert not np.array_equal(a.batch(4, 0, 4)[0], wanted[0])
+
+
+@pytest.mark.parametrize("lengths", [(100, 57), (9,), (17, 2, 30)])
+def test_in_order_has_every_target_once(lengths):
+    data = windows(lengths)
+    targets = [t for _, batch in data.in_order(3) for t in batch.flatten() if t != NO_TARGET]
+    first = np.cumsum([0, *lengths[:-1]])
+    assert targets == [i for i in range(sum(lengths)) if i not in first]
+
+
+def test_bins_are_mapped_in_both_layouts(tmp_path):
+    ids = np.arange(40, dtype=np.uint16)
+    ids.tofile(tmp_path / "train.bin")
+    write_llmc(tmp_path / "val.bin", ids)
+    for name in ("train.bin", "val.bin"):
+        assert isinstance(read_bin(tmp_path / name), np.memmap)
+        assert np.array_equal(read_bin(tmp_path / name), ids)
+    corpus = load_corpus(str(tmp_path), ByteTokenizer())
+    assert isinstance(corpus.train[0], np.memmap)
+    assert [len(s) for s in corpus.train + corpus.validation] == [40, 40]
+
+
+def test_bin_without_validation_is_split(tmp_path):
+    np.arange(50, dtype=np.uint16).tofile(tmp_path / "all.bin")
+    corpus = load_corpus(str(tmp_path / "all.bin"), ByteTokenizer(), 0.2)
+    assert [len(s) for s in corpus.train + corpus.validation] == [40, 10]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p.write_bytes(b""), "0 bytes"),
+        (lambda p: p.write_bytes(b"abc"), "3 bytes"),
+        (lambda p: write_llmc(p, [1, 2], promised=5), "cut or damaged"),
+        (lambda p: write_llmc(p, [1, 2], promised=-1), "cut or damaged"),
+        (lambda p: write_llmc(p, []), "no tokens"),
+        (lambda p: write_llmc(p, [1], version=2), "version 2"),
+        (lambda p: None, "missing"),
+    ],
+)
+def test_bad_bins(tmp_path, make, message):
+    path = tmp_path / "x.bin"
+    make(path)
+    with pytest.raises(InputError, match=message) as caught:
+        read_bin(path)
+    assert str(path) in str(caught.value)
+
+
+def test_ids_beyond_the_vocabulary():
+    data = Windows([np.full(50, 300, np.uint16)], 8, 257, name="mine.bin")
+    for read in (lambda: data.batch(0, 0, 2), lambda: list(data.in_order(2))):
+        with pytest.raises(InputError, match=r"mine\.bin holds token id 300"):
+            read()
+
+
+def test_shorter_than_a_window():
+    with pytest.raises(InputError, match="less than one window"):
+        windows((8,))
+    assert len(windows((9,))) == 1
+    with pytest.raises(InputError, match="stride"):
+        windows(stride=0)
+
+
+def test_text_files_folders_and_python_docs(tmp_path):
+    (tmp_path / "b.txt").write_text("world" * 20)
+    (tmp_path / "a.txt").write_text("hello" * 20)
+    folder = load_corpus(str(tmp_path), ByteTokenizer(), 0.1)
+    text = ByteTokenizer().decode(np.concatenate(folder.train + folder.validation).tolist())
+    assert text == "hello" * 20 + "\n\n" + "world" * 20
+    assert len(load_corpus(str(tmp_path / "a.txt"), ByteTokenizer()).validation[0]) == 10
+    docs = load_corpus("python-docs", ByteTokenizer())
+    assert len(docs.train[0]) > 300_000
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", "is empty"), (b" \n", "is empty"), (b"caf\xe9 au lait", "not UTF-8")]
+)
+def test_bad_text(tmp_path, content, message):
+    path = tmp_path / "x.txt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        load_corpus(str(path), ByteTokenizer())
+    assert str(path) in str(caught.value)
+
+
+def test_unknown_corpus_and_empty_folder(tmp_path):
+    with pytest.raises(InputError, match="no file or folder"):
+        load_corpus("shakespear", ByteTokenizer())
+    with pytest.raises(InputError, match="neither"):
+        load_corpus(str(tmp_path), ByteTokenizer())
+
+
+class Answer:
+    def __init__(self, content):
+        self.content = content
+
+    def raise_for_status(self):
+        pass
+
+
+def test_downloads_are_checked_kept_and_clear_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPT_PARITY_CACHE", str(tmp_path))
+    monkeypatch.setitem(
+        corpora.DOWNLOADS,
+        "the-verdict",
+        corpora.Download("http://x/y", corpora.hashlib.sha256(b"text " * 9).hexdigest()),
+    )
+
+    def offline(*args, **kwargs):
+        raise requests.ConnectionError
+
+    monkeypatch.setattr(requests, "get", offline)
+    with pytest.raises(InputError, match="use the embedded python-docs"):
+        load_corpus("the-verdict", ByteTokenizer())
+    monkeypatch.setattr(requests, "get", lambda *a, **k: Answer(b"<html>"))
+    with pytest.raises(InputError, match="sent something else"):
+        load_corpus("the-verdict", ByteTokenizer())
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(requests, "get", lambda *a, **k: Answer(b"text " * 9))
+    assert len(load_corpus("the-verdict", ByteTokenizer()).train[0]) == 40
+    monkeypatch.setattr(requests, "get", offline)
+    assert len(load_corpus("the-verdict", ByteTokenizer()).train[0]) == 40
+    (tmp_path / "the-verdict.txt").write_text("changed")
+    with pytest.raises(InputError, match="damaged"):
+        load_corpus("the-verdict", ByteTokenizer())
+
+
+def test_bigram_loss_of_known_chains():
+    generator = np.random.default_rng(0)
+    fixed = np.tile(np.arange(5, dtype=np.uint16), 400)
+    assert bigram_loss([fixed], [fixed], 5) < 0.01
+    uniform = generator.integers(0, 8, 40_000).astype(np.uint16)
+    assert bigram_loss([uniform[:30_000]], [uniform[30_000:]], 8) == pytest.approx(math.log(8), abs=0.01)
+
+
+def test_schedule():
+    rates = [learning_rate(step, 1.0, 0.1, 10, 100) for step in range(100)]
+    assert rates[:10] == [pytest.approx((step + 1) / 10) for step in range(10)]
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[99] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert learning_rate(0, 1.0, 1.0, 0, 1) == 1.0

@@ -1,0 +1,137 @@
+"""The ladder: op, block, all logits; each backend against the NumPy oracle, so against the other too."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_oracle as oracle
+import pytest
+import torch
+from conftest import probing_weights, random_batch
+
+import gpt_jax.backend
+import gpt_torch.backend
+from parity.compare import compare
+
+# float64: products of at most 388 terms of size 1, three layers deep: rounding of some 1e-13.
+# float32: the same at 2**29 times the rounding, some 5e-5 of a logit of size 10 in the worst case;
+# measured below 1e-5 (test prints). Planted errors are shown to exceed both in test_planted_errors.
+LOGITS_ATOL = {np.float64: 1e-12, np.float32: 2e-5}
+OP_TOLERANCE = {np.float64: 1e-13, np.float32: 4e-6}  # of the largest element: 32 roundings and more
+DTYPES = pytest.mark.parametrize("dtype", LOGITS_ATOL)
+
+
+def check(name, got, want, atol):
+    result = compare(name, got, want, atol)
+    assert result.ok, str(result)
+    return result
+
+
+@DTYPES
+def test_logits(backend, config, dtype):
+    weights = probing_weights(config)
+    tokens, _ = random_batch(config)
+    got = backend.logits(config, {name: w.astype(dtype) for name, w in weights.items()}, tokens)
+    assert got.dtype == dtype
+    used = {name: w.astype(dtype).astype(np.float64) for name, w in weights.items()}
+    print(check("logits", got, oracle.logits(config, used, tokens), LOGITS_ATOL[dtype]))
+
+
+def both(config, weights, x, run):
+    """run(model, x) by torch and by jax, as NumPy."""
+    with torch.inference_mode():
+        ours_torch = run(gpt_torch.backend.build(config, weights), torch.from_numpy(x)).numpy()
+    with jax.enable_x64(True):
+        ours_jax = np.asarray(run(gpt_jax.backend.build(config, weights), jnp.asarray(x)))
+    return {"torch": ours_torch, "jax": ours_jax}
+
+
+def first_block(model):
+    return model.trf_blocks[0] if hasattr(model.trf_blocks, "__len__") else model.unstack()[0]
+
+
+def oracle_norm2(w, x):
+    return oracle.layer_norm(x, w["h.0.ln_2.weight"], w["h.0.ln_2.bias"])
+
+
+def oracle_block(config, w, x):
+    x = x + oracle.attention(config, w, "h.0.attn.", oracle.layer_norm(x, w["h.0.ln_1.weight"], w["h.0.ln_1.bias"]))
+    return x + oracle.mlp(w, "h.0.mlp.", oracle_norm2(w, x))
+
+
+# {op: (run in a block of ours, given the mask; the oracle's)}
+OPS = {
+    "LayerNorm": (lambda block, x, mask: block.norm2(x), lambda c, w, x: oracle_norm2(w, x)),
+    "GELU": (lambda block, x, mask: block.ff.gelu(x), lambda c, w, x: oracle.gelu(x)),
+    "FeedForward": (lambda block, x, mask: block.ff(x), lambda c, w, x: oracle.mlp(w, "h.0.mlp.", x)),
+    "MultiHeadAttention": (
+        lambda block, x, mask: block.att(x, mask),
+        lambda c, w, x: oracle.attention(c, w, "h.0.attn.", x),
+    ),
+    "TransformerBlock": (lambda block, x, mask: block(x, mask), lambda c, w, x: oracle_block(c, w, x)),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("op", OPS)
+def test_ops(config, op, dtype):
+    weights = {name: w.astype(dtype) for name, w in probing_weights(config).items()}
+    x = np.random.default_rng(1).normal(size=(2, 9, config.n_embd)).astype(dtype)
+    causal = np.tril(np.ones((9, 9), bool))
+    run, reference = OPS[op]
+
+    def one(model, x):
+        mask = torch.from_numpy(causal) if isinstance(x, torch.Tensor) else jnp.asarray(causal)
+        result = run(first_block(model), x, mask)
+        return result[0] if isinstance(result, tuple) else result
+
+    want = reference(config, {n: w.astype(np.float64) for n, w in weights.items()}, x.astype(np.float64))
+    for name, got in both(config, weights, x, one).items():
+        assert got.dtype == dtype
+        check(f"{op} {name}", got, want, OP_TOLERANCE[dtype] * np.abs(want).max())
+
+
+def test_torch_sdpa_equals_explicit(config):
+    weights = probing_weights(config)
+    tokens = torch.from_numpy(random_batch(config)[0])
+    models = [gpt_torch.GPTModel(config, seed=None, attention=a).double() for a in ("explicit", "sdpa")]
+    with torch.inference_mode():
+        for model in models:
+            gpt_torch.load_weights(model, weights)
+        check("sdpa", models[1](tokens).numpy(), models[0](tokens).numpy(), 1e-10)
+
+
+@pytest.mark.parametrize("unroll", [2, 3])
+def test_unrolling_changes_nothing(config, unroll):
+    tokens, _ = random_batch(config)
+    a, b = (np.asarray(gpt_jax.GPTModel(config, unroll=u)(jnp.asarray(tokens))) for u in (1, unroll))
+    check("unroll", a, b, 1e-6)
+
+
+def test_same_seed_same_model_in_both():
+    tokens, _ = random_batch(gpt_jax.GPTModel("tiny").config)
+    got = np.asarray(gpt_jax.GPTModel("tiny", seed=5)(jnp.asarray(tokens)))
+    with torch.inference_mode():
+        want = gpt_torch.GPTModel("tiny", seed=5)(torch.from_numpy(tokens)).numpy()
+        other = gpt_torch.GPTModel("tiny", seed=6)(torch.from_numpy(tokens)).numpy()
+    check("logits", got, want, 1e-6)
+    assert not compare("another seed", other, want, 1e-6).ok
+
+
+def test_bfloat16_is_bfloat16_and_gives_float32_logits():
+    from gpt_jax.model import GPTModel
+    from gpt_jax.train import cast
+
+    tokens, _ = random_batch(gpt_jax.GPTModel("tiny").config)
+    exact = np.asarray(gpt_jax.GPTModel("tiny")(jnp.asarray(tokens)))
+    short = cast(gpt_jax.GPTModel("tiny"), jnp.bfloat16)(jnp.asarray(tokens))
+    with torch.inference_mode():
+        torch_short = gpt_torch.GPTModel("tiny").bfloat16()(torch.from_numpy(tokens))
+    assert short.dtype == jnp.float32
+    assert torch_short.dtype == torch.float32
+    program = str(jax.make_jaxpr(GPTModel.__call__)(cast(gpt_jax.GPTModel("tiny"), jnp.bfloat16), jnp.asarray(tokens)))
+    products = [line for line in program.splitlines() if "= dot_general[" in line]
+    assert len(products) >= 5  # q/k/v and out, scores and z, MLP in and out, in the scanned layer, and the head
+    assert all(":bf16[" in line for line in products), products
+    # 8 bits of mantissa, logits below 1; and not so near that float32 was computed instead.
+    for got in (np.asarray(short), torch_short.numpy()):
+        assert 1e-5 < compare("bfloat16", got, exact, 1.0).error < 0.02

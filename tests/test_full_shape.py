@@ -1,0 +1,102 @@
+"""The 124M shape at 1024 positions, float32, random weights: torch, Flax and Hugging Face's own model."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import BACKENDS, CONFIGS, probing_weights, random_batch
+
+from parity import huggingface
+from parity.compare import compare
+from parity.config import PRESETS
+from parity.weights import initial_weights
+
+FLOOR = 1e-4  # worst absolute difference of logits; measured figures are in docs/parity.md
+
+
+def hugging_face_logits(config, weights, tokens):
+    entries = {k: v for k, v in huggingface.config_to_dict(config).items() if not k.endswith("pdrop")}
+    their_config = transformers.GPT2Config(**entries, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    model = transformers.GPT2LMHeadModel(their_config).eval()
+    state = {n if n.startswith("lm_head") else f"transformer.{n}": torch.from_numpy(w) for n, w in weights.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}  # tied
+    with torch.inference_mode():
+        return model(torch.from_numpy(tokens).long()).logits.numpy()
+
+
+@pytest.fixture(scope="module")
+def full_shape():
+    """(config, weights, tokens [1, 1024], logits of each): initial weights, five times as large, and biases."""
+    config = PRESETS["124M"]
+    generator = np.random.default_rng(0)
+    weights = initial_weights(config, seed=0)
+    for name, array in weights.items():
+        if "bias" in name:
+            array += generator.normal(size=array.shape).astype(np.float32) * 0.1
+        elif "ln_" not in name and name not in ("wte.weight", "wpe.weight"):
+            array *= 5
+    tokens = random_batch(config, rows=1)[0]
+    logits = {name: backend.logits(config, weights, tokens) for name, backend in BACKENDS.items()}
+    logits["hf"] = hugging_face_logits(config, weights, tokens)
+    return config, weights, tokens, logits
+
+
+@pytest.mark.parametrize(("one", "other"), [("torch", "jax"), ("torch", "hf"), ("jax", "hf")])
+def test_logits_agree(full_shape, one, other, record_property):
+    *_, logits = full_shape
+    assert np.abs(logits["torch"]).max() > 1  # not the near-uniform model of fresh weights
+    result = compare(f"{one}-{other}", logits[one], logits[other], FLOOR)
+    record_property("worst", result.error)
+    print(result)
+    assert result.ok, str(result)
+
+
+def test_the_floor_can_be_exceeded(full_shape, monkeypatch):
+    """A slip in one layer of twelve shows: one bias, one transposed square matrix, the erf GELU."""
+    config, weights, tokens, logits = full_shape
+    tokens = tokens[:, :128]
+    right = BACKENDS["torch"].logits(config, weights, tokens)
+    assert compare("causal", right, logits["torch"][:, :128], FLOOR).ok
+    square, bias = "h.7.attn.c_proj.weight", "h.7.attn.c_proj.bias"
+    for wrong in ({square: weights[square].T.copy()}, {bias: weights[bias] * 1.1}):
+        assert not compare("planted", BACKENDS["torch"].logits(config, {**weights, **wrong}, tokens), right, FLOOR).ok
+    monkeypatch.setattr("gpt_torch.model.GELU.forward", lambda self, x: torch.nn.functional.gelu(x))
+    assert not compare("erf GELU", BACKENDS["torch"].logits(config, weights, tokens), right, FLOOR).ok
+
+
+@pytest.mark.parametrize("name", ["gpt2", "one layer"])
+def test_hugging_face_on_tiny_shapes(name):
+    config = CONFIGS[name]
+    weights = probing_weights(config, np.float32)
+    tokens = random_batch(config)[0]
+    theirs = hugging_face_logits(config, weights, tokens)
+    for backend in BACKENDS.values():
+        result = compare("logits", backend.logits(config, weights, tokens), theirs, 2e-5)
+        assert result.ok, str(result)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_our_folders_open_in_both_backends_and_in_transformers(name, tmp_path):
+    import gpt_jax
+    import gpt_torch
+
+    config = CONFIGS[name]
+    weights = probing_weights(config, np.float32)
+    huggingface.write(tmp_path, config, weights)
+    tokens = random_batch(config)[0]
+    wanted = BACKENDS["torch"].logits(config, weights, tokens)
+    assert gpt_torch.load_pretrained(tmp_path).config == gpt_jax.load_pretrained(tmp_path).config == config
+    with torch.inference_mode():
+        opened = {
+            "torch": gpt_torch.load_pretrained(tmp_path)(torch.from_numpy(tokens)).numpy(),
+            "jax": np.asarray(gpt_jax.load_pretrained(tmp_path)(jax.numpy.asarray(tokens))),
+        }
+        if config.qkv_bias:
+            theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+            opened["transformers"] = theirs(torch.from_numpy(tokens).long()).logits.numpy()
+    for reader, got in opened.items():
+        result = compare(reader, got, wanted, 2e-5)
+        assert result.ok, str(result)

@@ -1,0 +1,58 @@
+"""Loss and every gradient by name: torch against JAX, and both against the oracle's complex step."""
+
+import dataclasses
+
+import numpy as np
+import numpy_oracle as oracle
+import pytest
+from conftest import BACKENDS, CONFIGS, probing_weights, random_batch
+
+from parity.compare import compare
+from parity.weights import shapes
+
+# Relative to the largest gradient of the same parameter. float64: rounding, some 1e-14 a layer;
+# float32: 2**29 times that, measured 2e-6. A planted error exceeds both (test_planted_errors).
+GRADIENT_RTOL = {np.float64: 1e-10, np.float32: 2e-5}
+LOSS_RTOL = {np.float64: 1e-12, np.float32: 5e-7}
+
+
+@pytest.mark.parametrize("dtype", GRADIENT_RTOL)
+def test_loss_and_gradients(config, dtype):
+    weights = {name: w.astype(dtype) for name, w in probing_weights(config).items()}
+    inputs, targets = random_batch(config)
+    loss, gradients = BACKENDS["torch"].loss_and_gradients(config, weights, inputs, targets)
+    loss_jax, gradients_jax = BACKENDS["jax"].loss_and_gradients(config, weights, inputs, targets)
+    want = oracle.loss(config, {n: w.astype(np.float64) for n, w in weights.items()}, inputs, targets)
+    for got in (loss, loss_jax):
+        result = compare("loss", got, want, 0, LOSS_RTOL[dtype])
+        assert result.ok, str(result)
+    assert gradients.keys() == gradients_jax.keys() == shapes(config, "huggingface").keys()
+    for name, gradient in gradients.items():
+        assert gradients_jax[name].dtype == gradient.dtype == dtype
+        result = compare(name, gradients_jax[name], gradient, GRADIENT_RTOL[dtype] * np.abs(gradient).max())
+        assert result.ok, str(result)
+
+
+def test_gradients_against_complex_step(backend, config):
+    weights = probing_weights(config)
+    inputs, targets = random_batch(config)
+    _, gradients = backend.loss_and_gradients(config, weights, inputs, targets)
+    generator = np.random.default_rng(2)
+    for name, gradient in gradients.items():
+        direction = generator.normal(size=gradient.shape)
+        want = oracle.directional_derivative(config, weights, inputs, targets, name, direction)
+        size = np.abs(gradient).max() * np.sqrt(gradient.size)
+        result = compare(name, (gradient * direction).sum(), want, 1e-12 * size)
+        assert result.ok, str(result)
+
+
+def test_tied_head_sums_both_gradients(backend):
+    """The gradient of tok_emb is that of the embedding and of the head, added."""
+    tied = CONFIGS["gpt2"]
+    untied = dataclasses.replace(tied, tied_head=False)
+    weights = probing_weights(tied)
+    inputs, targets = random_batch(tied)
+    _, got = backend.loss_and_gradients(tied, weights, inputs, targets)
+    _, parts = backend.loss_and_gradients(untied, {**weights, "lm_head.weight": weights["wte.weight"]}, inputs, targets)
+    result = compare("wte", got["wte.weight"], parts["wte.weight"] + parts["lm_head.weight"], 1e-12)
+    assert result.ok, str(result)

@@ -1,0 +1,112 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIGS, TINY, probing_weights
+from flax import nnx
+
+import gpt_jax
+import gpt_torch
+from gpt_jax.pretrained import parameters
+from parity import weights as table
+from parity.config import PRESETS, GPTConfig
+from parity.errors import InputError
+
+PUBLISHED = {"124M": 124_439_808, "355M": 354_823_168, "774M": 774_030_080, "1558M": 1_557_611_200}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_parameter_counts(preset):
+    """In the table and in both models, nothing allocated."""
+    with torch.device("meta"):
+        in_torch = sum(p.numel() for p in gpt_torch.GPTModel(preset, seed=None).parameters())
+    abstract = jax.eval_shape(lambda: gpt_jax.GPTModel(preset, seed=None))
+    in_jax = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+    assert table.n_params(PRESETS[preset]) == in_torch == in_jax == PUBLISHED[preset]
+
+
+@pytest.mark.parametrize("preset", [*PRESETS])
+def test_table_names_and_shapes_are_the_models(preset):
+    config = PRESETS[preset]
+    with torch.device("meta"):
+        model = gpt_torch.GPTModel(config, seed=None)
+    assert {n: tuple(p.shape) for n, p in model.named_parameters()} == table.shapes(config, "torch")
+    abstract = nnx.eval_shape(lambda: gpt_jax.GPTModel(config, seed=None))
+    assert {n: p.get_value().shape for n, p in parameters(abstract).items()} == table.shapes(config, "flax")
+
+
+@pytest.mark.parametrize("source", table.FORMATS)
+@pytest.mark.parametrize("target", table.FORMATS)
+def test_round_trips_are_exact(source, target):
+    original = probing_weights(TINY)
+    there = dict(table.convert(original, "huggingface", source, TINY))
+    across = dict(table.convert(there, source, target, TINY))
+    assert {n: a.shape for n, a in across.items()} == table.shapes(TINY, target)
+    back = dict(table.convert(across, target, "huggingface", TINY))
+    assert back.keys() == original.keys()
+    assert all(np.array_equal(back[name], original[name]) for name in original)
+
+
+def test_models_give_back_what_they_were_given(config):
+    weights = probing_weights(config, np.float32)
+    for package in (gpt_torch, gpt_jax):
+        model = package.GPTModel(config)
+        package.load_weights(model, weights)
+        out = package.export_weights(model)
+        assert all(np.array_equal(out[name], weights[name]) for name in weights)
+        with pytest.raises(InputError, match=r"missing wpe\.weight"):
+            package.load_weights(model, {n: w for n, w in weights.items() if n != "wpe.weight"})
+
+
+def test_head_order_by_probe():
+    """Column (c, n, h) of OpenAI's c_attn lands at [c, n, h] in flax and in row (c, n, h) in torch."""
+    config = dataclasses.replace(TINY, n_layer=1)
+    D, H = config.n_embd, config.head_width
+    weights = {name: np.zeros(shape) for name, shape in table.shapes(config, "openai").items()}
+    weights["model/h0/attn/c_attn/w"] = np.arange(3.0 * D * D).reshape(1, D, 3 * D)
+    in_flax = dict(table.convert(weights, "openai", "flax", config))["trf_blocks.att.qkv_proj.kernel"]
+    in_torch = dict(table.convert(weights, "openai", "torch", config))["trf_blocks.0.att.qkv_proj.weight"]
+    for d, c, n, h in [(0, 0, 0, 1), (3, 1, 2, 4), (19, 2, 3, 0)]:
+        want = weights["model/h0/attn/c_attn/w"][0, d, c * D + n * H + h]
+        assert in_flax[0, d, c, n, h] == in_torch[c * D + n * H + h, d] == want
+
+
+def test_square_matrices_are_oriented_by_the_table():
+    config = dataclasses.replace(TINY, n_layer=1)
+    weights = {name: np.zeros(shape) for name, shape in table.shapes(config, "openai").items()}
+    weights["model/h0/attn/c_proj/w"][0, 2, 11] = 1.0
+    converted = {target: dict(table.convert(weights, "openai", target, config)) for target in table.FORMATS}
+    assert converted["huggingface"]["h.0.attn.c_proj.weight"][2, 11] == 1
+    assert converted["torch"]["trf_blocks.0.att.out_proj.weight"][11, 2] == 1
+    assert converted["flax"]["trf_blocks.att.out_proj.kernel"][0, 0, 2, 11] == 1
+
+
+def test_all_problems_in_one_error():
+    weights = probing_weights(TINY)
+    del weights["h.1.ln_1.bias"]
+    weights["h.9.extra"] = np.zeros(3)
+    weights["wte.weight"] = weights["wte.weight"].T
+    with pytest.raises(InputError) as caught:
+        dict(table.convert(weights, "huggingface", "torch", TINY, origin="here.safetensors"))
+    for text in ("here.safetensors", "missing h.1.ln_1.bias", "unknown h.9.extra [3]", "wte.weight has shape [20, 97]"):
+        assert text in str(caught.value)
+
+
+def test_openai_has_no_untied_head():
+    with pytest.raises(InputError, match="no place for lm_head"):
+        table.shapes(CONFIGS["notebook"], "openai")
+
+
+def test_initial_weights():
+    config = GPTConfig(n_vocab=500, n_ctx=200, n_embd=64, n_head=4, n_layer=8)
+    weights = table.initial_weights(config, seed=1)
+    assert weights["wte.weight"].std() == pytest.approx(0.02, rel=0.03)
+    assert weights["wpe.weight"].std() == pytest.approx(0.01, rel=0.03)
+    assert weights["h.3.mlp.c_proj.weight"].std() == pytest.approx(0.02 / 4, rel=0.03)
+    assert (weights["h.3.ln_1.weight"] == 1).all()
+    assert not weights["h.3.mlp.c_fc.bias"].any()
+    assert not np.array_equal(weights["h.3.mlp.c_fc.weight"], weights["h.4.mlp.c_fc.weight"])
+    again = table.initial_weights(dataclasses.replace(config, n_layer=8), seed=1)
+    assert all(np.array_equal(again[name], weights[name]) for name in weights)
