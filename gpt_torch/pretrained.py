@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from parity import huggingface, weights
+from parity import pretrained, weights
 
 if TYPE_CHECKING:
     from gpt_torch.model import GPTModel
@@ -33,13 +33,13 @@ def export_weights(model: "GPTModel", target: str = "huggingface") -> dict[str, 
 
 
 def load_pretrained(path: str | Path, **options: Any) -> "GPTModel":
-    """The model in a folder with config.json and model.safetensors; `options` go to GPTModel.
+    """The model in a folder; `options` go to GPTModel.
 
-    Such a folder is one of our checkpoints or one saved by transformers.
+    OpenAI's original files, a folder saved by transformers, or one of our checkpoints.
     """
     from gpt_torch.model import GPTModel
 
-    config, arrays = huggingface.read(path)
+    config, arrays, source = pretrained.read(path)
     model = GPTModel(config, seed=None, **options)
-    load_weights(model, arrays, origin=str(path))
+    load_weights(model, arrays, source, origin=str(path))
     return model

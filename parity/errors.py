@@ -1,4 +1,4 @@
-"""The one error for everything a user can mend."""
+"""The one error for everything a user can mend, and how scripts end."""
 
 import contextlib
 import sys
@@ -11,9 +11,15 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def exit_with_message() -> Iterator[None]:
-    """Turn an InputError into one line on standard error and exit status 2 (for scripts)."""
+    """For scripts: an InputError, or a file that the system refuses, is one line and exit status 2; Ctrl-C is 130."""
     try:
         yield
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+    except OSError as error:  # a full disk, a folder without permission
+        sys.stderr.write(f"error: {error.filename or 'input or output'}: {error.strerror or error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; checkpoints saved before are intact\n")
+        sys.exit(130)

@@ -159,4 +159,4 @@ def _sample(
     [row] = trainer.generate([prompt], min(settings.sample_tokens, room), settings.seed)
     text = tokenizer.decode(row)
     run.add_sample(step, text)
-    console.print(f"             {text!r}", style="dim", markup=False, highlight=False)
+    console.print(f"             {text!r}", style="dim", markup=False, highlight=False, soft_wrap=True)

@@ -16,6 +16,8 @@ class TrainSettings:
     """bytes needs no file; gpt2 needs OpenAI's vocab.bpe."""
     validation_part: float = 0.1
     """Part at the end that is for validation, where the corpus does not say."""
+    stride: int | None = None
+    """From the start of one training window to the next; by default the context, so that none overlap."""
     steps: int = 600_000
     """Optimizer steps."""
     batch_size: int = 480

@@ -82,7 +82,7 @@ def main() -> int:
     tokenizer = load_tokenizer(settings.tokenizer, args.vocab_bpe)
     config = dataclasses.replace(config, n_vocab=tokenizer.n_vocab, **changes)
     corpus = load_corpus(settings.corpus, tokenizer, settings.validation_part)
-    train = Windows(corpus.train, config.n_ctx, config.n_vocab, name=f"{corpus.name} (training)")
+    train = Windows(corpus.train, config.n_ctx, config.n_vocab, settings.stride, name=f"{corpus.name} (training)")
     validation = Windows(corpus.validation, config.n_ctx, config.n_vocab, name=f"{corpus.name} (validation)")
     attention = choose_attention(args.attention, device, settings.dtype, config.drop_rate)
 

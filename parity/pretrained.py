@@ -1,0 +1,23 @@
+"""Weights from a folder of any known kind."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from parity import huggingface, openai_checkpoint
+from parity.config import GPTConfig
+from parity.errors import InputError
+
+
+def read(path: str | Path) -> tuple[GPTConfig, Mapping[str, Any], str]:
+    """(configuration, weights, their format) of a folder.
+
+    OpenAI's: hparams.json and model.ckpt.*. Hugging Face's and our checkpoints: config.json and
+    model.safetensors. Raises InputError where the folder is neither, or damaged.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; give one with OpenAI's or Hugging Face's files of a GPT-2")
+    if (folder / "hparams.json").exists() or (folder / f"{openai_checkpoint.PREFIX}.index").exists():
+        return *openai_checkpoint.read(folder), "openai"
+    return *huggingface.read(folder), "huggingface"
