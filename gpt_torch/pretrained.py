@@ -33,9 +33,10 @@ def export_weights(model: "GPTModel", target: str = "huggingface") -> dict[str, 
 
 
 def load_pretrained(path: str | Path, **options: Any) -> "GPTModel":
-    """The model in a folder; `options` go to GPTModel.
+    """The model in a folder, or one of OpenAI's by its size ("124M"); `options` go to GPTModel.
 
-    OpenAI's original files, a folder saved by transformers, or one of our checkpoints.
+    A size is downloaded into the cache where it is not there yet. A folder holds OpenAI's original files,
+    is one saved by transformers, or is one of our checkpoints.
     """
     from gpt_torch.model import GPTModel
 

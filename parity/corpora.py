@@ -2,34 +2,28 @@
 
 import dataclasses
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
-import requests
 
 from parity.data import read_bin
+from parity.download import Wanted, cache_folder, fetch
 from parity.errors import InputError
-from parity.tokenizer import Tokenizer, cache_folder
+from parity.tokenizer import Tokenizer
 
 EMBEDDED = "python-docs"
 
 
-@dataclasses.dataclass(frozen=True)
-class Download:
-    url: str
-    sha256: str
-
-
+# name: (address, what it serves)
 DOWNLOADS = {
     # Edith Wharton, 1908; the notebook's corpus.
-    "the-verdict": Download(
+    "the-verdict": (
         "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/01_main-chapter-code/the-verdict.txt",
-        "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f",
+        Wanted("the-verdict.txt", 20_479, "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"),
     ),
-    "tiny-shakespeare": Download(
+    "tiny-shakespeare": (
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        Wanted("tiny-shakespeare.txt", 1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
     ),
 }
 
@@ -103,27 +97,11 @@ def _named_text(name: str) -> str:
         return "\n\n".join(topics[topic] for topic in sorted(topics))
     if name not in DOWNLOADS:
         raise InputError(f"corpus {name!r} is no file or folder, and not one of {', '.join([EMBEDDED, *DOWNLOADS])}")
-    cached = cache_folder() / f"{name}.txt"
-    if not cached.is_file():
-        _download(name, cached)
-    elif hashlib.sha256(cached.read_bytes()).hexdigest() != DOWNLOADS[name].sha256:
+    address, wanted = DOWNLOADS[name]
+    try:
+        cached = fetch(wanted, cache_folder() / wanted.name, [address])
+    except InputError as error:
+        raise InputError(f"{error}; without a network, use the embedded {EMBEDDED}, or name a text file") from None
+    if hashlib.sha256(cached.read_bytes()).hexdigest() != wanted.sha256:
         raise InputError(f"{cached} is damaged (its sha256 differs); delete it and run again")
     return _read_text(cached)
-
-
-def _download(name: str, target: Path) -> None:
-    source = DOWNLOADS[name]
-    try:
-        answer = requests.get(source.url, timeout=30)
-        answer.raise_for_status()
-    except requests.RequestException as error:
-        raise InputError(
-            f"corpus {name} could not be downloaded from {source.url} ({type(error).__name__}); without a network, "
-            f"use the embedded {EMBEDDED}, or name a text file"
-        ) from None
-    if hashlib.sha256(answer.content).hexdigest() != source.sha256:
-        raise InputError(f"{source.url} sent something else than {name} (its sha256 differs); nothing was kept")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_suffix(f".{os.getpid()}.part")
-    part.write_bytes(answer.content)
-    part.replace(target)

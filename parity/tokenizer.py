@@ -6,14 +6,13 @@ unless it is named in `allowed_special`; decoding never fails on a character cut
 
 import codecs
 import hashlib
-import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import tiktoken
-from platformdirs import user_cache_path
 
+from parity.download import cache_folder
 from parity.errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -107,11 +106,6 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def cache_folder() -> Path:
-    """GPT_PARITY_CACHE where it is set, otherwise the platform's cache folder."""
-    return Path(os.environ.get("GPT_PARITY_CACHE") or user_cache_path("gpt-parity"))
-
-
 def load_tokenizer(name: str, vocab_bpe: str | Path | None = None) -> Tokenizer:
     """ "bytes", or "gpt2" with its vocabulary from `vocab_bpe` or the cache folder.
 
@@ -124,11 +118,13 @@ def load_tokenizer(name: str, vocab_bpe: str | Path | None = None) -> Tokenizer:
     if vocab_bpe is not None:
         return GPT2Tokenizer(vocab_bpe)
     cached = cache_folder() / "vocab.bpe"
-    if cached.is_file():
-        return GPT2Tokenizer(cached)
+    of_models = sorted((cache_folder() / "models").glob("*/vocab.bpe"))
+    for found in [cached, *of_models]:
+        if found.is_file():
+            return GPT2Tokenizer(found)
     raise InputError(
         f"the gpt2 tokenizer needs OpenAI's vocab.bpe: give --vocab-bpe PATH, or put it at {cached} "
-        "(it comes with every GPT-2 checkpoint); or use --tokenizer bytes"
+        "(every GPT-2 checkpoint has it: scripts/download_gpt2.py 124M); or use --settings.tokenizer bytes"
     )
 
 

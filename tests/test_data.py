@@ -1,14 +1,15 @@
+import hashlib
 import itertools
 import math
 
 import numpy as np
 import pytest
-import requests
 
 from parity import corpora
 from parity.bigram import bigram_loss
 from parity.corpora import load_corpus
 from parity.data import NO_TARGET, Windows, read_bin
+from parity.download import Wanted
 from parity.errors import InputError
 from parity.schedule import learning_rate
 from parity.tokenizer import ByteTokenizer
@@ -144,37 +145,17 @@ def test_unknown_corpus_and_empty_folder(tmp_path):
         load_corpus(str(tmp_path), ByteTokenizer())
 
 
-class Answer:
-    def __init__(self, content):
-        self.content = content
-
-    def raise_for_status(self):
-        pass
-
-
-def test_downloads_are_checked_kept_and_clear_offline(tmp_path, monkeypatch):
+def test_downloaded_corpora_are_checked_and_clear_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("GPT_PARITY_CACHE", str(tmp_path))
-    monkeypatch.setitem(
-        corpora.DOWNLOADS,
-        "the-verdict",
-        corpora.Download("http://x/y", corpora.hashlib.sha256(b"text " * 9).hexdigest()),
-    )
-
-    def offline(*args, **kwargs):
-        raise requests.ConnectionError
-
-    monkeypatch.setattr(requests, "get", offline)
+    monkeypatch.setenv("GPT_PARITY_OFFLINE", "1")
     with pytest.raises(InputError, match="use the embedded python-docs"):
         load_corpus("the-verdict", ByteTokenizer())
-    monkeypatch.setattr(requests, "get", lambda *a, **k: Answer(b"<html>"))
-    with pytest.raises(InputError, match="sent something else"):
-        load_corpus("the-verdict", ByteTokenizer())
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(requests, "get", lambda *a, **k: Answer(b"text " * 9))
+    text = b"text " * 9
+    wanted = Wanted("the-verdict.txt", len(text), hashlib.sha256(text).hexdigest())
+    monkeypatch.setitem(corpora.DOWNLOADS, "the-verdict", ("http://127.0.0.1:9/", wanted))
+    (tmp_path / "the-verdict.txt").write_bytes(text)
     assert len(load_corpus("the-verdict", ByteTokenizer()).train[0]) == 40
-    monkeypatch.setattr(requests, "get", offline)
-    assert len(load_corpus("the-verdict", ByteTokenizer()).train[0]) == 40
-    (tmp_path / "the-verdict.txt").write_text("changed")
+    (tmp_path / "the-verdict.txt").write_bytes(b"TEXT " * 9)
     with pytest.raises(InputError, match="damaged"):
         load_corpus("the-verdict", ByteTokenizer())
 

@@ -1,0 +1,36 @@
+"""Download OpenAI's GPT-2: the seven files of one size, checked, resuming where it stopped.
+
+python scripts/download_gpt2.py 124M
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from parity.download import download_model
+from parity.errors import exit_with_message
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    size: tyro.conf.Positional[Literal["124M", "355M", "774M", "1558M"]]
+    folder: Path | None = None
+    """Where to; by default models/SIZE in the cache folder (GPT_PARITY_CACHE)."""
+    base_url: tuple[str, ...] = ()
+    """Addresses of folders that hold SIZE/NAME, in the order to try, instead of the known mirrors."""
+    offline: bool = False
+    """Only look whether the files are there."""
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    folder = download_model(args.size, args.folder, args.base_url, args.offline or None)
+    sys.stdout.write(f"{folder}\n")
+
+
+if __name__ == "__main__":
+    with exit_with_message():
+        main()
