@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from parity import pretrained, weights
+from parity import notebook, pretrained, weights
+from parity.config import as_tied
 
 if TYPE_CHECKING:
     from gpt_jax.model import GPTModel
@@ -31,6 +32,17 @@ def load_weights(
     for name, array in weights.convert(arrays, source, "flax", model.config, origin=origin):
         new[name] = jnp.asarray(array, dtype=found[name].get_value().dtype)
     nnx.update(model, nnx.from_flat_state([(tuple(name.split(".")), nnx.Param(value)) for name, value in new.items()]))
+
+
+def load_weights_into_gpt(model: "GPTModel", params: dict[str, Any]) -> None:
+    """The notebook's function: OpenAI's weights, nested as download_and_load_gpt2 returns them, into a model.
+
+    A head of its own becomes a copy of the embedding. Raises InputError for a model of another shape.
+    """
+    arrays = dict(weights.convert(notebook.flatten(params), "openai", "huggingface", as_tied(model.config)))
+    if not model.config.tied_head:
+        arrays["lm_head.weight"] = arrays["wte.weight"]
+    load_weights(model, arrays, origin="params")
 
 
 def export_weights(model: "GPTModel", target: str = "huggingface") -> dict[str, np.ndarray]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from parity import pretrained, weights
+from parity import notebook, pretrained, weights
+from parity.config import as_tied
 
 if TYPE_CHECKING:
     from gpt_torch.model import GPTModel
@@ -24,6 +25,17 @@ def load_weights(
     with torch.no_grad():
         for name, array in weights.convert(arrays, source, "torch", model.config, origin=origin):
             parameters[name].copy_(torch.from_numpy(np.require(array, requirements=["C", "W"])))
+
+
+def load_weights_into_gpt(model: "GPTModel", params: dict[str, Any]) -> None:
+    """The notebook's function: OpenAI's weights, nested as download_and_load_gpt2 returns them, into a model.
+
+    A head of its own becomes a copy of the embedding. Raises InputError for a model of another shape.
+    """
+    arrays = dict(weights.convert(notebook.flatten(params), "openai", "huggingface", as_tied(model.config)))
+    if not model.config.tied_head:
+        arrays["lm_head.weight"] = arrays["wte.weight"]
+    load_weights(model, arrays, origin="params")
 
 
 def export_weights(model: "GPTModel", target: str = "huggingface") -> dict[str, np.ndarray]:

@@ -119,3 +119,8 @@ def as_config(config: "GPTConfig | Mapping[str, Any] | str") -> GPTConfig:
     if unknown := sorted(renamed.keys() - known):
         raise InputError(f"config: unknown keys {unknown}; known are {sorted(known)}")
     return GPTConfig(**renamed)
+
+
+def as_tied(config: GPTConfig) -> GPTConfig:
+    """The same model with out_head tied to tok_emb."""
+    return dataclasses.replace(config, tied_head=True)

@@ -4,20 +4,23 @@ Keys: transformers' GPT2Config. One key of ours, qkv_bias, stands beside them, s
 option survives; transformers keeps what it does not know without acting on it.
 """
 
+import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from parity.config import GPTConfig
 from parity.errors import InputError
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _PREFIX = "transformer."
+_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
 _REQUIRED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "model_type": "gpt2"}
 
 
@@ -69,31 +72,96 @@ def write(folder: Path, config: GPTConfig, arrays: Mapping[str, np.ndarray]) -> 
     (folder / CONFIG_FILE).write_text(json.dumps(config_to_dict(config), indent=2) + "\n")
 
 
-def read(path: str | Path) -> tuple[GPTConfig, dict[str, np.ndarray]]:
-    """(configuration, arrays in the huggingface format) of a folder.
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that is still in its file; np.asarray(...) reads it, 16-bit floats as float32."""
 
-    Names may carry the `transformer.` prefix or not. Raises InputError that names the file.
+    name: str
+    path: Path
+    shape: tuple[int, ...]
+    kind: str
+    """safetensors' dtype: F32, F16, BF16, ..."""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if self.kind == "BF16":  # NumPy has none: the upper half of a float32
+            array = (self._raw(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        else:
+            with safe_open(self.path, "numpy") as file:
+                array = file.get_tensor(self.name)
+        if array.dtype == np.float16:
+            array = array.astype(np.float32)
+        return array.astype(dtype or array.dtype, copy=False)
+
+    def _raw(self, dtype: Any) -> np.ndarray:
+        with self.path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            begin, end = json.loads(file.read(length))[self.name]["data_offsets"]
+            file.seek(8 + length + begin)
+            return np.frombuffer(file.read(end - begin), dtype).reshape(self.shape)
+
+
+def read(path: str | Path) -> tuple[GPTConfig, dict[str, StoredTensor]]:
+    """(configuration, weights in the huggingface format) of a folder, one file or sharded.
+
+    Names may carry the `transformer.` prefix or not; the mask buffers attn.bias and attn.masked_bias, which
+    are no parameters, are left out by name. Tensors are read when they are used. Raises InputError that
+    names the file.
     """
     folder = Path(path)
-    config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    for needed in (config_path, weights_path):
-        if not needed.is_file():
-            raise InputError(f"{needed} is missing; give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    config_path = folder / CONFIG_FILE
+    config = config_from_dict(_read_json(config_path), str(config_path))
+    stored: dict[str, StoredTensor] = {}
+    for file in _weight_files(folder):
+        for tensor in _tensors(file):
+            name = tensor.name.removeprefix(_PREFIX)
+            if _BUFFER.fullmatch(name):
+                continue
+            if name in stored:
+                raise InputError(f"{tensor.path}: {name} is there twice, also in {stored[name].path.name}")
+            stored[name] = tensor
+    head, embedding = stored.get("lm_head.weight"), stored.get("wte.weight")
+    if config.tied_head and head is not None and embedding is not None and head.shape == embedding.shape:
+        if not np.array_equal(np.asarray(head), np.asarray(embedding)):
+            raise InputError(f"{head.path}: lm_head differs from wte, but {config_path} says that they are tied")
+        del stored["lm_head.weight"]  # a tied head stored twice
+    return config, stored
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that its index names; a shard is a file of this folder."""
+    single, index = folder / WEIGHTS_FILE, folder / f"{WEIGHTS_FILE}.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise InputError(f"{single} is missing; give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise InputError(f"{index} has no weight_map")
+    shards = sorted(set(map(str, names.values())))
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise InputError(f"{index} names the shard {shard!r}, which is not a file beside it")
+        if not (folder / shard).is_file():
+            raise InputError(f"{folder / shard} is missing, and {index.name} names it")
+    return [folder / shard for shard in shards]
+
+
+def _tensors(path: Path) -> list[StoredTensor]:
     try:
-        entries = json.loads(config_path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{config_path} is not valid JSON ({error})") from None
-    if not isinstance(entries, dict):
-        raise InputError(f"{config_path} must hold a JSON object")
-    config = config_from_dict(entries, str(config_path))
-    try:
-        stored = load_file(weights_path)
+        with safe_open(path, "numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return [StoredTensor(n, path, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()]
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{weights_path} cannot be read as safetensors ({error}); fetch or save it again") from None
-    arrays = {name.removeprefix(_PREFIX): array for name, array in stored.items()}
-    if len(arrays) < len(stored):
-        raise InputError(f"{weights_path}: some tensors are there twice, with and without {_PREFIX!r}")
-    head, embedding = arrays.get("lm_head.weight"), arrays.get("wte.weight")
-    if config.tied_head and head is not None and embedding is not None and np.array_equal(head, embedding):
-        del arrays["lm_head.weight"]  # a tied head stored twice
-    return config, arrays
+        raise InputError(f"{path} cannot be read as safetensors ({error}); fetch or save it again") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        entries = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); give a folder with {CONFIG_FILE}") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(entries, dict):
+        raise InputError(f"{path} must hold a JSON object")
+    return entries

@@ -73,10 +73,15 @@ def read(folder: Path) -> tuple[GPTConfig, dict[str, StoredTensor]]:
 def write(folder: Path, config: GPTConfig, arrays: Mapping[str, np.ndarray]) -> None:
     """Write hparams.json, the `checkpoint` file and a bundle that TensorFlow and OpenAI's code load."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "hparams.json").write_text(json.dumps({name: getattr(config, name) for name in _HPARAMS}))
+    (folder / "hparams.json").write_text(json.dumps(hparams(config)))
     lines = (f'{key}: "{PREFIX}"\n' for key in ("model_checkpoint_path", "all_model_checkpoint_paths"))
     (folder / "checkpoint").write_text("".join(lines))
     write_bundle(folder / PREFIX, arrays)
+
+
+def hparams(config: GPTConfig) -> dict[str, int]:
+    """What OpenAI's hparams.json says of a configuration."""
+    return {name: getattr(config, name) for name in _HPARAMS}
 
 
 def read_hparams(path: Path) -> GPTConfig:
