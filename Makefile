@@ -1,12 +1,12 @@
 # Everything runs in a local .venv, made on first use.
 PYTHON ?= python3
 VENV := .venv
-# On a GPU machine: make train EXTRAS=test,dev,cuda13
-EXTRAS ?= test,dev
+# On a GPU machine: make train EXTRAS=test,dev,tf,cuda13
+EXTRAS ?= test,dev,tf
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup train test test-slow check bench clean
+.PHONY: setup train test test-pretrained check bench clean
 
 setup: $(VENV)/.ready
 
@@ -22,8 +22,9 @@ train: setup
 test: setup
 	$(RUN) -m pytest
 
-test-slow: setup
-	$(RUN) -m pytest -m slow
+# Needs OpenAI's 124M in the cache: python scripts/download_gpt2.py 124M
+test-pretrained: setup
+	$(RUN) -m pytest -m pretrained
 
 check: setup
 	$(VENV)/bin/ruff check .

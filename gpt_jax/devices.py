@@ -17,7 +17,7 @@ def choose_device(name: str) -> jax.Device:
         raise InputError(
             f"--device {name}: jax {jax.__version__} sees only {jax.devices()[0].platform} devices here "
             f"({str(error).splitlines()[0]}). "
-            "For an NVIDIA GPU install the cuda13 extra (make setup EXTRAS=test,dev,cuda13) and check nvidia-smi"
+            "For an NVIDIA GPU install the cuda13 extra (make setup EXTRAS=test,dev,tf,cuda13) and check nvidia-smi"
         ) from None
     jax.config.update("jax_default_device", device)
     return device

@@ -30,7 +30,8 @@ def load_weights(
     found = parameters(model)
     new = {}
     for name, array in weights.convert(arrays, source, "flax", model.config, origin=origin):
-        new[name] = jnp.asarray(array, dtype=found[name].get_value().dtype)
+        new[name] = jnp.asarray(array, dtype=found[name].get_value().dtype).block_until_ready()
+        del array  # a stack of layers is large: never hold two
     nnx.update(model, nnx.from_flat_state([(tuple(name.split(".")), nnx.Param(value)) for name, value in new.items()]))
 
 

@@ -53,6 +53,8 @@ def load_pretrained(path: str | Path, **options: Any) -> "GPTModel":
     from gpt_torch.model import GPTModel
 
     config, arrays, source = pretrained.read(path)
-    model = GPTModel(config, seed=None, **options)
+    with torch.device("meta"):  # so that torch does not draw weights that are overwritten
+        model = GPTModel(config, seed=None, **options)
+    model.to_empty(device="cpu")
     load_weights(model, arrays, source, origin=str(path))
     return model

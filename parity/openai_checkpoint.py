@@ -13,7 +13,7 @@ import math
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import google_crc32c
 import numpy as np
@@ -62,12 +62,33 @@ class StoredTensor:
         return np.frombuffer(data, self.dtype).reshape(self.shape).astype(dtype or self.dtype, copy=False)
 
 
-def read(folder: Path) -> tuple[GPTConfig, dict[str, StoredTensor]]:
+def read(folder: Path, reader: Literal["native", "tensorflow"] = "native") -> tuple[GPTConfig, dict[str, Any]]:
     """(configuration, {OpenAI's name: tensor}) of a folder with hparams.json and model.ckpt.*.
 
-    Reads the index only; a tensor is read when it is used. Raises InputError that names the file.
+    The native reader reads the index only; a tensor is read when it is used. "tensorflow" is the second
+    opinion, arrays read by TensorFlow (extra `tf`). Raises InputError that names the file.
     """
-    return read_hparams(folder / "hparams.json"), read_bundle(folder / PREFIX)
+    config = read_hparams(folder / "hparams.json")
+    if reader == "native":
+        return config, dict(read_bundle(folder / PREFIX))
+    return config, read_with_tensorflow(folder / PREFIX)
+
+
+def read_with_tensorflow(prefix: Path) -> dict[str, np.ndarray]:
+    """{name: array} of a bundle as TensorFlow reads it, on the CPU; raises InputError that names it."""
+    try:
+        import tensorflow as tf
+    except ImportError:
+        raise InputError(
+            "the tensorflow reader needs the tf extra: pip install -e '.[tf]'; or use the native one"
+        ) from None
+    tf.config.set_visible_devices([], "GPU")
+    try:
+        found = tf.train.load_checkpoint(str(prefix))
+        return {name: found.get_tensor(name) for name in found.get_variable_to_shape_map()}
+    except (tf.errors.OpError, ValueError, IndexError, RuntimeError) as error:
+        text = str(error).splitlines()[0][:200]
+        raise InputError(f"{prefix}: TensorFlow cannot read it ({text}); fetch the checkpoint again") from None
 
 
 def write(folder: Path, config: GPTConfig, arrays: Mapping[str, np.ndarray]) -> None:

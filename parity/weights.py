@@ -188,6 +188,7 @@ def convert(
             for layer in range(1, config.n_layer):
                 stacked[layer] = one(weights[source_name.format(layer)])
             yield target_name, stacked
+            del stacked, first
         else:
             stack = weights[source_name] if source == "flax" else None
             for layer in range(config.n_layer):

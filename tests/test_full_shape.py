@@ -2,12 +2,14 @@
 
 import jax
 import numpy as np
+import numpy_oracle as oracle
 import pytest
 import torch
 import transformers
 from conftest import BACKENDS, CONFIGS, probing_weights, random_batch
 
-from parity import huggingface
+from parity import huggingface, openai_checkpoint
+from parity import weights as table
 from parity.compare import compare
 from parity.config import PRESETS
 from parity.weights import initial_weights
@@ -110,3 +112,26 @@ def test_initial_weights_agree():
     result = compare("torch-jax, initial weights", jax_logits, torch_logits, 1e-5)
     print(result)
     assert result.ok, str(result)
+
+
+def test_float64_agrees_with_the_oracle_on_a_short_input(full_shape):
+    config, weights, tokens, _ = full_shape
+    weights = {name: array.astype(np.float64) for name, array in weights.items()}
+    want = oracle.logits(config, weights, tokens[:, :48])
+    for name, backend in BACKENDS.items():
+        result = compare(f"{name}-oracle", backend.logits(config, weights, tokens[:, :48]), want, 1e-10)
+        print(result)
+        assert result.ok, str(result)
+
+
+def test_tensorflow_and_we_read_the_same_124m(full_shape, tmp_path):
+    """The whole bundle, 148 tensors, by our reader and by TensorFlow's: equal to the bit."""
+    pytest.importorskip("tensorflow", reason="the tf extra is not installed")
+    config, weights, *_ = full_shape
+    openai = dict(table.convert(weights, "huggingface", "openai", config))
+    openai_checkpoint.write(tmp_path, config, openai)
+    ours, theirs = (openai_checkpoint.read(tmp_path, reader)[1] for reader in ("native", "tensorflow"))
+    assert ours.keys() == theirs.keys() == openai.keys()
+    for name, array in openai.items():
+        assert np.array_equal(np.asarray(ours[name]), array)
+        assert np.array_equal(theirs[name], array)

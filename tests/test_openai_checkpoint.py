@@ -2,6 +2,7 @@
 
 import json
 import struct
+import sys
 
 import google_crc32c
 import numpy as np
@@ -100,6 +101,9 @@ def test_tensorflow_reads_what_we_write_and_we_what_it_writes(folder, tmp_path):
     assert reader.get_variable_to_shape_map().keys() == wanted.keys()
     for name, array in wanted.items():
         assert np.array_equal(reader.get_tensor(name), array)
+    config, arrays = bundle.read(folder, reader="tensorflow")
+    assert config == TINY
+    assert all(np.array_equal(arrays[name], wanted[name]) for name in wanted)
     theirs = tmp_path / "theirs" / "model.ckpt"
     theirs.parent.mkdir()
     names = list(wanted)
@@ -108,6 +112,15 @@ def test_tensorflow_reads_what_we_write_and_we_what_it_writes(folder, tmp_path):
     )
     tensors = bundle.read_bundle(theirs)
     assert all(np.array_equal(np.asarray(tensors[name]), wanted[name]) for name in names)
+    index_of(folder).write_bytes(index_of(folder).read_bytes()[:-9])
+    with pytest.raises(InputError, match="TensorFlow cannot read it"):
+        bundle.read(folder, reader="tensorflow")
+
+
+def test_tensorflow_missing(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with pytest.raises(InputError, match="tf extra"):
+        bundle.read(folder, reader="tensorflow")
 
 
 def test_crc_of_a_known_vector():

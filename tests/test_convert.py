@@ -1,0 +1,78 @@
+"""scripts/convert.py, as a user runs it."""
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CONFIGS, TINY, probing_weights
+
+from parity import huggingface, openai_checkpoint
+from parity import weights as table
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "convert.py"
+
+
+def convert(*arguments):
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def source(tmp_path):
+    weights = dict(table.convert(probing_weights(TINY, np.float32), "huggingface", "openai", TINY))
+    openai_checkpoint.write(tmp_path / "in", TINY, weights)
+    (tmp_path / "in" / "encoder.json").write_text("{}")
+    (tmp_path / "in" / "vocab.bpe").write_text("#version: 0.2\n")
+    return tmp_path / "in"
+
+
+def test_there_and_back_to_the_byte(source, tmp_path):
+    for name, start, to in (("hf", source, "huggingface"), ("back", tmp_path / "hf", "openai")):
+        result = convert(start, tmp_path / name, "--to", to, "--verify")
+        assert result.returncode == 0, result.stderr
+        assert "verified" in result.stdout
+    for name in ("model.ckpt.data-00000-of-00001", "model.ckpt.index", "hparams.json", "checkpoint", "vocab.bpe"):
+        assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
+    assert {p.name for p in (tmp_path / "hf").iterdir()} == {
+        "config.json", "model.safetensors", "manifest.json", "vocab.json", "merges.txt",
+    }  # fmt: skip
+    entry = json.loads((tmp_path / "back" / "manifest.json").read_text())["tensors"]["model/h1/attn/c_proj/w"]
+    stored = np.asarray(openai_checkpoint.read(source)[1]["model/h1/attn/c_proj/w"])
+    assert entry == {
+        "shape": [1, 20, 20], "axes": "1 (N H) D", "dtype": "float32", "sha256": hashlib.sha256(stored).hexdigest(),
+    }  # fmt: skip
+
+
+def test_without_qkv_bias_the_bias_is_zero(tmp_path):
+    config = dataclasses.replace(CONFIGS["notebook"], tied_head=True)
+    huggingface.write(tmp_path / "in", config, probing_weights(config, np.float32))
+    result = convert(tmp_path / "in", tmp_path / "out", "--to", "openai", "--verify")
+    assert result.returncode == 0, result.stderr
+
+
+def test_values_that_are_not_finite_are_named(tmp_path):
+    weights = probing_weights(TINY, np.float32)
+    weights["h.1.mlp.c_fc.bias"][4] = np.nan
+    huggingface.write(tmp_path / "in", TINY, weights)
+    result = convert(tmp_path / "in", tmp_path / "out", "--to", "openai")
+    assert "h.1.mlp.c_fc.bias has 1 values that are not finite" in result.stderr
+
+
+def test_refusals_are_one_line(source, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    huggingface.write(tmp_path / "untied", CONFIGS["notebook"], probing_weights(CONFIGS["notebook"], np.float32))
+    for arguments, message in (
+        ((source, tmp_path / "full"), "not an empty folder"),
+        ((tmp_path / "none", tmp_path / "out"), "no folder"),
+        ((tmp_path / "untied", tmp_path / "out", "--to", "openai"), "no place for lm_head"),
+    ):
+        result = convert(*arguments)
+        assert result.returncode == 2
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
