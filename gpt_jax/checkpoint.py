@@ -7,8 +7,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 
 from gpt_jax.model import GPTModel
-from gpt_jax.pretrained import export_weights
-from parity import huggingface
+from gpt_jax.pretrained import save_pretrained
 from parity.errors import InputError
 
 STATE = "state"
@@ -19,7 +18,7 @@ def save(folder: Path, model: GPTModel, arrays: dict[str, Array]) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder.absolute() / STATE, arrays)
         checkpointer.wait_until_finished()
-    huggingface.write(folder, model.config, export_weights(model))
+    save_pretrained(model, folder)
 
 
 def restore(folder: Path, like: dict[str, Array]) -> dict[str, Array]:

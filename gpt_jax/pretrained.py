@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from parity import notebook, pretrained, weights
+from parity import huggingface, notebook, pretrained, weights
 from parity.config import as_tied
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def load_weights(
     found = parameters(model)
     new = {}
     for name, array in weights.convert(arrays, source, "flax", model.config, origin=origin):
+        weights.warn_if_not_finite(name, array, origin)
         new[name] = jnp.asarray(array, dtype=found[name].get_value().dtype).block_until_ready()
         del array  # a stack of layers is large: never hold two
     nnx.update(model, nnx.from_flat_state([(tuple(name.split(".")), nnx.Param(value)) for name, value in new.items()]))
@@ -50,6 +51,11 @@ def export_weights(model: "GPTModel", target: str = "huggingface") -> dict[str, 
     """The model's parameters as NumPy arrays, named and oriented as in `target`."""
     arrays = {name: np.asarray(parameter.get_value()) for name, parameter in parameters(model).items()}
     return dict(weights.convert(arrays, "flax", target, model.config))
+
+
+def save_pretrained(model: "GPTModel", folder: str | Path) -> None:
+    """Write config.json and model.safetensors, which load_pretrained of either backend and transformers open."""
+    huggingface.write(Path(folder), model.config, export_weights(model))
 
 
 def load_pretrained(path: str | Path, **options: Any) -> "GPTModel":

@@ -2,6 +2,14 @@
 
 from gpt_torch.generate import generate
 from gpt_torch.model import GPTModel
-from gpt_torch.pretrained import export_weights, load_pretrained, load_weights, load_weights_into_gpt
+from gpt_torch.pretrained import export_weights, load_pretrained, load_weights, load_weights_into_gpt, save_pretrained
 
-__all__ = ["GPTModel", "export_weights", "generate", "load_pretrained", "load_weights", "load_weights_into_gpt"]
+__all__ = [
+    "GPTModel",
+    "export_weights",
+    "generate",
+    "load_pretrained",
+    "load_weights",
+    "load_weights_into_gpt",
+    "save_pretrained",
+]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from parity import notebook, pretrained, weights
+from parity import huggingface, notebook, pretrained, weights
 from parity.config import as_tied
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def load_weights(
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, array in weights.convert(arrays, source, "torch", model.config, origin=origin):
+            weights.warn_if_not_finite(name, array, origin)
             parameters[name].copy_(torch.from_numpy(np.require(array, requirements=["C", "W"])))
 
 
@@ -42,6 +43,11 @@ def export_weights(model: "GPTModel", target: str = "huggingface") -> dict[str, 
     """The model's parameters as NumPy arrays, named and oriented as in `target`."""
     arrays = {name: parameter.detach().cpu().numpy() for name, parameter in model.named_parameters()}
     return dict(weights.convert(arrays, "torch", target, model.config))
+
+
+def save_pretrained(model: "GPTModel", folder: str | Path) -> None:
+    """Write config.json and model.safetensors, which load_pretrained of either backend and transformers open."""
+    huggingface.write(Path(folder), model.config, export_weights(model))
 
 
 def load_pretrained(path: str | Path, **options: Any) -> "GPTModel":

@@ -1,7 +1,7 @@
 """Hugging Face's folder, config.json and model.safetensors, in and out: our own checkpoints too.
 
-Keys: transformers' GPT2Config. One key of ours, qkv_bias, stands beside them, so that the notebook's
-option survives; transformers keeps what it does not know without acting on it.
+Keys: transformers' GPT2Config. Two keys of ours stand beside them, qkv_bias and weights_format;
+transformers keeps what it does not know without acting on it.
 """
 
 import dataclasses
@@ -17,9 +17,11 @@ from safetensors.numpy import save_file
 
 from parity.config import GPTConfig
 from parity.errors import InputError
+from parity.weights import FORMATS
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _PREFIX = "transformer."
+_FORMAT = "weights_format"
 _BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
 _REQUIRED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "model_type": "gpt2"}
 
@@ -62,14 +64,17 @@ def config_from_dict(entries: Mapping[str, Any], origin: str) -> GPTConfig:
         raise InputError(f"{origin}: {error} is missing; is this the config.json of a GPT-2?") from None
 
 
-def write(folder: Path, config: GPTConfig, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write config.json and model.safetensors; `arrays` are in the huggingface format."""
+def write(folder: Path, config: GPTConfig, arrays: Mapping[str, np.ndarray], format: str = "huggingface") -> None:
+    """Write config.json and model.safetensors; `arrays` are in a format of parity/weights.py.
+
+    transformers opens the huggingface format; torch's and flax's carry the names of our models.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    named = {
-        name if name == "lm_head.weight" else _PREFIX + name: np.ascontiguousarray(a) for name, a in arrays.items()
-    }
+    prefix = _PREFIX if format == "huggingface" else ""
+    named = {n if n == "lm_head.weight" else prefix + n: np.ascontiguousarray(a) for n, a in arrays.items()}
     save_file(named, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(config_to_dict(config), indent=2) + "\n")
+    entries = {**config_to_dict(config), _FORMAT: format}
+    (folder / CONFIG_FILE).write_text(json.dumps(entries, indent=2) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +105,8 @@ class StoredTensor:
             return np.frombuffer(file.read(end - begin), dtype).reshape(self.shape)
 
 
-def read(path: str | Path) -> tuple[GPTConfig, dict[str, StoredTensor]]:
-    """(configuration, weights in the huggingface format) of a folder, one file or sharded.
+def read(path: str | Path) -> tuple[GPTConfig, dict[str, StoredTensor], str]:
+    """(configuration, weights, their format) of a folder, one file or sharded.
 
     Names may carry the `transformer.` prefix or not; the mask buffers attn.bias and attn.masked_bias, which
     are no parameters, are left out by name. Tensors are read when they are used. Raises InputError that
@@ -109,7 +114,11 @@ def read(path: str | Path) -> tuple[GPTConfig, dict[str, StoredTensor]]:
     """
     folder = Path(path)
     config_path = folder / CONFIG_FILE
-    config = config_from_dict(_read_json(config_path), str(config_path))
+    entries = _read_json(config_path)
+    config = config_from_dict(entries, str(config_path))
+    format = entries.get(_FORMAT, "huggingface")
+    if format not in FORMATS:
+        raise InputError(f"{config_path}: {_FORMAT} is {format!r}, not one of {', '.join(FORMATS)}")
     stored: dict[str, StoredTensor] = {}
     for file in _weight_files(folder):
         for tensor in _tensors(file):
@@ -124,7 +133,7 @@ def read(path: str | Path) -> tuple[GPTConfig, dict[str, StoredTensor]]:
         if not np.array_equal(np.asarray(head), np.asarray(embedding)):
             raise InputError(f"{head.path}: lm_head differs from wte, but {config_path} says that they are tied")
         del stored["lm_head.weight"]  # a tied head stored twice
-    return config, stored
+    return config, stored, format
 
 
 def _weight_files(folder: Path) -> list[Path]:

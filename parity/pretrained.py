@@ -24,4 +24,4 @@ def read(path: str | Path) -> tuple[GPTConfig, Mapping[str, Any], str]:
         )
     if (folder / "hparams.json").exists() or (folder / f"{openai_checkpoint.PREFIX}.index").exists():
         return *openai_checkpoint.read(folder), "openai"
-    return *huggingface.read(folder), "huggingface"
+    return huggingface.read(folder)

@@ -14,6 +14,7 @@ tensor is stated, never guessed: a square matrix converts as surely as any other
 import dataclasses
 import math
 import re
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -190,10 +191,17 @@ def convert(
             yield target_name, stacked
             del stacked, first
         else:
-            stack = weights[source_name] if source == "flax" else None
+            stack = np.asarray(weights[source_name]) if source == "flax" else None
             for layer in range(config.n_layer):
                 array = weights[source_name.format(layer)] if stack is None else stack[layer]
                 yield target_name.format(layer), one(array)
+
+
+def warn_if_not_finite(name: str, array: np.ndarray, origin: str) -> None:
+    """Warn, naming it, of a tensor with NaN or infinity."""
+    if not np.isfinite(array.sum(dtype=np.float64)):
+        count = array.size - int(np.isfinite(array).sum())
+        warnings.warn(f"{origin}: {name} has {count} values that are not finite", stacklevel=3)
 
 
 def initial_weights(config: GPTConfig, seed: int, dtype: Any = np.float32) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Convert GPT-2 weights between OpenAI's and Hugging Face's files, through the one table.
+"""Convert GPT-2 weights from any form to any other, through the one table.
 
     python scripts/convert.py 124M out/ --to huggingface
     python scripts/convert.py runs/NAME/checkpoints/000600 out/ --to openai --verify
@@ -32,7 +32,8 @@ class Args:
     """A size (124M, ...), OpenAI's folder, Hugging Face's folder, or a checkpoint of ours."""
     out: tyro.conf.Positional[Path]
     """A folder that does not exist yet, or is empty."""
-    to: Literal["openai", "huggingface"] = "huggingface"
+    to: Literal["openai", "huggingface", "torch", "flax"] = "huggingface"
+    """openai: a TensorFlow bundle; the others: safetensors in transformers' names, or in those of our models."""
     verify: bool = False
     """Load both afterwards and compare their logits."""
 
@@ -43,15 +44,20 @@ def main() -> None:
         raise InputError(f"{args.out} is not an empty folder; name another")
     config, arrays, source = pretrained.read(args.source)
     found = dict(weights.convert(arrays, source, "huggingface", config, np.float32, origin=args.source))
-    if not config.qkv_bias:  # neither format knows a GPT-2 without it, and a bias of 0 is the same function
+    if not config.qkv_bias and args.to in _VOCABULARY:  # these know no GPT-2 without it; 0 is the same function
         config = dataclasses.replace(config, qkv_bias=True)
         shapes = weights.shapes(config, "huggingface")
         found |= {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name not in found}
-    warn_of_strange_values(found)
+    for name, array in found.items():
+        weights.warn_if_not_finite(name, array, args.source)
     converted = dict(weights.convert(found, "huggingface", args.to, config))
-    (huggingface if args.to == "huggingface" else openai_checkpoint).write(args.out, config, converted)
+    if args.to == "openai":
+        openai_checkpoint.write(args.out, config, converted)
+    else:
+        huggingface.write(args.out, config, converted, args.to)
     write_manifest(args.out, args.to, config, converted)
-    for ours, theirs in zip(_VOCABULARY[source], _VOCABULARY[args.to], strict=True):
+    ours_and_theirs = (_VOCABULARY.get(name, _VOCABULARY["huggingface"]) for name in (source, args.to))
+    for ours, theirs in zip(*ours_and_theirs, strict=True):
         if (file := Path(args.source) / ours).is_file():
             shutil.copyfile(file, args.out / theirs)
     sys.stdout.write(f"{args.out}: {len(converted)} tensors, {weights.n_params(config):,} parameters\n")
@@ -59,17 +65,12 @@ def main() -> None:
         verify(args.source, args.out)
 
 
-def warn_of_strange_values(found: dict[str, np.ndarray]) -> None:
-    for name, array in found.items():
-        if bad := array.size - int(np.isfinite(array).sum()):
-            sys.stderr.write(f"warning: {name} has {bad} values that are not finite\n")
-
-
 def write_manifest(folder: Path, format: str, config: GPTConfig, converted: dict[str, np.ndarray]) -> None:
     axes = {}
     for row in weights.rows(config):
+        stacked = row.per_layer and format == "flax"
         for layer in range(config.n_layer if row.per_layer else 1):
-            axes[str(row.name(format)).format(layer)] = row.axes[format]
+            axes[str(row.name(format)).format(layer)] = f"L {row.axes[format]}" if stacked else row.axes[format]
     entries = {
         name: {
             "shape": list(array.shape),

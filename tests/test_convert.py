@@ -48,6 +48,17 @@ def test_there_and_back_to_the_byte(source, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("form", ["torch", "flax"])
+def test_native_names_too(source, tmp_path, form):
+    for name, start, to in (("native", source, form), ("back", tmp_path / "native", "openai")):
+        result = convert(start, tmp_path / name, "--to", to, "--verify")
+        assert result.returncode == 0, result.stderr
+    data = "model.ckpt.data-00000-of-00001"
+    assert (tmp_path / "back" / data).read_bytes() == (source / data).read_bytes()
+    tensors = json.loads((tmp_path / "native" / "manifest.json").read_text())["tensors"]
+    assert {name: tuple(entry["shape"]) for name, entry in tensors.items()} == table.shapes(TINY, form)
+
+
 def test_without_qkv_bias_the_bias_is_zero(tmp_path):
     config = dataclasses.replace(CONFIGS["notebook"], tied_head=True)
     huggingface.write(tmp_path / "in", config, probing_weights(config, np.float32))

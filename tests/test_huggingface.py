@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -123,3 +124,23 @@ def test_a_head_that_should_be_tied(folder):
     untied = dataclasses.replace(TINY, tied_head=False)
     huggingface.write(folder, untied, {**WEIGHTS, "lm_head.weight": WEIGHTS["wte.weight"] + 1})
     assert not gpt_torch.load_pretrained(folder).config.tied_head
+
+
+@pytest.mark.parametrize(("saver", "loader"), [(gpt_torch, gpt_jax), (gpt_jax, gpt_torch)])
+def test_saved_by_one_backend_loaded_by_the_other(saver, loader, tmp_path):
+    model = saver.GPTModel(TINY, seed=3)
+    saver.save_pretrained(model, tmp_path)
+    prompts = [[1, 2, 3], [50]]
+    assert loader.generate(loader.load_pretrained(tmp_path), prompts, 12) == saver.generate(model, prompts, 12)
+
+
+def test_values_that_are_not_finite_are_named(folder):
+    weights = {name: w.copy() for name, w in WEIGHTS.items()}
+    weights["h.1.mlp.c_fc.bias"][4] = np.nan
+    weights["wte.weight"][4] = np.inf
+    huggingface.write(folder, TINY, weights)
+    for package, name in ((gpt_torch, r"ff\.in_proj\.bias"), (gpt_jax, r"ff\.in_proj\.bias")):
+        with pytest.warns(UserWarning, match="not finite") as caught:
+            package.load_pretrained(folder)
+        assert len(caught) == 2
+        assert any(re.search(f"{name} has 1 values", str(w.message)) for w in caught)
