@@ -43,8 +43,8 @@ class Windows:
 
     `shards`: arrays of token ids, memory-mapped or not; a window never crosses from one to the next.
     `stride`: from one window's start to the next; by default n_ctx, so that no target comes twice.
-    Raises InputError for shards shorter than one window, and, where a batch meets one, for an id
-    outside the vocabulary.
+    Raises InputError for shards shorter than one window, and for an id outside the vocabulary: in the
+    first 16 million of each shard at once, further on where a batch meets one.
     """
 
     def __init__(
@@ -62,6 +62,9 @@ class Windows:
                 f"{name} has {longest} tokens, less than one window of n_ctx + 1 = {n_ctx + 1}; "
                 "give more text or a shorter context"
             )
+
+        for shard in self.shards:
+            self._check_ids(shard[: 2**24])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -104,12 +107,15 @@ class Windows:
         ids = np.full((len(windows), self.n_ctx + 1), NO_TARGET, np.int32)
         for row, window in zip(ids, windows, strict=True):
             row[: len(window)] = window
-        if (high := int(ids.max())) >= self.n_vocab:
+        self._check_ids(ids)
+        return np.maximum(ids[:, :-1], 0), ids[:, 1:]
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        if (high := int(ids.max(initial=0))) >= self.n_vocab:
             raise InputError(
                 f"{self.name} holds token id {high}, outside the vocabulary 0..{self.n_vocab - 1}; "
                 "was it made with another tokenizer?"
             )
-        return np.maximum(ids[:, :-1], 0), ids[:, 1:]
 
 
 @functools.lru_cache(maxsize=4)

@@ -2,7 +2,7 @@
 
 A bundle is `model.ckpt.index`, a table in LevelDB's format from names to small protocol buffers
 (dtype, shape, shard, offset, size, crc32c), and `model.ckpt.data-*`, the tensors' little-endian bytes.
-Sources: LevelDB's doc/table_format.md; TensorFlow's core/protobuf/tensor_bundle.proto and
+Sources: TensorFlow's core/protobuf/tensor_bundle.proto and
 core/util/tensor_bundle. Nothing is trusted: every length is checked before it is used, every block and
 tensor against its checksum, and shards have names made here, never names from a file.
 """
@@ -11,22 +11,19 @@ import dataclasses
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import google_crc32c
 import numpy as np
 
 from parity.config import GPTConfig
 from parity.errors import InputError
+from parity.leveldb import DamageError, encode_varint, masked_crc, read_table, read_varint, write_table
 
 PREFIX = "model.ckpt"
 _HPARAMS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
-_FOOTER, _TRAILER = 48, 5
-_MAGIC = 0xDB4775248B80FB57
 _MOST_INDEX_BYTES = 64 * 2**20  # 1558M has 21 kB
-_RESTART_EVERY = 16
 # types.proto; GPT-2 is float32, and the others are what such a file may also hold.
 _DTYPES: dict[int, np.dtype] = {
     1: np.dtype("<f4"),
@@ -36,10 +33,6 @@ _DTYPES: dict[int, np.dtype] = {
     19: np.dtype("<f2"),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-
-
-class _DamageError(Exception):
-    """What is wrong; the caller adds the file's name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +50,7 @@ class StoredTensor:
         with self.path.open("rb") as file:
             file.seek(self.offset)
             data = file.read(math.prod(self.shape) * self.dtype.itemsize)
-        if _masked_crc(data) != self.crc:
+        if masked_crc(data) != self.crc:
             raise InputError(f"{self.path}: {self.name} is damaged (its crc32c differs); fetch the file again")
         return np.frombuffer(data, self.dtype).reshape(self.shape).astype(dtype or self.dtype, copy=False)
 
@@ -128,12 +121,12 @@ def read_bundle(prefix: Path) -> dict[str, StoredTensor]:
     try:
         size = index.stat().st_size
         if size > _MOST_INDEX_BYTES:
-            raise _DamageError(f"{size} bytes are too many for an index")
-        entries = list(_table(index.read_bytes()))
+            raise DamageError(f"{size} bytes are too many for an index")
+        entries = list(read_table(index.read_bytes()))
         return _tensors(entries, prefix)
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read ({error.strerror})") from None
-    except _DamageError as error:
+    except DamageError as error:
         raise InputError(f"{index} is no intact tensor bundle: {error}; fetch the checkpoint again") from None
 
 
@@ -153,48 +146,48 @@ def write_bundle(prefix: Path, arrays: Mapping[str, np.ndarray]) -> None:
             dims = b"".join(_message_field(2, _varint_field(1, dim)) for dim in array.shape)
             entry = _varint_field(1, _CODES[little]) + _message_field(2, dims)
             entry += (_varint_field(4, offset) if offset else b"") + _varint_field(5, len(content))
-            entry += bytes([6 << 3 | 5]) + struct.pack("<I", _masked_crc(content))
+            entry += bytes([6 << 3 | 5]) + struct.pack("<I", masked_crc(content))
             entries.append((name.encode(), entry))
             offset += len(content)
-    prefix.with_name(f"{prefix.name}.index").write_bytes(_write_table(entries))
+    prefix.with_name(f"{prefix.name}.index").write_bytes(write_table(entries))
 
 
 def _tensors(entries: list[tuple[bytes, bytes]], prefix: Path) -> dict[str, StoredTensor]:
     if not entries or entries[0][0] != b"":
-        raise _DamageError("it has no header")
+        raise DamageError("it has no header")
     header = _message(entries[0][1])
     shards = _integer(header, 1)
     if _integer(header, 2):
-        raise _DamageError("it is big-endian")
+        raise DamageError("it is big-endian")
     if not 1 <= shards <= 99_999:
-        raise _DamageError(f"it claims {shards} shards")
+        raise DamageError(f"it claims {shards} shards")
     sizes: dict[Path, int] = {}
     tensors: dict[str, StoredTensor] = {}
     for key, value in entries[1:]:
         try:
             name = key.decode()
         except UnicodeDecodeError:
-            raise _DamageError(f"the name {key!r} is not UTF-8") from None
+            raise DamageError(f"the name {key!r} is not UTF-8") from None
         fields = _message(value)
         if 7 in fields:
-            raise _DamageError(f"{name} is partitioned, which GPT-2's variables are not")
+            raise DamageError(f"{name} is partitioned, which GPT-2's variables are not")
         dtype = _DTYPES.get(_integer(fields, 1))
         if dtype is None:
-            raise _DamageError(f"{name} has TensorFlow's dtype {_integer(fields, 1)}, not one of floats and integers")
+            raise DamageError(f"{name} has TensorFlow's dtype {_integer(fields, 1)}, not one of floats and integers")
         shape = _shape(name, fields)
         shard, offset, size = (_integer(fields, number) for number in (3, 4, 5))
         if shard >= shards:
-            raise _DamageError(f"{name} is in shard {shard} of {shards}")
+            raise DamageError(f"{name} is in shard {shard} of {shards}")
         path = prefix.with_name(f"{prefix.name}.data-{shard:05d}-of-{shards:05d}")
         if path not in sizes:
             sizes[path] = path.stat().st_size
         if size != math.prod(shape) * dtype.itemsize:
-            raise _DamageError(f"{name} of shape {list(shape)} has {size} bytes")
+            raise DamageError(f"{name} of shape {list(shape)} has {size} bytes")
         if offset + size > sizes[path]:
-            raise _DamageError(f"{name} ends at byte {offset + size}, but {path.name} has {sizes[path]}")
+            raise DamageError(f"{name} ends at byte {offset + size}, but {path.name} has {sizes[path]}")
         [crc] = fields.get(6, [None])[-1:]
         if not isinstance(crc, bytes) or len(crc) != 4:
-            raise _DamageError(f"{name} has no crc32c")
+            raise DamageError(f"{name} has no crc32c")
         tensors[name] = StoredTensor(name, path, offset, shape, dtype, struct.unpack("<I", crc)[0])
     return tensors
 
@@ -203,103 +196,15 @@ def _shape(name: str, fields: dict[int, list[int | bytes]]) -> tuple[int, ...]:
     """Dimensions of the TensorShapeProto in field 2."""
     [encoded] = fields.get(2, [b""])[-1:]
     if not isinstance(encoded, bytes):
-        raise _DamageError(f"{name} has no shape")
+        raise DamageError(f"{name} has no shape")
     dims = []
     for part in _message(encoded).get(2, []):
         if not isinstance(part, bytes):
-            raise _DamageError(f"{name} has no shape")
+            raise DamageError(f"{name} has no shape")
         dims.append(_integer(_message(part), 1))
     if len(dims) > 8 or any(dim >= 2**40 for dim in dims):
-        raise _DamageError(f"{name} has the absurd shape {dims}")
+        raise DamageError(f"{name} has the absurd shape {dims}")
     return tuple(dims)
-
-
-# LevelDB's table
-
-
-def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """(key, value) of the whole table, in order."""
-    if len(data) < _FOOTER:
-        raise _DamageError(f"{len(data)} bytes are less than its footer")
-    if struct.unpack("<Q", data[-8:])[0] != _MAGIC:
-        raise _DamageError("it does not end as a table does")
-    footer = data[-_FOOTER:-8]
-    _, place = _handle(footer, 0)  # of the metaindex, which bundles leave empty
-    index, _ = _handle(footer, place)
-    last = None
-    for _, value in _block(data, index):
-        handle, _ = _handle(value, 0)
-        for key, entry in _block(data, handle):
-            if last is not None and key <= last:
-                raise _DamageError(f"the name {key!r} is out of order or there twice")
-            last = key
-            yield key, entry
-
-
-def _handle(data: bytes, place: int) -> tuple[tuple[int, int], int]:
-    offset, place = _varint(data, place)
-    size, place = _varint(data, place)
-    return (offset, size), place
-
-
-def _block(data: bytes, handle: tuple[int, int]) -> Iterator[tuple[bytes, bytes]]:
-    offset, size = handle
-    if offset + size + _TRAILER > len(data) - _FOOTER or size < 4:
-        raise _DamageError(f"a block of {size} bytes at {offset} is outside the file")
-    block, kind = data[offset : offset + size], data[offset + size]
-    [crc] = struct.unpack("<I", data[offset + size + 1 : offset + size + _TRAILER])
-    if _masked_crc(data[offset : offset + size + 1]) != crc:
-        raise _DamageError(f"the block at byte {offset} does not match its crc32c")
-    if kind:
-        raise _DamageError(f"the block at byte {offset} is compressed (kind {kind}), which bundles are not")
-    [restarts] = struct.unpack("<I", block[-4:])
-    end = size - 4 - 4 * restarts
-    if end < 0:
-        raise _DamageError(f"the block at byte {offset} claims {restarts} restarts")
-    place, key = 0, b""
-    while place < end:
-        shared, place = _varint(block, place)
-        own, place = _varint(block, place)
-        length, place = _varint(block, place)
-        if shared > len(key) or place + own + length > end:
-            raise _DamageError(f"an entry of the block at byte {offset} is longer than the block")
-        key = key[:shared] + block[place : place + own]
-        place += own
-        yield key, block[place : place + length]
-        place += length
-
-
-def _write_table(entries: list[tuple[bytes, bytes]]) -> bytes:
-    """One data block, an empty metaindex, an index, the footer."""
-    table = b""
-    handles: list[bytes] = []
-    for block in (entries, [], None):
-        if block is None:
-            block = [(entries[-1][0] + b"\0", handles[0])]
-        content = _write_block(block) + b"\0"  # not compressed
-        handles.append(_encode_varint(len(table)) + _encode_varint(len(content) - 1))
-        table += content + struct.pack("<I", _masked_crc(content))
-    return table + (handles[1] + handles[2]).ljust(_FOOTER - 8, b"\0") + struct.pack("<Q", _MAGIC)
-
-
-def _write_block(entries: list[tuple[bytes, bytes]]) -> bytes:
-    content, restarts, last = b"", [0], b""
-    for number, (key, value) in enumerate(entries):
-        shared = 0
-        if number % _RESTART_EVERY:
-            while shared < min(len(key), len(last)) and key[shared] == last[shared]:
-                shared += 1
-        elif number:
-            restarts.append(len(content))
-        content += b"".join(map(_encode_varint, (shared, len(key) - shared, len(value)))) + key[shared:] + value
-        last = key
-    return content + struct.pack(f"<{len(restarts)}I", *restarts) + struct.pack("<I", len(restarts))
-
-
-def _masked_crc(data: bytes) -> int:
-    """LevelDB's crc32c: rotated and shifted, so that a checksum over checksums stays one."""
-    crc = google_crc32c.value(data)
-    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 # Protocol buffers
@@ -310,20 +215,20 @@ def _message(data: bytes) -> dict[int, list[int | bytes]]:
     fields: dict[int, list[int | bytes]] = {}
     place = 0
     while place < len(data):
-        tag, place = _varint(data, place)
+        tag, place = read_varint(data, place)
         value: int | bytes
         if tag & 7 == 0:
-            value, place = _varint(data, place)
+            value, place = read_varint(data, place)
         elif tag & 7 in (1, 2, 5):
             if tag & 7 == 2:
-                length, place = _varint(data, place)
+                length, place = read_varint(data, place)
             else:
                 length = 8 if tag & 7 == 1 else 4
             if place + length > len(data):
-                raise _DamageError("a field is longer than its message")
+                raise DamageError("a field is longer than its message")
             value, place = data[place : place + length], place + length
         else:
-            raise _DamageError(f"a field has wire type {tag & 7}")
+            raise DamageError(f"a field has wire type {tag & 7}")
         fields.setdefault(tag >> 3, []).append(value)
     return fields
 
@@ -331,34 +236,13 @@ def _message(data: bytes) -> dict[int, list[int | bytes]]:
 def _integer(fields: dict[int, list[int | bytes]], number: int) -> int:
     [value] = fields.get(number, [0])[-1:]
     if not isinstance(value, int):
-        raise _DamageError(f"field {number} is no integer")
+        raise DamageError(f"field {number} is no integer")
     return value
 
 
-def _varint(data: bytes, place: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if place >= len(data):
-            break
-        byte = data[place]
-        place += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, place
-    raise _DamageError("a number does not end")
-
-
-def _encode_varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value >= 0x80:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*encoded, value])
-
-
 def _varint_field(number: int, value: int) -> bytes:
-    return bytes([number << 3]) + _encode_varint(value)
+    return bytes([number << 3]) + encode_varint(value)
 
 
 def _message_field(number: int, content: bytes) -> bytes:
-    return bytes([number << 3 | 2]) + _encode_varint(len(content)) + content
+    return bytes([number << 3 | 2]) + encode_varint(len(content)) + content

@@ -11,6 +11,7 @@ from conftest import BACKENDS, TINY, probing_weights, random_batch
 
 import gpt_jax
 import gpt_torch
+from parity import leveldb
 from parity import openai_checkpoint as bundle
 from parity import weights as table
 from parity.compare import compare
@@ -37,9 +38,9 @@ def data_of(folder):
 
 def rewrite_index(folder, change):
     """Change the entries {name: bytes} and write them with right checksums."""
-    entries = dict(bundle._table(index_of(folder).read_bytes()))
+    entries = dict(leveldb.read_table(index_of(folder).read_bytes()))
     change(entries)
-    index_of(folder).write_bytes(bundle._write_table(sorted(entries.items())))
+    index_of(folder).write_bytes(leveldb.write_table(sorted(entries.items())))
 
 
 def test_round_trip_is_exact(folder):
@@ -56,8 +57,8 @@ def test_round_trip_is_exact(folder):
 def test_names_of_124m_share_prefixes_and_restarts():
     entries = [(name.encode(), b"v" * 40) for name in sorted(table.shapes(table.GPTConfig(), "openai"))]
     assert len(entries) == 148
-    written = bundle._write_table(entries)
-    assert list(bundle._table(written)) == entries
+    written = leveldb.write_table(entries)
+    assert list(leveldb.read_table(written)) == entries
     assert written.count(b"model/h") < 30  # prefix-compressed
 
 
@@ -74,7 +75,7 @@ def test_several_shards_and_other_dtypes(tmp_path):
             2, bundle._message_field(2, bundle._varint_field(1, 6))
         )
         fields += bundle._varint_field(3, 1) + bundle._varint_field(5, 12)
-        crc = struct.pack("<I", bundle._masked_crc(data[32:]))
+        crc = struct.pack("<I", leveldb.masked_crc(data[32:]))
         entries[b"b"] = fields + bytes([6 << 3 | 5]) + crc
 
     rewrite_index(tmp_path, two_shards)
@@ -218,7 +219,7 @@ def test_mutated_indexes_give_our_error_or_the_right_values(folder):
     original = index_of(folder).read_bytes()
     wanted = bundle.read_bundle(folder / "model.ckpt")
     generator = np.random.default_rng(0)
-    block_size = next(iter(bundle._handle(original[-48:], 0)))[0]  # the metaindex begins after block and trailer
+    block_size = next(iter(leveldb._handle(original[-48:], 0)))[0]  # the metaindex begins after block and trailer
     refused = 0
     for number in range(20_000):
         data = bytearray(original)
@@ -233,7 +234,7 @@ def test_mutated_indexes_give_our_error_or_the_right_values(folder):
                 data[place:place] = generator.bytes(int(generator.integers(1, 9)))
         if number % 2 and len(data) == len(original):
             content = bytes(data[: block_size - 4])
-            data[block_size - 4 : block_size] = struct.pack("<I", bundle._masked_crc(content))
+            data[block_size - 4 : block_size] = struct.pack("<I", leveldb.masked_crc(content))
         index_of(folder).write_bytes(data)
         try:
             found = bundle.read_bundle(folder / "model.ckpt")
@@ -241,7 +242,7 @@ def test_mutated_indexes_give_our_error_or_the_right_values(folder):
                 array = np.asarray(tensor)
                 assert name not in wanted or array.nbytes != 0
                 if name in wanted and tensor != wanted[name]:  # another place with the checksum of its bytes
-                    assert bundle._masked_crc(array.tobytes()) == tensor.crc
+                    assert leveldb.masked_crc(array.tobytes()) == tensor.crc
         except InputError:
             refused += 1
     assert refused > 15_000
