@@ -1,15 +1,19 @@
 """GPT-2 in Flax NNX, compiled by XLA."""
 
-from gpt_jax.generate import generate
+from gpt_jax.decoding import for_decoding
+from gpt_jax.generate import generate, generate_text_simple, stream
 from gpt_jax.model import GPTModel
 from gpt_jax.pretrained import export_weights, load_pretrained, load_weights, load_weights_into_gpt, save_pretrained
 
 __all__ = [
     "GPTModel",
     "export_weights",
+    "for_decoding",
     "generate",
+    "generate_text_simple",
     "load_pretrained",
     "load_weights",
     "load_weights_into_gpt",
     "save_pretrained",
+    "stream",
 ]

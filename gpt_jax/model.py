@@ -21,7 +21,9 @@ from parity.config import LAYER_NORM_EPS, GPTConfig, as_config
 from parity.tokens import check_tokens
 from parity.weights import initial_weights
 
-Cache = list[tuple[Array, Array]]  # for each layer keys and values, both [B, S, N, H]
+# For each layer keys and values, both [BN, S, H]. Rows and heads are one axis, or XLA would copy the
+# whole cache for each token, to merge them for its products.
+Cache = list[tuple[Array, Array]]
 
 
 # Weights come from parity.weights.initial_weights or from a file; until then they are zeros.
@@ -44,27 +46,30 @@ class MultiHeadAttention(nnx.Module):
 
     def __init__(self, config: GPTConfig, attention: str):
         self.attention = attention
+        self.n_head = config.n_head
         self.drop_rate = config.drop_rate
         self.qkv_proj = Linear(config.n_embd, (3, config.n_head, config.head_width), use_bias=config.qkv_bias)
         self.out_proj = Linear((config.n_head, config.head_width), config.n_embd, axis=(-2, -1))
 
     def __call__(self, x: Array, mask: Array, cache=None, slot=0, key: Array | None = None):
         q, k, v = jnp.moveaxis(self.qkv_proj(x), 2, 0)  # each [B, T, N, H]
+        if self.attention == "cudnn" and cache is None:
+            return self.out_proj(self._cudnn(q, k, v)), None  # [B, T, D]
+        q, k, v = (merge_heads(a) for a in (q, k, v))  # [BN, T, H]
         if cache is not None:
             k, v = cache = tuple(
                 jax.lax.dynamic_update_slice_in_dim(buffer, new, slot, axis=1)
                 for buffer, new in zip(cache, (k, v), strict=True)
-            )  # [B, S, N, H]
-        fused = self.attention == "cudnn" and cache is None
-        z = self._cudnn(q, k, v) if fused else self._explicit(q, k, v, mask, key)
-        return self.out_proj(z), cache  # [B, T, D]
+            )  # [BN, S, H]
+        z = self._explicit(q, k, v, mask, key).reshape(-1, self.n_head, *q.shape[1:])  # [B, N, T, H]
+        return self.out_proj(z.swapaxes(1, 2)), cache  # [B, T, D]
 
     def _explicit(self, q: Array, k: Array, v: Array, mask: Array, key: Array | None) -> Array:
-        scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) / math.sqrt(q.shape[-1])
-        scores = at_least_float32(scores)
+        scores = jnp.einsum("GTH,GSH->GTS", q, k) / math.sqrt(q.shape[-1])  # G: BN
+        scores = at_least_float32(scores).reshape(-1, self.n_head, *scores.shape[1:])  # [B, N, T, S]
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-        pattern = dropout(jax.nn.softmax(scores, axis=-1).astype(v.dtype), self.drop_rate, key)  # [B, N, T, S]
-        return jnp.einsum("BNTS,BSNH->BTNH", pattern, v)
+        pattern = dropout(jax.nn.softmax(scores, axis=-1).astype(v.dtype), self.drop_rate, key)
+        return jnp.einsum("GTS,GSH->GTH", pattern.reshape(-1, *pattern.shape[2:]), v)
 
     def _cudnn(self, q: Array, k: Array, v: Array) -> Array:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
@@ -172,11 +177,11 @@ class GPTModel(nnx.Module):
         x, _ = jax.lax.scan(layer, x, (self.trf_blocks, layer_keys), unroll=self.unroll)
         return self._logits(x)
 
-    def decode(self, tokens: Array, cache: Cache, slot, first: Array, blocks: list[TransformerBlock]):
+    def decode(self, tokens: Array, cache: Cache, slot, first: Array):
         """Logits [B, V] after the last of `tokens` [B, T], which take the cache slots from `slot` on.
 
         Row b begins at slot first[b]: earlier slots are padding, and positions count from there.
-        `blocks`: from unstack(), made once outside a loop. Returns (logits, written cache).
+        Returns (logits, written cache). For a model from gpt_jax.for_decoding, whose layers lie apart.
         """
         slots = jnp.arange(cache[0][0].shape[1])  # [S]
         queries = slot + jnp.arange(tokens.shape[1])  # [T]
@@ -184,30 +189,30 @@ class GPTModel(nnx.Module):
         positions = jnp.clip(queries - first[:, None], 0, self.config.n_ctx - 1)  # [B, T]
         x = self.tok_emb(tokens) + self.pos_emb(positions)  # [B, T, D]
         written = []
-        for block, layer_cache in zip(blocks, cache, strict=True):
+        for block, layer_cache in zip(self.trf_blocks, cache, strict=True):
             x, layer_cache = block(x, mask[:, None], layer_cache, slot)
             written.append(layer_cache)
         return self._logits(x[:, -1]), written
 
-    def unstack(self) -> list[TransformerBlock]:
-        """The blocks as modules of their own, so that a loop reads weights without slicing them."""
-        return [jax.tree.map(lambda a, i=i: a[i], self.trf_blocks) for i in range(self.config.n_layer)]
-
     def new_cache(self, batch: int, length: int) -> Cache:
         """Empty keys and values of `length` slots for each layer."""
         dtype = self.tok_emb.embedding[...].dtype
-        shape = (batch, length, self.config.n_head, self.config.head_width)  # [B, S, N, H]
+        shape = (batch * self.config.n_head, length, self.config.head_width)  # [BN, S, H]
         return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.config.n_layer)]
 
     def _logits(self, x: Array) -> Array:
         x = self.final_norm(x)  # [..., D]
-        if not self.config.tied_head:
-            return at_least_float32(self.out_head(x))  # [..., V]
-        return at_least_float32(jnp.einsum("...D,VD->...V", x, self.tok_emb.embedding[...]))
+        head = self.tok_emb.attend if self.config.tied_head else self.out_head
+        return at_least_float32(head(x))  # [..., V]
 
 
 def at_least_float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def merge_heads(x: Array) -> Array:
+    """[B, T, N, H] -> [BN, T, H]"""
+    return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:

@@ -1,6 +1,6 @@
 """GPT-2 in PyTorch: the readable reference."""
 
-from gpt_torch.generate import generate
+from gpt_torch.generate import generate, generate_text_simple, stream
 from gpt_torch.model import GPTModel
 from gpt_torch.pretrained import export_weights, load_pretrained, load_weights, load_weights_into_gpt, save_pretrained
 
@@ -8,8 +8,10 @@ __all__ = [
     "GPTModel",
     "export_weights",
     "generate",
+    "generate_text_simple",
     "load_pretrained",
     "load_weights",
     "load_weights_into_gpt",
     "save_pretrained",
+    "stream",
 ]

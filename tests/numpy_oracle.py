@@ -62,19 +62,31 @@ def directional_derivative(config, weights, inputs, targets, name, direction):
     return loss(config, moved, inputs, targets).imag / step
 
 
-def choose(logits, u, temperature=1.0, top_k=None, top_p=None):
-    """One row of logits [V] and one uniform -> token id, by the rules of parity/sampling.py."""
+def keep(logits, seen=(), temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None):
+    """One row of logits [V] -> probabilities [V], zero where dropped, by the rules of parity/sampling.py."""
+    logits = logits.astype(np.float64)
+    for token in set(seen) if repetition_penalty is not None else ():
+        logits[token] *= 1 / repetition_penalty if logits[token] > 0 else repetition_penalty
     if temperature == 0:
-        return int(logits.argmax())
+        return np.arange(len(logits)) == logits.argmax()
     logits = logits / temperature
     if top_k is not None:
         logits = np.where(logits < np.sort(logits)[-top_k], -np.inf, logits)
     probs = np.exp(logits - logits.max())
     probs /= probs.sum()
+    largest = probs.max()
     if top_p is not None:
         ordered = np.sort(probs)[::-1]
         last = ordered[np.flatnonzero(np.cumsum(ordered) - ordered < top_p)[-1]]
         probs = np.where(probs < last, 0, probs)
+    if min_p is not None:
+        probs = np.where(probs < min_p * largest, 0, probs)
+    return probs
+
+
+def choose(logits, u, seen=(), **options):
+    """One row of logits [V] and one uniform -> token id."""
+    probs = keep(logits, seen, **options)
     cdf = probs.cumsum()
     beyond = np.flatnonzero((cdf > u * cdf[-1]) & (probs > 0))
     return int(beyond[0] if len(beyond) else np.flatnonzero(probs)[-1])

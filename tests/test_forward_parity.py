@@ -46,7 +46,9 @@ def both(config, weights, x, run):
 
 
 def first_block(model):
-    return model.trf_blocks[0] if hasattr(model.trf_blocks, "__len__") else model.unstack()[0]
+    if isinstance(model, gpt_jax.GPTModel):
+        return jax.tree.map(lambda a: a[0], model.trf_blocks)
+    return model.trf_blocks[0]
 
 
 def oracle_norm2(w, x):

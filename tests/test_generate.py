@@ -7,14 +7,27 @@ import numpy_oracle as oracle
 import pytest
 import torch
 from conftest import TINY, probing_weights
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import gpt_jax
 import gpt_torch
-from gpt_jax.generate import _loop
+from gpt_jax.generate import _cached_loop, _start, numbers_and_rules
 from gpt_jax.generate import choose as choose_jax
+from gpt_jax.generate import kept as kept_jax
+from gpt_jax.generate import penalised as penalised_jax
 from gpt_torch.generate import choose as choose_torch
+from gpt_torch.generate import kept as kept_torch
+from gpt_torch.generate import penalised as penalised_torch
 from parity.errors import InputError
 from parity.noise import uniforms
+from parity.sampling import Sampling
 
 PROMPTS = [[5], [1, 2, 3], [90, 0, 7, 7, 31, 2, 4]]
 OPTIONS = [
@@ -24,6 +37,9 @@ OPTIONS = [
     {"temperature": 1.3, "top_p": 0.8},
     {"temperature": 0.9, "top_k": 40, "top_p": 0.95},
     {"temperature": 1.0, "top_k": 1},
+    {"temperature": 0, "repetition_penalty": 1.5},
+    {"temperature": 1.1, "min_p": 0.1},
+    {"temperature": 0.9, "top_k": 30, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2},
 ]
 
 
@@ -34,13 +50,13 @@ def models():
     return pair
 
 
-def by_oracle(prompt, row, new, options, seed):
+def by_oracle(prompt, row, new, options, seed, context_size=TINY.n_ctx):
     """No cache, no padding, float64."""
     weights = probing_weights(TINY)
     tokens = list(prompt)
     for u in uniforms(seed, np.array([row]), np.array([len(prompt)]), new)[0]:
-        logits = oracle.logits(TINY, weights, np.array([tokens]))[0, -1]
-        tokens.append(oracle.choose(logits, u, **options))
+        logits = oracle.logits(TINY, weights, np.array([tokens[-context_size:]]))[0, -1]
+        tokens.append(oracle.choose(logits, u, tokens, **options))
     return tokens
 
 
@@ -59,20 +75,180 @@ def test_seeds_differ_and_repeat():
         assert a == b != c
 
 
-@pytest.mark.parametrize("options", OPTIONS[:5], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_choose_against_the_oracle(options):
     """Many rows, ties among them, and uniforms at both ends."""
     generator = np.random.default_rng(0)
     logits = generator.normal(size=(500, 97)) * 3
     logits[::3] = np.round(logits[::3])  # ties
+    seen = generator.random((500, 97)) < 0.3
     u = np.concatenate([[0.0, 1 - 2.0**-24], generator.random(498)]).astype(np.float32)
-    want = [oracle.choose(row, x, **options) for row, x in zip(logits, u.astype(np.float64), strict=True)]
-    top_k, top_p, t = options.get("top_k"), options.get("top_p"), options["temperature"]
-    got = choose_torch(torch.from_numpy(logits), torch.from_numpy(u), t, top_k, top_p)
+    want = [
+        oracle.choose(row, x, np.flatnonzero(s), **options)
+        for row, s, x in zip(logits, seen, u.astype(np.float64), strict=True)
+    ]
+    sampling = Sampling(**options)
+    got = choose_torch(torch.from_numpy(logits), torch.from_numpy(seen), torch.from_numpy(u), sampling)
     assert got.tolist() == want
     with jax.enable_x64(True):
-        got = choose_jax(jnp.asarray(logits), jnp.asarray(u), t, top_p or 1.0, t == 0, top_k, top_p is not None)
+        got = choose_jax(jnp.asarray(logits), jnp.asarray(seen), jnp.asarray(u), *numbers_and_rules(sampling))
     assert got.tolist() == want
+
+
+@pytest.mark.parametrize("options", [options for options in OPTIONS if options["temperature"] > 0], ids=str)
+def test_keeps_what_the_logits_processors_of_hugging_face_keep(options):
+    generator = np.random.default_rng(1)
+    logits = (generator.normal(size=(200, 97)) * 3).astype(np.float32)
+    ids = generator.integers(0, 97, (200, 12))
+    processors = LogitsProcessorList()
+    if "repetition_penalty" in options:
+        processors.append(RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]))
+    processors.append(TemperatureLogitsWarper(options["temperature"]))
+    for name, processor in (("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper), ("min_p", MinPLogitsWarper)):
+        if name in options:
+            processors.append(processor(options[name]))
+    theirs = processors(torch.from_numpy(ids), torch.from_numpy(logits)).softmax(dim=-1).numpy()
+    seen = np.zeros(logits.shape, bool)
+    np.put_along_axis(seen, ids, True, axis=1)
+    sampling = Sampling(**options)
+    numbers, rules = numbers_and_rules(sampling)
+    ours = {
+        "torch": kept_torch(penalised_torch(torch.from_numpy(logits), torch.from_numpy(seen), sampling), sampling).numpy(),
+        "jax": np.asarray(kept_jax(penalised_jax(jnp.asarray(logits), jnp.asarray(seen), numbers, rules), numbers, rules)),
+    }
+    for probs in ours.values():
+        np.testing.assert_array_equal(probs > 0, theirs > 0)
+        np.testing.assert_allclose(probs / probs.sum(axis=1, keepdims=True), theirs, rtol=2e-5, atol=1e-9)
+
+
+def test_stop_sequences_end_a_row_with_their_last_token():
+    for package, model in zip((gpt_torch, gpt_jax), models(), strict=True):
+        whole = package.generate(model, PROMPTS, 16, seed=4)
+        stop = [whole[0][5:8], whole[2][10:11], [96] * 30]
+        rows = package.generate(model, PROMPTS, 16, seed=4, stop=stop)
+        for prompt, row, cut in zip(PROMPTS, whole, rows, strict=True):
+            ends = [
+                end
+                for end in range(len(prompt) + 1, len(row) + 1)
+                if any(end - len(s) >= len(prompt) and row[end - len(s) : end] == s for s in stop)
+            ]
+            assert cut == row[: ends[0] if ends else None]
+        assert rows[0] == whole[0][:8]
+        # a stop that begins in the prompt is none
+        assert package.generate(model, [[1, 2, 3]], 4, seed=4, stop=[[3, whole[1][3]]])[0][:3] == [1, 2, 3]
+        assert len(package.generate(model, PROMPTS[:2], 16, seed=4, stop=[[3, whole[1][3]]])[1]) == 19
+
+
+def test_samples_are_rows_of_their_own_and_parts_make_the_whole():
+    for package, model in zip((gpt_torch, gpt_jax), models(), strict=True):
+        rows = package.generate(model, PROMPTS, 8, samples=3, seed=5)
+        assert rows == package.generate(model, [p for p in PROMPTS for _ in range(3)], 8, seed=5)
+        assert len({tuple(row) for row in rows}) == 9
+        assert rows[3:6] == package.generate(model, PROMPTS[1:2], 8, samples=3, seed=5, first_row=3)
+
+
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[1], OPTIONS[-1]], ids=str)
+def test_a_row_does_not_depend_on_its_neighbours(options):
+    for package, model in zip((gpt_torch, gpt_jax), models(), strict=True):
+        together = package.generate(model, PROMPTS, 17, seed=6, **options)
+        alone = [package.generate(model, [p], 17, seed=6, first_row=i, **options)[0] for i, p in enumerate(PROMPTS)]
+        assert together == alone
+
+
+def test_logprobs_are_the_models_own():
+    weights = probing_weights(TINY)
+    for package, model in zip((gpt_torch, gpt_jax), models(), strict=True):
+        rows, logprobs = package.generate(
+            model, PROMPTS, 9, seed=1, top_k=5, temperature=0.5, eos_id=3, return_logprobs=True
+        )
+        for prompt, row, got in zip(PROMPTS, rows, logprobs, strict=True):
+            z = oracle.logits(TINY, weights, np.array([row]))[0, len(prompt) - 1 : -1]
+            want = z - np.log(np.exp(z).sum(-1, keepdims=True))
+            want = np.take_along_axis(want, np.array(row[len(prompt) :])[:, None], 1)[:, 0]
+            np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("every", [1, 3, 100])
+def test_stream_yields_what_generate_returns(every):
+    options = {"seed": 4, "top_p": 0.9}
+    for package, model in zip((gpt_torch, gpt_jax), models(), strict=True):
+        eos = package.generate(model, PROMPTS, 30, **options)[1][9]
+        whole = package.generate(model, PROMPTS, 30, eos_id=eos, **options)
+        extra = {"every": every} if package is gpt_jax else {}
+        steps = list(package.stream(model, PROMPTS, 30, eos_id=eos, **options, **extra))
+        for row, (prompt, want) in enumerate(zip(PROMPTS, whole, strict=True)):
+            tokens = [step[row] for step in steps]
+            length = len(want) - len(prompt)
+            assert tokens[:length] == want[len(prompt) :]
+            assert set(tokens[length:]) <= {None}
+
+
+@pytest.mark.parametrize("context_size", [None, 9])
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[1], OPTIONS[-1]], ids=str)
+def test_beyond_the_context_is_cropped_as_in_the_notebook(options, context_size):
+    """TINY holds 24 positions; 50 new tokens."""
+    for seed in range(2):
+        want = [
+            by_oracle(prompt, row, 50, options, seed, context_size or TINY.n_ctx) for row, prompt in enumerate(PROMPTS)
+        ]
+        for package, model in zip((gpt_torch, gpt_jax), models(), strict=True):
+            assert package.generate(model, PROMPTS, 50, context_size, seed=seed, **options) == want
+
+
+def test_overflow_stop_ends_where_the_context_is_full():
+    for package, model in zip((gpt_torch, gpt_jax), models(), strict=True):
+        cropped = package.generate(model, PROMPTS, 50)
+        stopped = package.generate(model, PROMPTS, 50, overflow="stop")
+        assert stopped == [row[: TINY.n_ctx] for row in cropped]
+        full = [[1] * TINY.n_ctx]
+        assert package.generate(model, full, 5, overflow="stop") == full
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_float64_equals_exactly_cached_and_cropped(options):
+    weights = probing_weights(TINY)
+    with jax.enable_x64(True):
+        rows = [
+            package.generate(package.backend.build(TINY, weights), PROMPTS, 40, seed=8, **options)
+            for package in (gpt_torch, gpt_jax)
+        ]
+    want = [by_oracle(prompt, row, 40, options, 8) for row, prompt in enumerate(PROMPTS)]
+    assert rows == [want, want]
+
+
+def test_the_notebooks_functions():
+    ids = [[5, 6, 7], [1, 2, 3]]
+    ours_torch, ours_jax = models()
+    for package, model, array in (
+        (gpt_torch, ours_torch, torch.tensor(ids)),
+        (gpt_jax, ours_jax, jnp.asarray(ids)),
+    ):
+        greedy = package.generate(model, ids, 30, temperature=0)
+        out = package.generate_text_simple(model=model, idx=array, max_new_tokens=30, context_size=TINY.n_ctx)
+        assert type(out) is type(array)
+        assert out.dtype == array.dtype
+        assert out.tolist() == greedy
+        assert package.generate(model=model, idx=array, max_new_tokens=30, context_size=24).tolist() == greedy
+        sampled = package.generate(model, array, 9, 24, 1.4, 25)
+        assert sampled.tolist() == package.generate(model, ids, 9, temperature=1.4, top_k=25)
+        eos = greedy[0][8]
+        cut = package.generate(model, array[:1], 30, 24, eos_id=eos).tolist()[0]
+        assert cut == greedy[0][: greedy[0].index(eos, 3)]
+        long = array.repeat(1, 20) if package is gpt_torch else jnp.tile(array, (1, 20))
+        assert package.generate_text_simple(model, long, 2, 24).shape == (2, 62)
+
+
+def test_logits_that_are_not_finite_name_the_step():
+    for package in (gpt_torch, gpt_jax):
+        weights = probing_weights(TINY, np.float32)
+        weights["wpe.weight"][5] = np.nan
+        with pytest.warns(UserWarning, match="not finite"):
+            model = package.backend.build(TINY, weights)
+        with pytest.raises(InputError, match="not finite at new token 4"):
+            package.generate(model, [[1, 2]], 10)
+        with pytest.raises(InputError, match="not finite at new token 0"):
+            package.generate(model, [[1] * 6], 10)
+        assert len(package.generate(model, [[1, 2]], 4)[0]) == 6
 
 
 def test_cut_after_eos():
@@ -89,10 +265,11 @@ def test_cut_after_eos():
 def test_a_bucket_compiles_once():
     model = models()[1]
     gpt_jax.generate(model, [[1, 2]], 3)
-    before = _loop._cache_size()
+    before = _start._cache_size(), _cached_loop._cache_size()
     for prompt, new, seed, temperature in [([1], 16, 1, 0.7), ([3] * 8, 9, 2, 1.5), ([4] * 7, 1, 3, 1.0)]:
         gpt_jax.generate(model, [prompt], new, seed=seed, temperature=temperature)
-    assert _loop._cache_size() == before
+        list(gpt_jax.stream(model, [prompt], new, seed=seed, temperature=temperature))
+    assert (_start._cache_size(), _cached_loop._cache_size()) == before
 
 
 def test_torch_mode_is_restored():
@@ -122,7 +299,17 @@ def test_noise_depends_on_seed_row_and_position_only():
         ([[1], [97]], {}, "token id 97"),
         ([[-1]], {}, "token id -1"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
-        ([[1] * 20], {"max_new_tokens": 5}, "exceeds the model's context"),
+        ([[1] * 30], {"context_size": 25}, "context_size"),
+        ([[1] * 30], {"context_size": 0}, "context_size"),
+        ([[1] * 30 + [97]], {"context_size": 9}, "token id 97"),
+        ([[1]], {"overflow": "wrap"}, "overflow"),
+        ([[1]], {"samples": 0}, "samples"),
+        ([[1]], {"stop": [[]]}, "stop"),
+        ([[1]], {"stop": [[97]]}, "stop"),
+        ([[1]], {"min_p": 1.5}, "min_p"),
+        ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty"),
+        ([[1]], {"repetition_penalty": float("nan")}, "repetition_penalty"),
+        ([[1]], {"first_row": -1}, "first_row"),
         ([[1] * 25], {"max_new_tokens": 1}, "more than the model's context"),
         ([[1]], {"temperature": -0.1}, "temperature"),
         ([[1]], {"temperature": float("nan")}, "temperature"),

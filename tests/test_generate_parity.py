@@ -1,0 +1,100 @@
+"""20,000 sampled tokens over a grid of options: torch and Flax agree at GPT-2 124M's widths.
+
+Float32 sums differ in their last bits, so a uniform that falls within rounding of a boundary may
+choose the neighbour. Such a place is named, proved to be one in float64, and counted.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import numpy_oracle as oracle
+import pytest
+from conftest import probing_weights
+
+import gpt_jax
+import gpt_torch
+from parity.config import PRESETS
+from parity.noise import uniforms
+
+GRID = [
+    {"temperature": 0},
+    {"temperature": 0, "repetition_penalty": 1.3},
+    {"temperature": 0.7, "top_k": 50},
+    {"temperature": 1.0, "top_k": 40, "top_p": 0.95},
+    {"temperature": 0.8, "top_p": 0.9},
+    {"temperature": 1.0, "min_p": 0.05},
+    {"temperature": 1.2, "top_k": 200, "min_p": 0.02, "repetition_penalty": 1.1},
+    {"temperature": 0.5},
+]
+ROWS, NEW = 26, 100
+NEAR = 2e-5  # a probability or a logit's relative difference that float32 sums may move
+
+
+def peaked(config, seed=0):
+    """Random weights with a distribution as peaked as a trained model's: untrained, all tokens are alike."""
+    weights = probing_weights(config, np.float32, seed=seed)
+    weights["ln_f.weight"] = weights["ln_f.weight"] * np.float32(PEAKED)
+    return weights
+
+
+PEAKED = 1.0
+
+
+def is_boundary(config, weights, row, at, seed, number, options):
+    """Whether float64 puts this choice within rounding of another one."""
+    row = np.array(row[:at])
+    logits = oracle.logits(config, weights, row[None])[0, -1].astype(np.float64)
+    [[u]] = uniforms(seed, np.array([number]), np.array([at]), 1)
+    choices = set()
+    for shift in (-NEAR, 0, NEAR):
+        for scale in (1 - NEAR, 1, 1 + NEAR):
+            moved = {name: value * scale if name in ("top_p", "min_p") else value for name, value in options.items()}
+            choices.add(oracle.choose(logits, min(max(u + shift, 0), 1 - 1e-9), row, **moved))
+    if options["temperature"] == 0:
+        probs = oracle.keep(logits, row, **{**options, "temperature": 1.0})
+        top = np.sort(np.log(probs[probs > 0]))[-2:]
+        return top[1] - top[0] < NEAR
+    return len(choices) > 1
+
+
+def compare(config, options, seed, rows=ROWS, new=NEW):
+    """(tokens compared, boundaries met) of one request with ragged prompts."""
+    weights = peaked(config)
+    generator = np.random.default_rng(seed)
+    prompts = [generator.integers(0, config.n_vocab, n).tolist() for n in generator.integers(1, 30, rows)]
+    ours = [
+        package.generate(package.backend.build(config, weights), prompts, new, seed=seed, **options)
+        for package in (gpt_torch, gpt_jax)
+    ]
+    tokens, boundaries = 0, []
+    for number, (prompt, a, b) in enumerate(zip(prompts, *ours, strict=True)):
+        assert len(a) == len(b) == len(prompt) + new
+        differs = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
+        tokens += (differs[0] if differs else len(a)) - len(prompt)
+        if differs:
+            at = differs[0]
+            assert is_boundary(config, {k: v.astype(np.float64) for k, v in weights.items()}, a, at, seed, number, options), (
+                f"{options} row {number} token {at}: torch {a[at]}, jax {b[at]}, and no boundary near"
+            )
+            boundaries.append(f"{options} row {number} token {at}")
+    return tokens, boundaries
+
+
+def report(results):
+    tokens = sum(count for count, _ in results)
+    boundaries = [place for _, places in results for place in places]
+    print(f"{tokens:,} sampled tokens compared, {len(boundaries)} at a boundary: {boundaries}")
+    assert len(boundaries) <= -(-tokens // 100_000)
+    return tokens
+
+
+def test_same_tokens_over_the_grid():
+    config = dataclasses.replace(PRESETS["124M"], n_layer=2)
+    assert report([compare(config, options, seed) for seed, options in enumerate(GRID)]) >= 20_000
+
+
+@pytest.mark.slow
+def test_same_tokens_at_the_full_shape():
+    config = PRESETS["124M"]
+    assert report([compare(config, options, seed, rows=8, new=160) for seed, options in enumerate(GRID)]) >= 8_000
