@@ -6,7 +6,7 @@ EXTRAS ?= test,dev,tf
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup train test test-pretrained check bench clean
+.PHONY: setup train test test-slow test-pretrained check bench clean
 
 setup: $(VENV)/.ready
 
@@ -21,6 +21,9 @@ train: setup
 
 test: setup
 	$(RUN) -m pytest
+
+test-slow: setup
+	$(RUN) -m pytest -m slow
 
 # Needs OpenAI's 124M in the cache: python scripts/download_gpt2.py 124M
 test-pretrained: setup

@@ -2,11 +2,12 @@
 
 from gpt_jax.decoding import for_decoding
 from gpt_jax.generate import generate, generate_text_simple, stream
-from gpt_jax.model import GPTModel
+from gpt_jax.model import GPTModel, cast
 from gpt_jax.pretrained import export_weights, load_pretrained, load_weights, load_weights_into_gpt, save_pretrained
 
 __all__ = [
     "GPTModel",
+    "cast",
     "export_weights",
     "for_decoding",
     "generate",

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt_jax.model import GPTModel
+from gpt_jax.model import GPTModel, cast
 from gpt_jax.pretrained import export_weights, load_weights
-from gpt_jax.train import calc_loss, cast
+from gpt_jax.train import calc_loss
 from parity.backend import Weights
 from parity.config import GPTConfig
 

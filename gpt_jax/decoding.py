@@ -8,6 +8,7 @@ nearly the speed of memory, for one row or for eight. docs/performance.md has th
 import functools
 import math
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,12 +66,12 @@ def for_decoding(model: GPTModel) -> GPTModel:
     if isinstance(model.trf_blocks, nnx.List):
         return model
     [device] = model.tok_emb.embedding[...].devices()
-    groups = len(os.sched_getaffinity(0)) if device.platform == "cpu" else None
-    return _lay_out(model, groups)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return _lay_out(model, cores if device.platform == "cpu" else None)
 
 
 @functools.partial(jax.jit, static_argnames="groups")
-def _lay_out(model: GPTModel, groups: int | None) -> GPTModel:
+def _lay_out(model: Any, groups: int | None) -> GPTModel:
     blocks = [jax.tree.map(lambda a, i=i: a[i], model.trf_blocks) for i in range(model.config.n_layer)]
     if groups is not None:
         for block in blocks:

@@ -46,9 +46,8 @@ def generate(
     a row that met `eos_id` ends before it, and is filled up with it if others are longer.
     """
     ids = prompts if idx is None else idx
-    as_notebook = isinstance(ids, Array)
     if temperature is None:
-        temperature = 0.0 if as_notebook else 1.0
+        temperature = 0.0 if isinstance(ids, Array) else 1.0
     request = prepare(
         model.config,
         ids.tolist() if isinstance(ids, Array) else ids or [],
@@ -69,7 +68,7 @@ def generate(
     for step, state in _run(model, request, request.max_new_tokens):  # noqa: B007
         pass
     rows = request.rows(np.asarray(state.new_tokens), np.asarray(state.lengths))
-    if as_notebook:
+    if isinstance(ids, Array):
         return jnp.asarray(request.rectangle(rows, eos_id), ids.dtype)
     if return_logprobs:
         lengths = np.asarray(state.lengths)
@@ -85,7 +84,7 @@ def generate_text_simple(model: GPTModel, idx: Array, max_new_tokens: int, conte
 def stream(
     model: GPTModel, prompts: Sequence[Sequence[int]], max_new_tokens: int = 50, *, every: int = 1, **options: Any
 ) -> Iterator[list[int | None]]:
-    """The tokens of generate() with the same options as they come: for each step one token a row, None after its end.
+    """The tokens of generate() with the same options as they come: a step's tokens, None for a row that ended.
 
     `every`: so many steps run in one call of the compiled loop, and come together.
     """
@@ -93,8 +92,8 @@ def stream(
     shown = 0
     for step, state in _run(model, request, every):
         tokens, lengths = np.asarray(state.new_tokens), np.asarray(state.lengths)
-        for shown in range(shown, step):
-            yield [int(row[shown]) if length > shown else None for row, length in zip(tokens, lengths, strict=True)]
+        for i in range(shown, step):
+            yield [int(row[i]) if length > i else None for row, length in zip(tokens, lengths, strict=True)]
         shown = step
 
 
@@ -147,7 +146,9 @@ def numbers_and_rules(sampling: Sampling) -> tuple[dict[str, float], Rules]:
         sampling.repetition_penalty is not None,
     )
     # Python numbers: under jit they take the precision of the logits, as they do in torch.
-    return {name: float(value) for name, value in vars(sampling).items() if value is not None and name != "top_k"}, rules
+    return {
+        name: float(value) for name, value in vars(sampling).items() if value is not None and name != "top_k"
+    }, rules
 
 
 def _run(model: GPTModel, request: Request, every: int) -> Iterator[tuple[int, State]]:
@@ -268,7 +269,8 @@ def kept(logits: Array, numbers: dict[str, Any], rules: Rules) -> Array:
     """Probabilities [B, V] before the filters, zero for tokens that a filter dropped."""
     logits = logits / numbers["temperature"]
     if rules.top_k is not None:
-        logits = jnp.where(_largest(logits, lambda above: above.sum(axis=-1) < rules.top_k), logits, -jnp.inf)
+        k = rules.top_k
+        logits = jnp.where(_largest(logits, lambda above: above.sum(axis=-1) < k), logits, -jnp.inf)
     probs = jax.nn.softmax(logits, axis=-1)  # [B, V]
     largest = probs.max(axis=-1, keepdims=True)
     if rules.top_p:

@@ -189,7 +189,8 @@ class GPTModel(nnx.Module):
         positions = jnp.clip(queries - first[:, None], 0, self.config.n_ctx - 1)  # [B, T]
         x = self.tok_emb(tokens) + self.pos_emb(positions)  # [B, T, D]
         written = []
-        for block, layer_cache in zip(self.trf_blocks, cache, strict=True):
+        blocks: Any = self.trf_blocks
+        for block, layer_cache in zip(blocks, cache, strict=True):
             x, layer_cache = block(x, mask[:, None], layer_cache, slot)
             written.append(layer_cache)
         return self._logits(x[:, -1]), written
@@ -204,6 +205,11 @@ class GPTModel(nnx.Module):
         x = self.final_norm(x)  # [..., D]
         head = self.tok_emb.attend if self.config.tied_head else self.out_head
         return at_least_float32(head(x))  # [..., V]
+
+
+def cast(model: GPTModel, dtype: Any) -> GPTModel:
+    """The model with its parameters in `dtype`; it then computes in it."""
+    return jax.tree.map(lambda a: a.astype(dtype), model)
 
 
 def at_least_float32(x: Array) -> Array:

@@ -13,7 +13,7 @@ from jax import Array
 
 from gpt_jax import checkpoint
 from gpt_jax.generate import generate
-from gpt_jax.model import GPTModel
+from gpt_jax.model import GPTModel, cast
 from parity.config import GPTConfig
 from parity.data import NO_TARGET
 from parity.settings import TrainSettings
@@ -81,11 +81,6 @@ def make_train_step(optimizer: optax.GradientTransformation, dtype: Any):
         return TrainState(model, opt_state), {"loss": loss, "grad_norm": optax.global_norm(grads)}
 
     return train_step
-
-
-def cast(model: GPTModel, dtype: Any) -> GPTModel:
-    """The model with its parameters in `dtype`; it then computes in it."""
-    return jax.tree.map(lambda a: a.astype(dtype), model)
 
 
 class Trainer:

@@ -1,11 +1,12 @@
 """GPT-2 in PyTorch: the readable reference."""
 
 from gpt_torch.generate import generate, generate_text_simple, stream
-from gpt_torch.model import GPTModel
+from gpt_torch.model import GPTModel, cast
 from gpt_torch.pretrained import export_weights, load_pretrained, load_weights, load_weights_into_gpt, save_pretrained
 
 __all__ = [
     "GPTModel",
+    "cast",
     "export_weights",
     "generate",
     "generate_text_simple",

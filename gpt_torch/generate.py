@@ -43,9 +43,8 @@ def generate(
     a row that met `eos_id` ends before it, and is filled up with it if others are longer.
     """
     ids = prompts if idx is None else idx
-    as_notebook = isinstance(ids, Tensor)
     if temperature is None:
-        temperature = 0.0 if as_notebook else 1.0
+        temperature = 0.0 if isinstance(ids, Tensor) else 1.0
     request = prepare(
         model.config,
         ids.tolist() if isinstance(ids, Tensor) else ids or [],
@@ -67,7 +66,7 @@ def generate(
     for step, (token, logprob, length) in enumerate(_loop(model, request)):
         generated[:, step], logprobs[:, step], lengths = token, logprob, length
     rows = request.rows(generated, lengths)
-    if as_notebook:
+    if isinstance(ids, Tensor):
         return torch.from_numpy(request.rectangle(rows, eos_id)).to(ids)
     if return_logprobs:
         return rows, [row[:length].tolist() for row, length in zip(logprobs, lengths, strict=True)]
@@ -82,7 +81,7 @@ def generate_text_simple(model: GPTModel, idx: Tensor, max_new_tokens: int, cont
 def stream(
     model: GPTModel, prompts: Sequence[Sequence[int]], max_new_tokens: int = 50, **options: Any
 ) -> Iterator[list[int | None]]:
-    """The tokens of generate() with the same options as they come: for each step one token a row, None after its end."""
+    """The tokens of generate() with the same options as they come: a step's tokens, None for a row that ended."""
     request = prepare(model.config, prompts, max_new_tokens, **options)
     for step, (token, _, lengths) in enumerate(_loop(model, request)):
         yield [int(t) if length > step else None for t, length in zip(token, lengths, strict=True)]

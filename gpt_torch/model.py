@@ -176,6 +176,11 @@ class GPTModel(nn.Module):
         return at_least_float32(F.linear(x, head.weight))  # [..., V]
 
 
+def cast(model: GPTModel, dtype: torch.dtype | str) -> GPTModel:
+    """The model with its parameters in `dtype`, in place; it then computes in it."""
+    return model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

@@ -100,7 +100,7 @@ class Request:
         ended = [len(row) > len(prompt) and row[-1] == eos_id for row, prompt in zip(rows, self.prompts, strict=True)]
         rows = [row[:-1] if end else row for row, end in zip(rows, ended, strict=True)]
         longest = max(map(len, rows))
-        return np.array([row + [eos_id] * (longest - len(row)) for row in rows], np.int64)
+        return np.array([row + [eos_id or 0] * (longest - len(row)) for row in rows], np.int64)
 
 
 def bucket(length: int) -> int:

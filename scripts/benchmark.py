@@ -1,6 +1,7 @@
-"""Measure our JAX training step against our PyTorch model, alternating in one run.
+"""Measure gpt_jax against what else one could run, alternating in one process.
 
-python scripts/benchmark.py train
+python scripts/benchmark.py train       # a training step; peers: gpt_torch
+python scripts/benchmark.py generate    # greedy decoding at 124M; peers: transformers, gpt_torch
 """
 
 import dataclasses
@@ -9,20 +10,25 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import torch
 import tyro
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
+from transformers import GPT2Config, GPT2LMHeadModel
 
+import gpt_jax
+import gpt_torch
 from gpt_jax.train import Trainer
 from gpt_torch import GPTModel
 from gpt_torch.train import calc_loss
-from parity.config import GPTConfig
+from parity.config import PRESETS, GPTConfig
 from parity.errors import exit_with_message
 from parity.settings import settings_for
 from parity.weights import n_params
@@ -30,7 +36,7 @@ from parity.weights import n_params
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    what: tyro.conf.Positional[Literal["train"]] = "train"
+    what: tyro.conf.Positional[Literal["train", "generate"]] = "train"
     n_layer: int = 6
     n_embd: int = 384
     n_head: int = 6
@@ -39,7 +45,7 @@ class Args:
     batch_size: int = 4
     rounds: int = 5
     steps: int = 3
-    """Steps of each peer in a round; the first round warms up and does not count."""
+    """Training steps of each peer in a round; the first round warms up and does not count."""
     threads: int = 0
     """Threads of torch; by default as many as this process has cores. XLA takes them all."""
     out: Path | None = None
@@ -72,9 +78,40 @@ def torch_stepper(config: GPTConfig, inputs: np.ndarray, targets: np.ndarray, at
     return step
 
 
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
+def alternate(peers: dict[str, Callable[[], Any]], rounds: int, steps: int) -> dict[str, list[float]]:
+    """Seconds of each call, the peers taking turns; the first round warms up and does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in peers}
+    for round_number in track(range(rounds + 1), "measuring", transient=True):
+        for name, call in peers.items():
+            for _ in range(steps):
+                begin = time.perf_counter()
+                call()
+                if round_number:
+                    seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def compare(title: str, seconds: dict[str, list[float]], tokens: int, unit: str) -> dict[str, dict[str, float]]:
+    """Print medians beside those of the first peer, which is ours; the same figures by name."""
+    ours = statistics.median(next(iter(seconds.values())))
+    table = Table("peer", f"ms a {unit}", "spread", "tokens/s", "speed of the first over it", title=title)
+    figures = {}
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        figures[name] = {
+            "median_s": median,
+            "min_s": min(times),
+            "max_s": max(times),
+            "tokens_per_s": tokens / median,
+            "ratio": median / ours,
+        }
+        spread = f"{min(times) * 1e3:.0f}..{max(times) * 1e3:.0f}"
+        table.add_row(name, f"{median * 1e3:.0f}", spread, f"{tokens / median:,.1f}", f"{median / ours:.2f}")
+    Console().print(table)
+    return figures
+
+
+def train(args: Args) -> dict[str, Any]:
     config = GPTConfig(args.n_vocab, args.n_ctx, args.n_embd, args.n_head, args.n_layer)
     ids = np.random.default_rng(0).integers(0, args.n_vocab, (args.batch_size, args.n_ctx + 1), dtype=np.int32)
     inputs, targets = ids[:, :-1].copy(), ids[:, 1:].copy()
@@ -83,31 +120,67 @@ def main() -> None:
         "gpt_torch eager, explicit attention": torch_stepper(config, inputs, targets, "explicit"),
         "gpt_torch eager, SDPA": torch_stepper(config, inputs, targets, "sdpa"),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in peers}
-    for round_number in range(args.rounds + 1):
-        for name, step in peers.items():
-            for _ in range(args.steps):
-                begin = time.perf_counter()
-                step()
-                if round_number:
-                    seconds[name].append(time.perf_counter() - begin)
-
-    tokens = args.batch_size * args.n_ctx
-    ours = statistics.median(seconds["gpt_jax"])
     title = (
         f"training step, float32, {jax.devices()[0].platform}, {torch.get_num_threads()} threads: "
         f"{n_params(config):,} parameters, B={args.batch_size} T={args.n_ctx}"
     )
-    table = Table("peer", "ms a step", "spread", "tokens/s", "speed of gpt_jax over it", title=title)
-    rows = {}
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        rows[name] = {"median_s": median, "min_s": min(times), "max_s": max(times), "ratio": median / ours}
-        spread = f"{min(times) * 1e3:.0f}..{max(times) * 1e3:.0f}"
-        table.add_row(name, f"{median * 1e3:.0f}", spread, f"{tokens / median:,.0f}", f"{median / ours:.2f}")
-    Console().print(table)
+    seconds = alternate(peers, args.rounds, args.steps)
+    return {"config": config.to_dict(), "peers": compare(title, seconds, inputs.size, "step")}
+
+
+def generate(args: Args) -> dict[str, Any]:
+    """Greedy decoding of 124M's shape: one row, eight rows, and the first token after a long prompt."""
+    config = PRESETS["124M"]
+    ours = gpt_jax.for_decoding(gpt_jax.GPTModel(config))
+    half = gpt_jax.for_decoding(gpt_jax.cast(gpt_jax.GPTModel(config), "bfloat16"))
+    reference = GPTModel(config)
+    theirs = GPT2LMHeadModel(GPT2Config()).eval()  # the same shape and sizes; its own random weights
+    threads = torch.get_num_threads()
+    memory = [np.ones(2**26, np.float32) for _ in range(threads)]
+
+    def read_memory() -> None:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(np.max, memory))
+
+    results: dict[str, Any] = {}
+    for B, P, new in ((1, 16, 64), (8, 16, 64), (1, 512, 1)):
+        ids = np.random.default_rng(0).integers(0, config.n_vocab, (B, P))
+        rows, tensor = ids.tolist(), torch.from_numpy(ids)
+
+        def by_transformers(tensor: torch.Tensor = tensor, new: int = new) -> None:
+            mask = torch.ones_like(tensor)
+            limits = {"max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 50256}
+            theirs.generate(tensor, attention_mask=mask, do_sample=False, **limits)
+
+        def by(package: Any, model: Any, rows: list = rows, new: int = new) -> Callable[[], Any]:
+            return lambda: package.generate(model, rows, new, temperature=0)
+
+        peers = {
+            "gpt_jax": by(gpt_jax, ours),
+            "transformers": by_transformers,
+            "gpt_torch": by(gpt_torch, reference),
+            "gpt_jax, bfloat16 weights": by(gpt_jax, half),
+            "reading memory": read_memory,
+        }
+        seconds = alternate(peers, args.rounds, 1)
+        bandwidth = sum(a.nbytes for a in memory) / statistics.median(seconds.pop("reading memory"))
+        title = f"greedy, float32, cpu, {threads} threads: batch {B}, prompt {P}, {new} new tokens"
+        figures = compare(title, seconds, B * new, "call")
+        # Every weight but the position table's is read once a step; the cache comes on top and is not counted.
+        read = 4 * (n_params(config) - config.n_ctx * config.n_embd)
+        share = read * figures["gpt_jax"]["tokens_per_s"] / B / bandwidth
+        if new > 1:
+            Console().print(f"memory reads {bandwidth / 1e9:.1f} GB/s; gpt_jax's weights alone {share:.0%} of it\n")
+        results[f"B={B} P={P} new={new}"] = {"peers": figures, "read_bandwidth": bandwidth, "share": share}
+    return results
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
+    figures = {"train": train, "generate": generate}[args.what](args)
     if args.out is not None:
-        args.out.write_text(json.dumps({"config": config.to_dict(), "peers": rows}, indent=2) + "\n")
+        args.out.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

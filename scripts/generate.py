@@ -1,60 +1,124 @@
-"""Continue a prompt with a trained model, by either backend.
+"""Continue a prompt with a trained model, by either backend; text appears as it is made.
 
 python scripts/generate.py --run runs/NAME "The "
-python scripts/generate.py --run runs/NAME --backend torch "The "
+python scripts/generate.py --model 124M --backend torch "The meaning of life is"
+python scripts/generate.py --model path/to/folder --file prompt.txt --samples 3
+python scripts/generate.py --model 124M          # asks for prompts; or reads one from a pipe
 """
 
 import dataclasses
 import importlib
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
-from parity import checkpoints
-from parity.errors import exit_with_message
-from parity.runs import RunFolder
-from parity.tokenizer import encode_prompt, load_tokenizer
+from parity import sources
+from parity.errors import InputError, exit_with_message
+from parity.tokenizer import Tokenizer, encode_prompt, stream_text
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    prompt: tyro.conf.Positional[str]
-    """Text to continue."""
-    run: Path
-    """Run folder of train_jax.py; its newest intact checkpoint is used."""
+    prompt: tyro.conf.Positional[str | None] = None
+    """Text to continue; without it and --file, lines of standard input."""
+    file: Path | None = None
+    """A file whose text is the prompt."""
+    run: Path | None = None
+    """Run folder of a training script; its newest intact checkpoint is used."""
+    model: str | None = None
+    """124M, 355M, 774M, 1558M, or a folder with weights."""
     backend: Literal["jax", "torch"] = "jax"
-    max_new_tokens: int | None = None
-    """By default, up to 200 as far as the context holds."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_new_tokens: int = 200
     temperature: float = 0.8
     """0 is greedy."""
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop: tuple[str, ...] = ()
+    """Texts that end the continuation, compared as tokens."""
+    samples: int = 1
     seed: int = 0
+    overflow: Literal["crop", "stop"] = "crop"
+    """Past the model's context: go on from the last tokens, computed anew for each, or stop."""
     vocab_bpe: Path | None = None
     """OpenAI's vocab.bpe, for the gpt2 tokenizer."""
 
 
+def prompts(args: Args) -> Iterator[str]:
+    if args.prompt is not None and args.file is not None:
+        raise InputError("give the prompt or --file, not both")
+    if args.prompt is not None:
+        yield args.prompt
+    elif args.file is not None:
+        try:
+            yield args.file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"--file {args.file} is not UTF-8 text") from None
+    elif sys.stdin.isatty():
+        while True:
+            try:
+                yield input("prompt> ")
+            except EOFError:
+                return
+    else:
+        yield sys.stdin.read()
+
+
+def show(args: Args, backend: Any, model: Any, tokenizer: Tokenizer, prompt: str) -> None:
+    """Print the continuations; the speed goes to standard error."""
+    ids = list(encode_prompt(tokenizer, prompt))
+    options = {
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "repetition_penalty": args.repetition_penalty,
+        "stop": [tokenizer.encode(text) for text in args.stop],
+        "eos_id": tokenizer.eos_id,
+        "seed": args.seed,
+        "overflow": args.overflow,
+    }
+    counted = 0
+    begin = time.perf_counter()
+    if args.samples == 1:
+
+        def new_ids() -> Iterator[int]:
+            nonlocal counted
+            for [token] in backend.stream(model, [ids], args.max_new_tokens, **options):
+                counted += 1
+                if token != tokenizer.eos_id:
+                    yield token
+
+        sys.stdout.write(prompt)
+        for text in stream_text(tokenizer, new_ids()):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+    else:
+        rows = backend.generate(model, [ids], args.max_new_tokens, samples=args.samples, **options)
+        for number, row in enumerate(rows, 1):
+            counted += len(row) - len(ids)
+            new = [token for token in row[len(ids) :] if token != tokenizer.eos_id]
+            sys.stdout.write(f"=== sample {number} ===\n{prompt}{tokenizer.decode(new)}\n")
+    seconds = time.perf_counter() - begin
+    sys.stderr.write(f"[{counted} tokens in {seconds:.1f} s, {counted / seconds:.1f} tokens/s, compilation included]\n")
+
+
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    run = RunFolder(args.run)
-    tokenizer = load_tokenizer(run.config()["train"]["tokenizer"], args.vocab_bpe)
     backend = importlib.import_module(f"gpt_{args.backend}")  # the other framework is never loaded
-    model = backend.load_pretrained(checkpoints.newest_intact(run.checkpoints))
-    prompt = list(encode_prompt(tokenizer, args.prompt))
-    room = max(1, model.config.n_ctx - len(prompt))
-    [row] = backend.generate(
-        model,
-        [prompt],
-        max_new_tokens=min(200, room) if args.max_new_tokens is None else args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        eos_id=tokenizer.eos_id,
-        seed=args.seed,
-    )
-    sys.stdout.write(tokenizer.decode(row) + "\n")
+    model, tokenizer, _ = sources.load(backend, args.run, args.model, args.vocab_bpe)
+    model = backend.cast(model, args.dtype)
+    if args.backend == "jax":
+        model = backend.for_decoding(model)
+    for prompt in prompts(args):
+        show(args, backend, model, tokenizer, prompt)
 
 
 if __name__ == "__main__":

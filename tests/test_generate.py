@@ -112,11 +112,9 @@ def test_keeps_what_the_logits_processors_of_hugging_face_keep(options):
     np.put_along_axis(seen, ids, True, axis=1)
     sampling = Sampling(**options)
     numbers, rules = numbers_and_rules(sampling)
-    ours = {
-        "torch": kept_torch(penalised_torch(torch.from_numpy(logits), torch.from_numpy(seen), sampling), sampling).numpy(),
-        "jax": np.asarray(kept_jax(penalised_jax(jnp.asarray(logits), jnp.asarray(seen), numbers, rules), numbers, rules)),
-    }
-    for probs in ours.values():
+    in_torch = penalised_torch(torch.from_numpy(logits), torch.from_numpy(seen), sampling)
+    in_jax = penalised_jax(jnp.asarray(logits), jnp.asarray(seen), numbers, rules)
+    for probs in (kept_torch(in_torch, sampling).numpy(), np.asarray(kept_jax(in_jax, numbers, rules))):
         np.testing.assert_array_equal(probs > 0, theirs > 0)
         np.testing.assert_allclose(probs / probs.sum(axis=1, keepdims=True), theirs, rtol=2e-5, atol=1e-9)
 

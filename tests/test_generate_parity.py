@@ -6,16 +6,15 @@ choose the neighbour. Such a place is named, proved to be one in float64, and co
 
 import dataclasses
 
-import jax
 import numpy as np
 import numpy_oracle as oracle
 import pytest
-from conftest import probing_weights
 
 import gpt_jax
 import gpt_torch
 from parity.config import PRESETS
 from parity.noise import uniforms
+from parity.weights import initial_weights
 
 GRID = [
     {"temperature": 0},
@@ -31,14 +30,11 @@ ROWS, NEW = 26, 100
 NEAR = 2e-5  # a probability or a logit's relative difference that float32 sums may move
 
 
-def peaked(config, seed=0):
-    """Random weights with a distribution as peaked as a trained model's: untrained, all tokens are alike."""
-    weights = probing_weights(config, np.float32, seed=seed)
-    weights["ln_f.weight"] = weights["ln_f.weight"] * np.float32(PEAKED)
+def peaked(config):
+    """GPT-2's initial weights, with logits six times as large: about as sure of itself as a trained model."""
+    weights = dict(initial_weights(config, 0))
+    weights["ln_f.weight"] = weights["ln_f.weight"] * np.float32(6)
     return weights
-
-
-PEAKED = 1.0
 
 
 def is_boundary(config, weights, row, at, seed, number, options):
@@ -74,9 +70,9 @@ def compare(config, options, seed, rows=ROWS, new=NEW):
         tokens += (differs[0] if differs else len(a)) - len(prompt)
         if differs:
             at = differs[0]
-            assert is_boundary(config, {k: v.astype(np.float64) for k, v in weights.items()}, a, at, seed, number, options), (
-                f"{options} row {number} token {at}: torch {a[at]}, jax {b[at]}, and no boundary near"
-            )
+            assert is_boundary(
+                config, {k: v.astype(np.float64) for k, v in weights.items()}, a, at, seed, number, options
+            ), f"{options} row {number} token {at}: torch {a[at]}, jax {b[at]}, and no boundary near"
             boundaries.append(f"{options} row {number} token {at}")
     return tokens, boundaries
 

@@ -1,0 +1,153 @@
+"""Compare ways to choose tokens on one set of prompts: a table, a picture and a Markdown report.
+
+python scripts/compare_decoding.py --run runs/NAME
+python scripts/compare_decoding.py --model 124M --prompts prompts.txt --out reports/decoding
+"""
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from parity import sources
+from parity.errors import InputError, exit_with_message
+from parity.tokenizer import encode_prompt
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "greedy, repetition penalty 1.2": {"temperature": 0.0, "repetition_penalty": 1.2},
+    "temperature 0.7": {"temperature": 0.7},
+    "temperature 1.0": {"temperature": 1.0},
+    "temperature 1.3": {"temperature": 1.3},
+    "top-k 40": {"temperature": 1.0, "top_k": 40},
+    "top-p 0.9": {"temperature": 1.0, "top_p": 0.9},
+    "min-p 0.05": {"temperature": 1.0, "min_p": 0.05},
+}
+PROMPTS = ("The ", "In the beginning", "def ", "A list is")
+MEASURES = {
+    "mean log-probability": "mean log-probability of the chosen tokens, nats, under the model",
+    "distinct-1": "distinct tokens / tokens",
+    "distinct-2": "distinct pairs of tokens / pairs",
+    "repetition": "share of tokens that end a run of four tokens seen before in the row",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    run: Path | None = None
+    """Run folder of a training script; its newest intact checkpoint is used."""
+    model: str | None = None
+    """124M, 355M, 774M, 1558M, or a folder with weights."""
+    prompts: Path | None = None
+    """A UTF-8 file, one prompt a line; by default a few short ones."""
+    backend: Literal["jax", "torch"] = "jax"
+    max_new_tokens: int = 100
+    samples: int = 4
+    """Continuations of each prompt (greedy has one)."""
+    seed: int = 0
+    vocab_bpe: Path | None = None
+    """OpenAI's vocab.bpe, for the gpt2 tokenizer."""
+    out: Path = Path("reports/decoding")
+
+
+def measure(new: list[list[int]], logprobs: list[list[float]]) -> dict[str, float]:
+    """The MEASURES of continuations; distinct-n after Li et al. 2016."""
+
+    def grams(row: list[int], n: int) -> list[tuple[int, ...]]:
+        return [tuple(row[i : i + n]) for i in range(len(row) - n + 1)]
+
+    def distinct(n: int) -> float:
+        everything = [gram for row in new for gram in grams(row, n)]
+        return len(set(everything)) / max(1, len(everything))
+
+    fours = [grams(row, 4) for row in new]
+    repeated = sum(len(row) - len(set(row)) for row in fours)
+    values = (
+        float(np.mean([value for row in logprobs for value in row])),
+        distinct(1),
+        distinct(2),
+        repeated / max(1, sum(map(len, fours))),
+    )
+    return dict(zip(MEASURES, values, strict=True))
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    backend = importlib.import_module(f"gpt_{args.backend}")
+    model, tokenizer, folder = sources.load(backend, args.run, args.model, args.vocab_bpe)
+    texts = PROMPTS
+    if args.prompts is not None:
+        texts = tuple(line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip())
+        if not texts:
+            raise InputError(f"--prompts {args.prompts} has no line with text")
+    ids = [list(encode_prompt(tokenizer, text)) for text in texts]
+    figures, examples = {}, {}
+    for name, options in track(STRATEGIES.items(), "generating", transient=True):
+        samples = 1 if options["temperature"] == 0 else args.samples
+        rows, logprobs = backend.generate(
+            model,
+            ids,
+            args.max_new_tokens,
+            samples=samples,
+            seed=args.seed,
+            eos_id=tokenizer.eos_id,
+            return_logprobs=True,
+            **options,
+        )
+        new = [row[len(ids[number // samples]) :] for number, row in enumerate(rows)]
+        figures[name] = measure(new, logprobs)
+        examples[name] = tokenizer.decode([token for token in new[0] if token != tokenizer.eos_id])
+    report(args, str(folder), texts, figures, examples)
+
+
+def report(args: Args, origin: str, texts: tuple[str, ...], figures: dict, examples: dict) -> None:
+    table = Table("strategy", *MEASURES)
+    for name, values in figures.items():
+        table.add_row(name, *(f"{value:.3f}" for value in values.values()))
+    Console().print(table)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(1, len(MEASURES), figsize=(13, 3.2), sharey=True, layout="constrained")
+    for axis, name in zip(axes, MEASURES, strict=True):
+        axis.barh(list(figures), [values[name] for values in figures.values()])
+        axis.set_title(name, fontsize=10)
+    axes[0].invert_yaxis()
+    figure.savefig(args.out / "decoding.png", dpi=120)
+    plt.close(figure)
+
+    lines = [
+        "# Decoding strategies",
+        "",
+        f"{origin}, {args.backend}, {len(texts)} prompts, up to {args.max_new_tokens} new tokens, seed {args.seed}.",
+        "",
+        "| strategy | " + " | ".join(MEASURES) + " |",
+        "|---" * (len(MEASURES) + 1) + "|",
+        *(f"| {name} | " + " | ".join(f"{v:.3f}" for v in values.values()) + " |" for name, values in figures.items()),
+        "",
+        *(f"- {name}: {meaning}" for name, meaning in MEASURES.items()),
+        "",
+        "![measures of each strategy](decoding.png)",
+        "",
+        f"## First continuation of {texts[0]!r}",
+    ]
+    for name, text in examples.items():
+        lines += ["", f"**{name}**", "", *("    " + line for line in text.splitlines())]
+    (args.out / "decoding.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (args.out / "decoding.json").write_text(json.dumps(figures, indent=2) + "\n")
+    Console().print(f"written to {args.out}/: decoding.md, decoding.png, decoding.json", highlight=False)
+
+
+if __name__ == "__main__":
+    with exit_with_message():
+        main()
