@@ -89,12 +89,16 @@ def stream(
     `every`: so many steps run in one call of the compiled loop, and come together.
     """
     request = prepare(model.config, prompts, max_new_tokens, **options)
-    shown = 0
-    for step, state in _run(model, request, every):
-        tokens, lengths = np.asarray(state.new_tokens), np.asarray(state.lengths)
-        for i in range(shown, step):
-            yield [int(row[i]) if length > i else None for row, length in zip(tokens, lengths, strict=True)]
-        shown = step
+
+    def steps() -> Iterator[list[int | None]]:
+        shown = 0
+        for step, state in _run(model, request, every):
+            tokens, lengths = np.asarray(state.new_tokens), np.asarray(state.lengths)
+            for i in range(shown, step):
+                yield [int(row[i]) if length > i else None for row, length in zip(tokens, lengths, strict=True)]
+            shown = step
+
+    return steps()  # so that bad options are told of at once
 
 
 class State(NamedTuple):

@@ -83,8 +83,12 @@ def stream(
 ) -> Iterator[list[int | None]]:
     """The tokens of generate() with the same options as they come: a step's tokens, None for a row that ended."""
     request = prepare(model.config, prompts, max_new_tokens, **options)
-    for step, (token, _, lengths) in enumerate(_loop(model, request)):
-        yield [int(t) if length > step else None for t, length in zip(token, lengths, strict=True)]
+
+    def steps() -> Iterator[list[int | None]]:
+        for step, (token, _, lengths) in enumerate(_loop(model, request)):
+            yield [int(t) if length > step else None for t, length in zip(token, lengths, strict=True)]
+
+    return steps()  # so that bad options are told of at once
 
 
 def _new_arrays(request: Request) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

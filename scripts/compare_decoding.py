@@ -22,7 +22,7 @@ from parity.errors import InputError, exit_with_message
 from parity.tokenizer import encode_prompt
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -37,9 +37,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 PROMPTS = ("The ", "In the beginning", "def ", "A list is")
 MEASURES = {
     "mean log-probability": "mean log-probability of the chosen tokens, nats, under the model",
-    "distinct-1": "distinct tokens / tokens",
-    "distinct-2": "distinct pairs of tokens / pairs",
-    "repetition": "share of tokens that end a run of four tokens seen before in the row",
+    "distinct-1": "distinct tokens / tokens of a continuation, the mean",
+    "distinct-2": "distinct pairs of tokens / pairs of a continuation, the mean",
+    "repetition": "share of runs of four tokens that came before in the continuation, the mean",
 }
 
 
@@ -68,16 +68,14 @@ def measure(new: list[list[int]], logprobs: list[list[float]]) -> dict[str, floa
         return [tuple(row[i : i + n]) for i in range(len(row) - n + 1)]
 
     def distinct(n: int) -> float:
-        everything = [gram for row in new for gram in grams(row, n)]
-        return len(set(everything)) / max(1, len(everything))
+        # Row by row: more rows would make fewer of them distinct.
+        return float(np.mean([len(set(grams(row, n))) / max(1, len(grams(row, n))) for row in new]))
 
-    fours = [grams(row, 4) for row in new]
-    repeated = sum(len(row) - len(set(row)) for row in fours)
     values = (
         float(np.mean([value for row in logprobs for value in row])),
         distinct(1),
         distinct(2),
-        repeated / max(1, sum(map(len, fours))),
+        1 - distinct(4),
     )
     return dict(zip(MEASURES, values, strict=True))
 

@@ -87,10 +87,11 @@ def show(args: Args, backend: Any, model: Any, tokenizer: Tokenizer, prompt: str
     counted = 0
     begin = time.perf_counter()
     if args.samples == 1:
+        steps = backend.stream(model, [ids], args.max_new_tokens, **options)
 
         def new_ids() -> Iterator[int]:
             nonlocal counted
-            for [token] in backend.stream(model, [ids], args.max_new_tokens, **options):
+            for [token] in steps:
                 counted += 1
                 if token != tokenizer.eos_id:
                     yield token

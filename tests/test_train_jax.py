@@ -226,6 +226,49 @@ def test_both_backends_sample_the_same_text_from_a_run(finished_run):
     assert texts[0].startswith("The ")
 
 
+def test_generate_reads_files_and_pipes_and_refuses_what_does_not_fit(finished_run, tmp_path):
+    folder, _ = finished_run
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("In the beginning", encoding="utf-8")
+    options = ("--run", folder, "--backend", "torch", "--max-new-tokens", "150", "--top-k", "20", "--top-p", "0.9")
+    from_file = run_script("generate.py", *options, "--file", prompt)
+    assert from_file.returncode == 0, from_file.stderr
+    assert from_file.stdout.startswith("In the beginning")
+    assert "tokens/s" in from_file.stderr
+    from_pipe = run_script("generate.py", *options, input=prompt.read_text(encoding="utf-8"))
+    assert from_pipe.stdout == from_file.stdout
+    samples = run_script("generate.py", *options, "--file", prompt, "--samples", "2").stdout
+    assert samples.count("=== sample") == 2
+    for bad, message in (
+        (("--run", folder, "--top-k", "999", "x"), "top_k must be in 1..257"),
+        (("--run", folder, "--model", "124M", "x"), "either --run"),
+        (("--model", tmp_path / "none", "x"), "no folder"),
+        (("--run", folder, "--file", tmp_path / "none"), "none"),
+        (("--run", folder, "--file", prompt, "x"), "not both"),
+    ):
+        result = run_script("generate.py", "--backend", "torch", *bad)
+        assert result.returncode == 2
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+        assert not result.stdout
+
+
+def test_compare_decoding_writes_its_report(finished_run, tmp_path):
+    folder, _ = finished_run
+    out = tmp_path / "report"
+    result = run_script(
+        "compare_decoding.py", "--run", folder, "--backend", "torch", "--max-new-tokens", "40", "--out", out
+    )
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((out / "decoding.json").read_text())
+    assert figures["greedy"]["mean log-probability"] > figures["temperature 1.3"]["mean log-probability"]
+    assert figures["greedy"]["distinct-2"] < figures["temperature 1.3"]["distinct-2"]
+    assert figures["greedy"]["repetition"] > figures["temperature 1.3"]["repetition"]
+    assert (out / "decoding.png").read_bytes().startswith(b"\x89PNG")
+    report = (out / "decoding.md").read_text(encoding="utf-8")
+    assert all(f"| {name} |" in report for name in figures)
+
+
 def test_stopped_and_resumed_equals_uninterrupted(finished_run, tmp_path):
     folder, _ = finished_run
     part = tmp_path / "part"
