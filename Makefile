@@ -36,6 +36,7 @@ check: setup
 
 bench: setup
 	$(RUN) scripts/benchmark.py train
+	$(RUN) scripts/benchmark.py generate
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

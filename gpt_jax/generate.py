@@ -65,7 +65,7 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    for step, state in _run(model, request, request.max_new_tokens):  # noqa: B007
+    for step, state in _run(model, request, request.max_new_tokens, return_logprobs):  # noqa: B007
         pass
     rows = request.rows(np.asarray(state.new_tokens), np.asarray(state.lengths))
     if isinstance(ids, Array):
@@ -118,8 +118,6 @@ class State(NamedTuple):
     """float32 [B, new]"""
     failed_at: Array
     """int32, the first step with logits that are not finite, or -1"""
-    logits: Array
-    """float32 [B, V], after the last token"""
     cache: Cache
 
     @property
@@ -139,50 +137,52 @@ class Rules(NamedTuple):
     top_p: bool
     min_p: bool
     repetition_penalty: bool
+    logprobs: bool
 
 
-def numbers_and_rules(sampling: Sampling) -> tuple[dict[str, float], Rules]:
+def numbers_and_rules(sampling: Sampling, logprobs: bool = False) -> tuple[dict[str, float], Rules]:
     rules = Rules(
         sampling.temperature == 0,
         sampling.top_k,
         sampling.top_p is not None,
         sampling.min_p is not None,
         sampling.repetition_penalty is not None,
+        logprobs,
     )
     # Python numbers: under jit they take the precision of the logits, as they do in torch.
-    return {
-        name: float(value) for name, value in vars(sampling).items() if value is not None and name != "top_k"
-    }, rules
+    numbers = {name: float(value) for name, value in vars(sampling).items() if value is not None and name != "top_k"}
+    return numbers, rules
 
 
-def _run(model: GPTModel, request: Request, every: int) -> Iterator[tuple[int, State]]:
-    """The state after each `every` steps, until every row has ended."""
-    numbers, rules = numbers_and_rules(request.sampling)
+def _run(model: GPTModel, request: Request, every: int, logprobs: bool = False) -> Iterator[tuple[int, State]]:
+    """The state after the first token and then after each `every` steps, until every row has ended."""
+    numbers, rules = numbers_and_rules(request.sampling, logprobs)
     model = for_decoding(model)
     arrays = (request.uniforms, request.first, request.limits, request.stops, request.stop_lengths)
-    state = _start(model, request.tokens, *arrays[:3], request.cache_length, rules)
-    for end, loop in (
-        (request.cached_tokens, _cached_loop),
-        (request.max_new_tokens, functools.partial(_cropped_loop, context_size=request.context_size)),
-    ):
-        while (step := int(state.step)) < end and state.running:
-            state = loop(model, state, arrays, numbers, np.int32(min(step + every, end)), rules=rules)
+    state = _start(model, request.tokens, arrays, numbers, cache_length=request.cache_length, rules=rules)
+    cropped_loop = functools.partial(_cropped_loop, context_size=request.context_size)
+    for end, loop in ((request.cached_tokens + 1, _cached_loop), (request.max_new_tokens, cropped_loop)):
+        end = min(end, request.max_new_tokens)
+        while True:
+            step = int(state.step)
             check_finite(int(state.failed_at))
-            yield int(state.step), state
-    if not request.max_new_tokens:
-        yield 0, state
+            if step >= end or not state.running:
+                break
+            yield step, state
+            state = loop(model, state, arrays, numbers, np.int32(min(step + every, end)), rules=rules)
+    yield min(step, request.max_new_tokens), state
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6))
-def _start(model, tokens, uniforms, first, limits, cache_length: int, rules: Rules) -> State:
-    """The prompts read: logits for the first new token."""
+@functools.partial(jax.jit, static_argnames=("cache_length", "rules"))
+def _start(model, tokens, arrays, numbers, *, cache_length: int, rules: Rules) -> State:
+    """The prompts read and the first token chosen."""
+    uniforms, first, limits, *_ = arrays
     B, P = tokens.shape
     seen = None
     if rules.repetition_penalty:
         inside = jnp.arange(P) >= first[:, None]
         seen = jnp.zeros((B, model.config.n_vocab), bool).at[jnp.arange(B)[:, None], tokens].max(inside)
-    logits, cache = model.decode(tokens, model.new_cache(B, cache_length), 0, first)
-    return State(
+    state = State(
         step=jnp.int32(0),
         text=jnp.concatenate([tokens, jnp.zeros(uniforms.shape, jnp.int32)], axis=1),
         lengths=jnp.zeros(B, jnp.int32),
@@ -190,64 +190,64 @@ def _start(model, tokens, uniforms, first, limits, cache_length: int, rules: Rul
         seen=seen,
         logprobs=jnp.zeros(uniforms.shape, jnp.float32),
         failed_at=jnp.int32(-1),
-        logits=logits,
-        cache=cache,
+        cache=[],
     )
+    logits, cache = model.decode(tokens, model.new_cache(B, cache_length), 0, first)
+    return _add_token(state, logits, cache, arrays, numbers, rules)
 
 
 @functools.partial(jax.jit, static_argnames="rules", donate_argnums=1)
 def _cached_loop(model, state: State, arrays, numbers, until, *, rules: Rules) -> State:
     """Tokens up to step `until`, each one reading the cache."""
 
-    def next_logits(state, token):
-        prompt_slots = state.text.shape[1] - state.logprobs.shape[1]
-        return model.decode(token[:, None], state.cache, prompt_slots + state.step, arrays[1])
+    def one_token(state: State) -> State:
+        slot = state.text.shape[1] - state.logprobs.shape[1] + state.step - 1
+        token = jax.lax.dynamic_slice_in_dim(state.text, slot, 1, axis=1)  # [B, 1]
+        logits, cache = model.decode(token, state.cache, slot, arrays[1])
+        return _add_token(state, logits, cache, arrays, numbers, rules)
 
-    return _loop(next_logits, state, arrays, numbers, until, rules)
+    return jax.lax.while_loop(lambda state: state.running & (state.step < until), one_token, state)
 
 
 @functools.partial(jax.jit, static_argnames=("rules", "context_size"), donate_argnums=1)
 def _cropped_loop(model, state: State, arrays, numbers, until, *, rules: Rules, context_size: int) -> State:
     """Tokens up to step `until`, each one computed from the last tokens anew, as in the notebook."""
 
-    def next_logits(state, token):
-        cropped = state.text.shape[1] - state.logprobs.shape[1] + state.step + 1 - context_size
+    def one_token(state: State) -> State:
+        cropped = state.text.shape[1] - state.logprobs.shape[1] + state.step - context_size
         window = jax.lax.dynamic_slice_in_dim(state.text, cropped, context_size, axis=1)
         empty = model.new_cache(window.shape[0], context_size)
-        return model.decode(window, empty, 0, jnp.maximum(arrays[1] - cropped, 0))[0], state.cache
-
-    return _loop(next_logits, state, arrays, numbers, until, rules)
-
-
-def _loop(next_logits: Callable, state: State, arrays, numbers, until, rules: Rules) -> State:
-    uniforms, _, limits, stops, stop_lengths = arrays
-
-    def one_token(state: State) -> State:
-        step = state.step
-        slot = state.text.shape[1] - state.logprobs.shape[1] + step
-        finite = (jnp.isfinite(state.logits.max(axis=-1)) | state.ended).all()
-        token = choose(state.logits, state.seen, uniforms[:, step], numbers, rules)  # [B]
-        chosen = jnp.take_along_axis(state.logits, token[:, None], axis=-1)[:, 0]
-        logprob = chosen - jax.nn.logsumexp(state.logits, axis=-1)  # [B]
-        text = state.text.at[:, slot].set(token)
-        lengths = state.lengths + ~state.ended
-        tail = jax.lax.dynamic_slice_in_dim(text, slot + 1 - stops.shape[1], stops.shape[1], axis=1)
-        matches = ((tail[:, None] == stops) | (stops < 0)).all(axis=-1) & (stop_lengths <= step + 1)  # [B, stops]
-        written = state._replace(text=text)
-        logits, cache = next_logits(written, token)
-        return State(
-            step=step + 1,
-            text=text,
-            lengths=lengths,
-            ended=state.ended | (lengths >= limits) | matches.any(axis=-1),
-            seen=None if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True),
-            logprobs=state.logprobs.at[:, step].set(logprob.astype(jnp.float32)),
-            failed_at=jnp.where(finite, state.failed_at, step),
-            logits=logits,
-            cache=cache,
-        )
+        logits, _ = model.decode(window, empty, 0, jnp.maximum(arrays[1] - cropped, 0))
+        return _add_token(state, logits, state.cache, arrays, numbers, rules)
 
     return jax.lax.while_loop(lambda state: state.running & (state.step < until), one_token, state)
+
+
+def _add_token(state: State, logits: Array, cache: Cache, arrays, numbers, rules: Rules) -> State:
+    """Choose a token for each row from logits [B, V], and note which rows it ends."""
+    uniforms, _, limits, stops, stop_lengths = arrays
+    step = state.step
+    slot = state.text.shape[1] - state.logprobs.shape[1] + step
+    finite = (jnp.isfinite(logits.max(axis=-1)) | state.ended).all()
+    token = choose(logits, state.seen, uniforms[:, step], numbers, rules)  # [B]
+    logprobs = state.logprobs
+    if rules.logprobs:
+        chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+        logprobs = logprobs.at[:, step].set((chosen - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32))
+    text = state.text.at[:, slot].set(token)
+    lengths = state.lengths + ~state.ended
+    tail = jax.lax.dynamic_slice_in_dim(text, slot + 1 - stops.shape[1], stops.shape[1], axis=1)
+    matches = ((tail[:, None] == stops) | (stops < 0)).all(axis=-1) & (stop_lengths <= step + 1)  # [B, stops]
+    return State(
+        step=step + 1,
+        text=text,
+        lengths=lengths,
+        ended=state.ended | (lengths >= limits) | matches.any(axis=-1),
+        seen=None if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True),
+        logprobs=logprobs,
+        failed_at=jnp.where(finite, state.failed_at, step),
+        cache=cache,
+    )
 
 
 def choose(logits: Array, seen: Array | None, u: Array, numbers: dict[str, Any], rules: Rules) -> Array:
