@@ -159,8 +159,8 @@ def prepare(
             raise InputError(
                 f"prompt {number // samples} is empty; start with the end-of-text token to generate from nothing"
             )
-        checked_length = min(len(prompt), context) if context_size else len(prompt)
-        check_tokens((1, checked_length), config, min(prompt), max(prompt))
+        seen_length = min(len(prompt), context_size or len(prompt))
+        check_tokens((1, seen_length), config, min(prompt), max(prompt))
     cropped = [prompt[-context:] for prompt in as_lists]
     lengths = np.array([len(prompt) for prompt in cropped], np.int32)
     limits = np.full(len(cropped), max_new_tokens, np.int32)

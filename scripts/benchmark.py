@@ -133,13 +133,12 @@ def train(args: Args) -> dict[str, Any]:
 def generate(args: Args) -> dict[str, Any]:
     """Greedy decoding of 124M's shape: one row, eight rows, and the first token after a long prompt."""
     config = PRESETS["124M"]
-    ours = gpt_jax.for_decoding(gpt_jax.GPTModel(config))
-    half = gpt_jax.for_decoding(gpt_jax.cast(gpt_jax.GPTModel(config), "bfloat16"))
+    model = gpt_jax.GPTModel(config)
+    ours, half = gpt_jax.for_decoding(model), gpt_jax.for_decoding(gpt_jax.cast(model, "bfloat16"))
     reference = GPTModel(config)
     theirs = GPT2LMHeadModel(GPT2Config()).eval()  # the same shape and sizes; its own random weights
     threads = torch.get_num_threads()
     memory = [np.ones(2**26, np.float32) for _ in range(threads)]
-
     reads: list[float] = []
 
     def read_memory() -> None:
