@@ -9,14 +9,13 @@ from jax import Array
 from gpt_jax.model import GPTModel
 from gpt_jax.pretrained import save_pretrained
 from parity.errors import InputError
-
-STATE = "state"
+from parity.train_state import ORBAX_FOLDER
 
 
 def save(folder: Path, model: GPTModel, arrays: dict[str, Array]) -> None:
     """Write `arrays` (orbax) and the model's weights (safetensors) into an existing folder; waits until written."""
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute() / STATE, arrays)
+        checkpointer.save(folder.absolute() / ORBAX_FOLDER, arrays)
         checkpointer.wait_until_finished()
     save_pretrained(model, folder)
 
@@ -24,7 +23,7 @@ def save(folder: Path, model: GPTModel, arrays: dict[str, Array]) -> None:
 def restore(folder: Path, like: dict[str, Array]) -> dict[str, Array]:
     """The arrays saved in `folder`; raises InputError unless names, shapes and dtypes are those of `like`."""
     with ocp.StandardCheckpointer() as checkpointer:
-        path = folder.absolute() / STATE
+        path = folder.absolute() / ORBAX_FOLDER
         try:
             stored = checkpointer.metadata(path).item_metadata
         except (OSError, ValueError, KeyError) as error:

@@ -29,7 +29,7 @@ def choose_attention(name: str, device: jax.Device, dtype: str, drop_rate: float
         text
         for text, applies in (
             ("it needs a GPU", device.platform != "gpu"),
-            ("it computes in 16 bit only: --settings.dtype bfloat16", dtype == "float32"),
+            ("it computes in 16 bit only: --dtype bfloat16", dtype == "float32"),
             ("it has no dropout: --drop-rate 0", drop_rate > 0),
         )
         if applies

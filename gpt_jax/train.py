@@ -10,18 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from optax import tree_utils as otu
 
 from gpt_jax import checkpoint
 from gpt_jax.generate import generate
 from gpt_jax.model import GPTModel, cast
+from gpt_jax.pretrained import load_weights
+from parity import pretrained, train_state
 from parity.config import GPTConfig
 from parity.data import NO_TARGET
+from parity.errors import InputError
 from parity.settings import TrainSettings
 from parity.weights import rows
 
 
 class TrainState(NamedTuple):
-    model: GPTModel  # float32 parameters
+    model: GPTModel
+    """Its parameters in float32, or float64."""
     opt_state: optax.OptState
 
 
@@ -42,7 +47,7 @@ def make_optimizer(settings: TrainSettings, config: GPTConfig) -> optax.Gradient
 
     def mask(model: GPTModel) -> GPTModel:
         # The table decides, not the rank: stacking gives biases a second axis.
-        return jax.tree_util.tree_map_with_path(lambda path, _: _name(path).removesuffix(".value") in decayed, model)
+        return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) in decayed, model)
 
     return optax.chain(
         optax.clip_by_global_norm(settings.clip),
@@ -52,8 +57,8 @@ def make_optimizer(settings: TrainSettings, config: GPTConfig) -> optax.Gradient
 
 
 def _name(path: tuple) -> str:
-    """`trf_blocks.norm1.scale.value`, say: the table's flax name is in it."""
-    return jax.tree_util.keystr(path).strip(".")
+    """The table's flax name of a leaf, `trf_blocks.norm1.scale`, say."""
+    return jax.tree_util.keystr(path).strip(".").removesuffix(".value")
 
 
 def make_train_step(optimizer: optax.GradientTransformation, dtype: Any):
@@ -76,29 +81,52 @@ def make_train_step(optimizer: optax.GradientTransformation, dtype: Any):
             zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.model))
             total, _ = jax.lax.scan(micro_batch, zeros, (inputs, targets, keys))
         loss, grads = jax.tree.map(lambda a: a / (targets != NO_TARGET).sum(), total)
+        norm = optax.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
         model = jax.tree.map(lambda p, u: p - lr * u, state.model, updates)
-        return TrainState(model, opt_state), {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)  # if not, nothing changes
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), TrainState(model, opt_state), state)
+        return state, {"loss": loss, "grad_norm": norm}
 
     return train_step
 
 
 class Trainer:
-    """A model with its optimizer, as parity/fit.py drives it."""
+    """A model with its optimizer, as parity/fit.py drives it.
 
-    def __init__(self, config: GPTConfig, settings: TrainSettings, attention: str = "explicit", unroll: int = 1):
+    `init`: weights to start from, a folder or one of OpenAI's sizes; by default those of the settings' seed.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        settings: TrainSettings,
+        init: str | Path | None = None,
+        attention: str = "explicit",
+        unroll: int = 1,
+    ):
         self.config = config
+        self._dtype = jnp.dtype(settings.dtype)
+        if self._dtype == jnp.float64 and not jax.config.jax_enable_x64:
+            raise InputError("dtype float64 needs jax_enable_x64")
+        self._wide = jnp.promote_types(self._dtype, jnp.float32)
         self._optimizer = make_optimizer(settings, config)
-        model = GPTModel(config, seed=settings.seed, attention=attention, unroll=unroll)
+        model = GPTModel(config, None if init else settings.seed, attention, unroll)
+        if init:
+            _, arrays, source = pretrained.read(init)
+            load_weights(model, arrays, source, origin=str(init))
+        model = cast(model, self._wide)
         self.state = TrainState(model, self._optimizer.init(model))
         self._dropout = jax.random.key(settings.seed) if config.drop_rate else None
-        self._dtype = jnp.dtype(settings.dtype)
         self._train_step = make_train_step(self._optimizer, self._dtype)
         self._loss_sum = jax.jit(lambda model, *batch: loss_sum(cast(model, self._dtype), *batch))
 
-    def train_step(self, inputs: np.ndarray, targets: np.ndarray, lr: float, step: int) -> dict[str, Array]:
+    def put(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Array, Array]:
+        return jax.device_put((inputs, targets))
+
+    def train_step(self, inputs: Array, targets: Array, lr: float, step: int) -> dict[str, Array]:
         key = None if self._dropout is None else jax.random.fold_in(self._dropout, step)
-        self.state, metrics = self._train_step(self.state, inputs, targets, np.float32(lr), key)
+        self.state, metrics = self._train_step(self.state, inputs, targets, np.asarray(lr, self._wide), key)
         return metrics
 
     def loss_sum(self, inputs: np.ndarray, targets: np.ndarray) -> Array:
@@ -109,11 +137,38 @@ class Trainer:
         return generate(self.state.model, prompts, max_new_tokens, temperature=0.8, top_k=top_k, seed=seed)
 
     def save(self, folder: Path) -> None:
-        checkpoint.save(folder, self.state.model, self._arrays())
+        checkpoint.save(folder, self.state.model, _to_arrays(self.state))
 
     def restore(self, folder: Path) -> None:
-        arrays = checkpoint.restore(folder, self._arrays())
-        self.state = jax.tree_util.tree_map_with_path(lambda path, _: arrays[_name(path)], self.state)
+        arrays = _to_arrays(self.state)
+        if (folder / train_state.ORBAX_FOLDER).is_dir():
+            self.state = _from_arrays(self.state, checkpoint.restore(folder, arrays))
+            return
+        stored = train_state.read(folder, self.config)
+        found: dict[str, Any] = {"step": jnp.asarray(stored.step, arrays["step"].dtype)}
+        for part in ("parameters", *train_state.MOMENTS):
+            converted = stored.converted(part, "flax", self.config)
+            found |= {f"{part}.{name}": jnp.asarray(array, self._wide) for name, array in converted.items()}
+        self.state = _from_arrays(self.state, found)
 
-    def _arrays(self) -> dict[str, Array]:
-        return {_name(path): array for path, array in jax.tree_util.tree_leaves_with_path(self.state)}
+
+def _to_arrays(state: TrainState) -> dict[str, Array]:
+    """{"step", "parameters.NAME", "exp_avg.NAME", "exp_avg_sq.NAME": array}, NAME as in the table's flax column."""
+    arrays: dict[str, Array] = {"step": otu.tree_get(state.opt_state, "count")}
+    for part, tree in _parts(state).items():
+        arrays |= {f"{part}.{_name(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return arrays
+
+
+def _from_arrays(state: TrainState, arrays: dict[str, Array]) -> TrainState:
+    parts = {
+        part: jax.tree_util.tree_map_with_path(lambda path, _, part=part: arrays[f"{part}.{_name(path)}"], tree)
+        for part, tree in _parts(state).items()
+    }
+    opt_state = otu.tree_set(state.opt_state, count=arrays["step"], mu=parts["exp_avg"], nu=parts["exp_avg_sq"])
+    return TrainState(parts["parameters"], opt_state)
+
+
+def _parts(state: TrainState) -> dict[str, GPTModel]:
+    moments = (otu.tree_get(state.opt_state, name) for name in ("mu", "nu"))
+    return dict(zip(("parameters", *train_state.MOMENTS), (state.model, *moments), strict=True))

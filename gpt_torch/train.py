@@ -1,18 +1,159 @@
-"""Training in PyTorch: the loss. The trainer follows."""
+"""Training in PyTorch: a step on a model and torch.optim.AdamW, as gpt_jax/train.py makes it.
 
+torch's AdamW and optax's are the same function where they are given the same numbers, but not by default
+(docs/parity.md lists where they part); so decay, eps and clipping are spelled out here.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gpt_torch.generate import generate
 from gpt_torch.model import GPTModel
+from gpt_torch.pretrained import export_weights, load_weights, save_pretrained
+from parity import pretrained, train_state, weights
+from parity.config import GPTConfig
 from parity.data import NO_TARGET
+from parity.settings import TrainSettings
+from parity.weights import rows
 
 
-def loss_sum(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats, summed over the targets [B, T] that are not NO_TARGET."""
-    logits = model(inputs)  # [B, T, V]
+def loss_sum(model: GPTModel, inputs: Tensor, targets: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Cross-entropy in nats, summed over the targets [B, T] that are not NO_TARGET.
+
+    `dtype`: computes in it, from parameters that stay as they are.
+    """
+    narrow = {} if dtype is None else {name: p.to(dtype) for name, p in model.named_parameters()}
+    logits = torch.func.functional_call(model, narrow, inputs)  # [B, T, V]
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET, reduction="sum")
 
 
 def calc_loss(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy in nats, the mean over the targets [B, T] that are not NO_TARGET."""
     return loss_sum(model, inputs, targets) / (targets != NO_TARGET).sum()
+
+
+def make_optimizer(model: GPTModel, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019); the learning rate is set at each step."""
+    decayed = {row.torch.format(layer) for row in rows(model.config) if row.decayed
+               for layer in range(model.config.n_layer)}  # fmt: skip
+    parameters = dict(model.named_parameters())
+    groups = [
+        {"params": [p for name, p in parameters.items() if name in decayed], "weight_decay": settings.weight_decay},
+        {"params": [p for name, p in parameters.items() if name not in decayed], "weight_decay": 0.0},
+    ]
+    fused = model.tok_emb.weight.device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=fused)
+
+
+def clip_by_global_norm(gradients: Sequence[Tensor], largest: float) -> Tensor:
+    """Scale gradients in place to a global norm of at most `largest`; their norm before that.
+
+    torch's own clip divides by the norm plus 1e-6, optax's by the norm.
+    """
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if norm > largest:
+        torch._foreach_mul_(gradients, largest / norm)
+    return norm
+
+
+class Trainer:
+    """A model with its optimizer, as parity/fit.py drives it.
+
+    `init`: weights to start from, a folder or one of OpenAI's sizes; by default those of the settings' seed.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        settings: TrainSettings,
+        init: str | Path | None = None,
+        attention: str = "explicit",
+        device: torch.device | str = "cpu",
+        compile: bool = False,
+    ):
+        self.config, self.settings, self.device = config, settings, torch.device(device)
+        dtype = getattr(torch, settings.dtype)
+        model = GPTModel(config, None if init else settings.seed, attention)
+        if init:
+            _, arrays, source = pretrained.read(init)
+            load_weights(model, arrays, source, origin=str(init))
+        self.model = model.to(self.device, torch.promote_types(dtype, torch.float32))
+        self.optimizer = make_optimizer(self.model, settings)
+        self._narrow = dtype if dtype == torch.bfloat16 else None
+        self._loss_sum = torch.compile(loss_sum) if compile else loss_sum
+
+    def put(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor]:
+        tensors = (torch.from_numpy(part).long() for part in (inputs, targets))
+        if self.device.type == "cuda":  # pinned memory is copied while the GPU computes
+            tensors = (tensor.pin_memory() for tensor in tensors)
+        inputs, targets = (tensor.to(self.device, non_blocking=True) for tensor in tensors)
+        return inputs, targets
+
+    def train_step(
+        self, inputs: np.ndarray | Tensor, targets: np.ndarray | Tensor, lr: float, step: int
+    ) -> dict[str, Tensor]:
+        inputs, targets = (torch.as_tensor(part, device=self.device).long() for part in (inputs, targets))  # [A, B, T]
+        if self.config.drop_rate:
+            torch.manual_seed(int(np.random.SeedSequence([self.settings.seed, step]).generate_state(1)[0]))
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        count = (targets != NO_TARGET).sum()
+        loss = torch.zeros((), device=self.device)
+        for micro_batch in zip(inputs, targets, strict=True):
+            part = self._loss_sum(self.model, *micro_batch, self._narrow) / count
+            part.backward()
+            loss = loss + part.detach()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = clip_by_global_norm(gradients, self.settings.clip)
+        if torch.isfinite(loss) and torch.isfinite(norm):  # if not, nothing changes
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.model.eval()
+        return {"loss": loss, "grad_norm": norm}
+
+    @torch.no_grad()
+    def loss_sum(self, inputs: np.ndarray, targets: np.ndarray) -> Tensor:
+        return self._loss_sum(self.model, *self.put(inputs, targets), self._narrow)
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> list[list[int]]:
+        top_k = min(50, self.config.n_vocab)
+        return generate(self.model, prompts, max_new_tokens, temperature=0.8, top_k=top_k, seed=seed)
+
+    def save(self, folder: Path) -> None:
+        save_pretrained(self.model, folder)
+        step, moments = self._moments()
+        named = {moment: {n: a.cpu().numpy() for n, a in arrays.items()} for moment, arrays in moments.items()}
+        converted = {m: dict(weights.convert(a, "torch", "huggingface", self.config)) for m, a in named.items()}
+        train_state.write_optimizer(folder, step, converted)
+
+    def restore(self, folder: Path) -> None:
+        stored = train_state.read(folder, self.config)
+        load_weights(self.model, stored.arrays["parameters"], stored.format, origin=str(folder))
+        moments = {moment: stored.converted(moment, "torch", self.config) for moment in train_state.MOMENTS}
+        # The optimizer numbers its parameters over its groups.
+        name_of = {parameter: name for name, parameter in self.model.named_parameters()}
+        names = [name_of[p] for group in self.optimizer.param_groups for p in group["params"]]
+        state = {
+            number: {"step": torch.tensor(float(stored.step))}
+            | {moment: torch.tensor(arrays[name]) for moment, arrays in moments.items()}
+            for number, name in enumerate(names)
+        }
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+    def _moments(self) -> tuple[int, dict[str, dict[str, Tensor]]]:
+        """The number of updates, and {moment: {parameter: tensor}}, zeros before the first update."""
+        found: dict[str, Any] = {moment: {} for moment in train_state.MOMENTS}
+        step = 0
+        for name, parameter in self.model.named_parameters():
+            state = self.optimizer.state.get(parameter) or {}
+            step = int(state.get("step", 0))
+            for moment in train_state.MOMENTS:
+                found[moment][name] = state.get(moment, torch.zeros_like(parameter))
+        return step, found

@@ -18,15 +18,24 @@ MANIFEST = "manifest.json"
 _UNFINISHED = ".unfinished-"
 
 
-def save(checkpoints: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
-    """Let `write(folder)` fill a folder, publish it as the step's, and drop all but the newest `keep`.
+def save(
+    checkpoints: Path,
+    step: int,
+    write: Callable[[Path], None],
+    keep: int,
+    keep_every: int | None = None,
+    best: int | None = None,
+) -> Path:
+    """Let `write(folder)` fill a folder, publish it as the step's, and drop those not to be kept.
 
-    Raises InputError where the disk does not take it; checkpoints saved before are left as they were.
+    Kept are the newest `keep`, those of steps divisible by `keep_every`, and the step `best`. Raises
+    InputError where the disk does not take it; checkpoints saved before are left as they were.
     """
     target, unfinished = _folder(checkpoints, step), checkpoints / f"{_UNFINISHED}{step:06d}"
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for left in checkpoints.glob(f"{_UNFINISHED}*"):  # by a process that was killed
+            shutil.rmtree(left)
         unfinished.mkdir()
         write(unfinished)
         (unfinished / MANIFEST).write_text(json.dumps(_hashes(unfinished), indent=1) + "\n")
@@ -34,13 +43,16 @@ def save(checkpoints: Path, step: int, write: Callable[[Path], None], keep: int)
         if target.exists():
             shutil.rmtree(target)
         unfinished.rename(target)
+        _sync(checkpoints)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise InputError(
-            f"checkpoint {target} could not be written ({error}); earlier checkpoints are intact"
+            f"checkpoint {target} could not be written ({error}); earlier checkpoints are intact. "
+            "Make room, then go on with --resume"
         ) from error
     for old in steps(checkpoints)[:-keep]:
-        shutil.rmtree(_folder(checkpoints, old))
+        if old != best and not (keep_every and old % keep_every == 0):
+            shutil.rmtree(_folder(checkpoints, old))
     return target
 
 
@@ -60,6 +72,16 @@ def newest_intact(checkpoints: Path) -> Path:
             return folder
         warnings.warn(f"checkpoint {folder} is passed over: {damage}", stacklevel=2)
     raise InputError(f"{checkpoints} holds no intact checkpoint; was the run stopped before its first evaluation?")
+
+
+def intact(checkpoints: Path, step: int) -> Path:
+    """The folder of a step; raises InputError, saying why, where it is missing or damaged."""
+    folder = _folder(checkpoints, step)
+    if not folder.is_dir():
+        raise InputError(f"{checkpoints} has no step {step}; it has {', '.join(map(str, steps(checkpoints))) or 'none'}")
+    if damage := _damage(folder):
+        raise InputError(f"checkpoint {folder} is damaged: {damage}")
+    return folder
 
 
 def _folder(checkpoints: Path, step: int) -> Path:
@@ -90,8 +112,12 @@ def _damage(folder: Path) -> str:
 
 def _flush(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

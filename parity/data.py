@@ -4,9 +4,12 @@ Files: nanoGPT's .bin (raw uint16) and llm.c's .bin (256 int32 of header, then u
 memory-mapped; text goes through a tokenizer (parity/corpora.py).
 """
 
+import collections
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -79,10 +82,13 @@ class Windows:
         The windows run in a new order each epoch, every one once; a batch that begins near the end
         of an epoch is filled from the next epoch's order, so that no batch is short.
         """
+        return self._stack([self._window(index) for index in self.batch_windows(seed, step, size)])
+
+    def batch_windows(self, seed: int, step: int, size: int) -> list[int]:
+        """Which windows are in the batch of a step."""
         places = np.arange(step * size, (step + 1) * size)
         epochs, offsets = places // len(self), places % len(self)
-        indices = [int(_order(seed, int(e), len(self))[o]) for e, o in zip(epochs, offsets, strict=True)]
-        return self._stack([self._window(index) for index in indices])
+        return [int(_order(seed, int(e), len(self))[o]) for e, o in zip(epochs, offsets, strict=True)]
 
     def in_order(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Every token once, in order, in batches int32 [size, T].
@@ -122,3 +128,24 @@ class Windows:
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
     return generator.permutation(count)
+
+
+T = TypeVar("T")
+
+
+def ahead(load: Callable[[int], T], steps: range, depth: int = 2) -> Generator[T, None, None]:
+    """load(step) for each step in order, made on another thread while the earlier ones are used.
+
+    `depth` of them wait at most. An error of load() is raised where its step would have come.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        waiting = collections.deque(pool.submit(load, step) for step in steps[:depth])
+        try:
+            for step in steps:
+                loaded = waiting.popleft().result()
+                if step + depth * steps.step in steps:
+                    waiting.append(pool.submit(load, step + depth * steps.step))
+                yield loaded
+        finally:
+            for future in waiting:
+                future.cancel()

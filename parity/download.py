@@ -121,6 +121,10 @@ def _show(progress: Progress, bar: TaskID, done: int) -> None:
     progress.update(bar, completed=done)
 
 
+def is_offline() -> bool:
+    return os.environ.get("GPT_PARITY_OFFLINE") == "1"
+
+
 def fetch(
     wanted: Wanted,
     target: Path,
@@ -136,7 +140,7 @@ def fetch(
     """
     if _is_there(wanted, target):
         return target
-    if offline if offline is not None else os.environ.get("GPT_PARITY_OFFLINE") == "1":
+    if offline if offline is not None else is_offline():
         raise InputError(f"{target} is missing, and downloads are switched off (--offline or GPT_PARITY_OFFLINE=1)")
     target.parent.mkdir(parents=True, exist_ok=True)
     failures = []

@@ -1,11 +1,12 @@
 """The training loop: which batch, which learning rate, when to evaluate and save, for any backend."""
 
+import contextlib
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from rich.console import Console
@@ -13,12 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from parity import checkpoints
 from parity.config import GPTConfig
-from parity.data import NO_TARGET, Windows
+from parity.data import NO_TARGET, Windows, ahead
 from parity.errors import InputError
-from parity.runs import RunFolder
+from parity.job import Job
 from parity.schedule import learning_rate
-from parity.settings import TrainSettings
-from parity.tokenizer import Tokenizer, encode_prompt
 
 
 class Trainer(Protocol):
@@ -26,8 +25,14 @@ class Trainer(Protocol):
 
     config: GPTConfig
 
-    def train_step(self, inputs: np.ndarray, targets: np.ndarray, lr: float, step: int) -> dict[str, Any]:
-        """One optimizer step on int32 [A, B, T], A micro-batches; {loss, grad_norm}, maybe still on the device."""
+    def put(self, inputs: np.ndarray, targets: np.ndarray) -> Any:
+        """int32 [A, B, T] on their way to the device; called on another thread, ahead of the step."""
+
+    def train_step(self, inputs: Any, targets: Any, lr: float, step: int) -> dict[str, Any]:
+        """One optimizer step on what put() returned, A micro-batches; {loss, grad_norm}, maybe still on the device.
+
+        Where one of them is not finite, the model and its optimizer stay as they were.
+        """
 
     def loss_sum(self, inputs: np.ndarray, targets: np.ndarray) -> Any:
         """Summed loss in nats of int32 [B, T], without dropout, maybe still on the device."""
@@ -37,7 +42,8 @@ class Trainer(Protocol):
     def save(self, folder: Path) -> None:
         """Write everything that the run needs to go on, and model.safetensors with config.json."""
 
-    def restore(self, folder: Path) -> None: ...
+    def restore(self, folder: Path) -> None:
+        """Take up what either backend's save() wrote; raises InputError for another model's."""
 
 
 class StopRequest:
@@ -64,6 +70,14 @@ class StopRequest:
         return 0 if self.received is None else 128 + self.received
 
 
+class Pending(NamedTuple):
+    """A step that was started; its metrics may still be on the device."""
+
+    step: int
+    lr: float
+    metrics: dict[str, Any]
+
+
 def evaluate(trainer: Trainer, windows: Windows, batch_size: int) -> float:
     """Mean loss in nats over every target of the windows' tokens."""
     sums, count = [], 0
@@ -73,52 +87,56 @@ def evaluate(trainer: Trainer, windows: Windows, batch_size: int) -> float:
     return float(np.sum(np.asarray([float(value) for value in sums], np.float64)) / count)
 
 
-def fit(
-    trainer: Trainer,
-    run: RunFolder,
-    settings: TrainSettings,
-    train: Windows,
-    validation: Windows,
-    tokenizer: Tokenizer | None,
-    bigram: float | None,
-    done: int,
-    console: Console,
-) -> int:
+def run(trainer: Trainer, job: Job, console: Console) -> int:
+    """Restore what there is, train, and say what came of it; returns the exit status."""
+    done = 0
+    if job.args.resume:
+        newest = checkpoints.newest_intact(job.run.checkpoints)
+        trainer.restore(newest)
+        done = int(newest.name)
+        job.run.forget_after(done)
+        console.print(f"resuming   after step {done}")
+    begin = time.perf_counter()
+    status = fit(trainer, job, done, console)
+    evaluated = {e["step"]: e["validation_loss"] for e in job.run.metrics() if "validation_loss" in e}
+    last, best = max(evaluated), job.run.best_step()
+    beside = "" if job.bigram is None else f", bigram {job.bigram:.4f}"
+    console.print(f"validation loss {evaluated[last]:.4f}{beside}; {time.perf_counter() - begin:.0f} s")
+    if best is not None and best < last:
+        console.print(
+            f"overfitting: the validation loss was lowest, {evaluated[best]:.4f}, after step {best}, and has risen since; "
+            f"that checkpoint is kept: --checkpoint best"
+        )
+    console.print(
+        f'sample from it: python scripts/generate.py --run {job.run.path} "The "', highlight=False, soft_wrap=True
+    )
+    return status
+
+
+def fit(trainer: Trainer, job: Job, done: int, console: Console) -> int:
     """Train from step `done` to the end; returns the exit status: 0, or 128 + the signal that stopped it.
 
-    Raises InputError for a loss that is not finite; what was saved before stays.
+    Raises InputError for a loss that is not finite, once the settings' skip_nonfinite steps are used up; what
+    was saved before stays.
     """
-    micro_size = settings.batch_size // settings.accumulate
-    tokens_a_step = settings.batch_size * train.n_ctx
-
-    def evaluate_and_save(step: int) -> None:
-        loss = evaluate(trainer, validation, micro_size)
-        run.log({"step": step, "validation_loss": loss, "perplexity": math.exp(min(loss, 700))})
-        console.print(f"step {step:>6}  validation loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.2f}")
-        if tokenizer is not None:
-            _sample(trainer, run, settings, tokenizer, step, console)
-        run.plot(bigram)
-        checkpoints.save(run.checkpoints, step, trainer.save, settings.keep)
-
-    pending: list[tuple[int, float, dict[str, Any]]] = []
+    settings = job.settings
+    tokens_a_step = settings.batch_size * job.train.n_ctx
+    pending: list[Pending] = []
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"))
     progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
-    with StopRequest() as stop, progress:
+    with StopRequest() as stop, progress, contextlib.ExitStack() as stack:
         bar = progress.add_task("training", total=settings.steps, completed=done, shown="compiling")
         if done == 0:
-            evaluate_and_save(0)
+            _evaluate_and_save(trainer, job, 0, console)
         since, since_step = time.perf_counter(), done
-        for step in range(done, settings.steps):
-            inputs, targets = (
-                part.reshape(settings.accumulate, micro_size, train.n_ctx)
-                for part in train.batch(settings.seed, step, settings.batch_size)
-            )
+        batches = stack.enter_context(contextlib.closing(_batches(trainer, job, done)))
+        for step, batch in zip(range(done, settings.steps), batches, strict=True):
             lr = learning_rate(step, settings.lr, settings.min_lr, settings.warmup, settings.steps)
-            pending.append((step + 1, lr, trainer.train_step(inputs, targets, lr, step)))
+            pending.append(Pending(step + 1, lr, trainer.train_step(*batch, lr, step)))
             finished = step + 1
             evaluating = finished % settings.eval_every == 0 or finished == settings.steps
             if evaluating or stop.received is not None or finished % settings.log_every == 0:
-                loss = _log_steps(run, pending)
+                loss = _log_steps(job, pending, console)
                 speed = (finished - since_step) * tokens_a_step / (time.perf_counter() - since)
                 progress.update(bar, completed=finished, shown=f"loss {loss:.3f}  lr {lr:.1e}  {speed:,.0f} tokens/s")
                 pending.clear()
@@ -126,37 +144,78 @@ def fit(
             if evaluating:
                 if not console.is_terminal:
                     console.print(f"step {finished:>6}  training loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s")
-                evaluate_and_save(finished)
+                _evaluate_and_save(trainer, job, finished, console)
                 since = time.perf_counter()
             if stop.received is not None:
                 if not evaluating:
-                    checkpoints.save(run.checkpoints, finished, trainer.save, settings.keep)
+                    _save(trainer, job, finished)
                 console.print(f"stopped by {signal.Signals(stop.received).name} after step {finished}, which is saved")
                 break
         return stop.exit_status
 
 
-def _log_steps(run: RunFolder, pending: Sequence[tuple[int, float, dict[str, Any]]]) -> float:
-    """Write the steps' metrics, which waits for the device; the last loss."""
+def _batches(trainer: Trainer, job: Job, done: int) -> Generator[Any, None, None]:
+    """The batches of the steps from `done` on, as put() returns them, made ahead of their use."""
+    settings, n_ctx = job.settings, job.train.n_ctx
+
+    def load(step: int) -> Any:
+        parts = job.train.batch(settings.seed, step, settings.batch_size)
+        return trainer.put(*(part.reshape(settings.accumulate, job.micro_size, n_ctx) for part in parts))
+
+    return ahead(load, range(done, settings.steps))
+
+
+def _evaluate_and_save(trainer: Trainer, job: Job, step: int, console: Console) -> None:
+    loss = evaluate(trainer, job.validation, job.micro_size)
+    if not math.isfinite(loss):
+        raise InputError(f"step {step}: the validation loss is {loss}; nothing is saved, earlier checkpoints are kept")
+    perplexity = math.exp(min(loss, 700))
+    job.log({"step": step, "validation_loss": loss, "perplexity": perplexity})
+    console.print(f"step {step:>6}  validation loss {loss:.4f}  perplexity {perplexity:.2f}")
+    for prompt in job.prompts:
+        room = min(job.settings.sample_tokens, trainer.config.n_ctx - len(prompt))
+        [row] = trainer.generate([prompt], room, job.settings.seed)
+        text = job.tokenizer.decode(row)
+        job.run.add_sample(step, text)
+        console.print(f"             {text!r}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    job.run.plot(job.bigram)
+    _save(trainer, job, step)
+
+
+def _save(trainer: Trainer, job: Job, step: int) -> None:
+    settings = job.settings
+    checkpoints.save(
+        job.run.checkpoints, step, trainer.save, settings.keep, settings.keep_every, best=job.run.best_step()
+    )
+
+
+def _log_steps(job: Job, pending: Sequence[Pending], console: Console) -> float:
+    """Write the steps' metrics, which waits for the device; the last finite loss, or NaN."""
+    last = math.nan
     for step, lr, metrics in pending:
         values = {name: float(value) for name, value in metrics.items()}
-        if not all(map(math.isfinite, values.values())):
-            raise InputError(
-                f"step {step}: {values}, not finite; the checkpoints before it are kept. "
-                "Try a lower --settings.lr, or --settings.dtype float32"
-            )
-        run.log({"step": step, "lr": lr, **values})
-    return values["loss"]
+        if all(map(math.isfinite, values.values())):
+            job.log({"step": step, "lr": lr, **values})
+            last = values["loss"]
+        else:
+            _note_not_finite(job, step, lr, values, console)
+    return last
 
 
-def _sample(
-    trainer: Trainer, run: RunFolder, settings: TrainSettings, tokenizer: Tokenizer, step: int, console: Console
-) -> None:
-    prompt = list(encode_prompt(tokenizer, settings.sample_prompt))
-    room = trainer.config.n_ctx - len(prompt)
-    if room < 1:
-        raise InputError(f"sample_prompt has {len(prompt)} tokens, the context is {trainer.config.n_ctx}; shorten it")
-    [row] = trainer.generate([prompt], min(settings.sample_tokens, room), settings.seed)
-    text = tokenizer.decode(row)
-    run.add_sample(step, text)
-    console.print(f"             {text!r}", style="dim", markup=False, highlight=False, soft_wrap=True)
+def _note_not_finite(job: Job, step: int, lr: float, values: dict[str, float], console: Console) -> None:
+    """Write the step and its batch down; raises InputError if it is one too many."""
+    settings = job.settings
+    windows = job.train.batch_windows(settings.seed, step - 1, settings.batch_size)
+    inputs, _ = job.train.batch(settings.seed, step - 1, settings.batch_size)
+    words = {name: str(value) for name, value in values.items()}  # JSON has no NaN
+    entries = {"step": step, "lr": lr, **words, "windows": windows, "inputs": inputs.tolist()}
+    file = job.run.write(f"nonfinite-{step:06d}.json", entries)
+    job.log({"step": step, "lr": lr, "nonfinite": words})
+    told = f"step {step}: {words}, not finite; its batch is in {file}"
+    skipped = sum("nonfinite" in entry for entry in job.run.metrics())
+    if skipped > settings.skip_nonfinite:
+        raise InputError(
+            f"{told}. The run stops; checkpoints saved before are kept. Go on from the newest with --resume "
+            f"--skip-nonfinite {skipped}, or start again with a lower --lr or --dtype float32"
+        )
+    console.print(f"{told}; the step is passed over ({skipped} of {settings.skip_nonfinite})", style="yellow")

@@ -1,8 +1,9 @@
-"""The folder that a run leaves: config.json, metrics.jsonl, loss.png, samples.txt, checkpoints/."""
+"""The folder that a run leaves: config.json, env.json, metrics.jsonl, loss.png, samples.txt, checkpoints/."""
 
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from parity.config import GPTConfig
 from parity.errors import InputError
 from parity.settings import TrainSettings
+
+_SAMPLE_HEADING = re.compile(r"^--- step (\d+) ---\n", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +31,18 @@ class RunFolder:
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def samples_file(self) -> Path:
+        return self.path / "samples.txt"
+
     def create(self, entries: Mapping[str, Any]) -> None:
         """Make the folder with its config.json; raises InputError where a run is already there."""
         if self.config_file.exists():
             raise InputError(f"{self.path} already holds a run; continue it with --resume, or name another --run")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            _replace(self.config_file, json.dumps(entries, indent=2) + "\n")
             self.metrics_file.write_text("")
+            self.write(self.config_file.name, entries)
         except OSError as error:
             raise InputError(f"run folder {self.path} cannot be written ({error})") from None
 
@@ -48,16 +55,22 @@ class RunFolder:
         except ValueError as error:
             raise InputError(f"{self.config_file} is not valid JSON ({error})") from None
 
-    def require(self, entries: Mapping[str, Any]) -> None:
-        """Raise InputError, listing what differs, unless the run was made with these entries."""
+    def update(self, entries: Mapping[str, Any], changeable: Sequence[str] = ()) -> list[str]:
+        """Take over entries for a run that goes on; what changed, in words.
+
+        Raises InputError, listing what differs, for changes in any but the `changeable` keys.
+        """
         saved, wanted = (dict(_flatten(json.loads(json.dumps(e)))) for e in (self.config(), entries))
-        different = [
-            f"{key} is {saved.get(key)!r} there, {wanted.get(key)!r} here"
+        different = {
+            key: f"{key} is {saved.get(key)!r} there, {wanted.get(key)!r} here"
             for key in sorted(saved.keys() | wanted.keys())
             if saved.get(key) != wanted.get(key)
-        ]
+        }
+        if refused := [text for key, text in different.items() if key not in changeable]:
+            raise InputError(f"{self.path} belongs to another configuration: {'; '.join(refused)}")
         if different:
-            raise InputError(f"{self.path} belongs to another configuration: {'; '.join(different)}")
+            self.write(self.config_file.name, entries)
+        return list(different.values())
 
     def log(self, entries: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -75,34 +88,49 @@ class RunFolder:
         return found
 
     def forget_after(self, step: int) -> None:
-        """Drop the metrics of later steps: a resumed run writes them again."""
+        """Drop the metrics and samples of later steps: a resumed run writes them again."""
         kept = [entry for entry in self.metrics() if entry["step"] <= step]
         _replace(self.metrics_file, "".join(json.dumps(entry) + "\n" for entry in kept))
+        if self.samples_file.exists():
+            text = self.samples_file.read_text(encoding="utf-8", errors="replace")
+            parts = re.split(_SAMPLE_HEADING, text)[1:]  # step, text, step, text, ...
+            kept_parts = [(s, t) for s, t in zip(parts[::2], parts[1::2], strict=True) if int(s) <= step]
+            _replace(self.samples_file, "".join(f"--- step {s} ---\n{t}" for s, t in kept_parts))
+
+    def best_step(self) -> int | None:
+        """The evaluated step with the lowest validation loss; the first of equals."""
+        evaluated = [(e["validation_loss"], e["step"]) for e in self.metrics() if "validation_loss" in e]
+        return min(evaluated)[1] if evaluated else None
 
     def add_sample(self, step: int, text: str) -> None:
-        with (self.path / "samples.txt").open("a", encoding="utf-8") as file:
+        with self.samples_file.open("a", encoding="utf-8") as file:
             file.write(f"--- step {step} ---\n{text}\n\n")
+
+    def write(self, name: str, entries: Mapping[str, Any]) -> Path:
+        """Write a JSON file of the folder, whole or not at all."""
+        _replace(self.path / name, json.dumps(entries, indent=2) + "\n")
+        return self.path / name
 
     def plot(self, bigram: float | None) -> Path:
         target = self.path / "loss.png"
-        plot_losses(target, self.metrics(), bigram)
+        plot_metrics(target, self.metrics(), bigram)
         return target
 
 
 def run_config(
-    preset: str, model: GPTConfig, settings: TrainSettings, corpus_sha256: str, backend: str
+    preset: str, model: GPTConfig, settings: TrainSettings, corpus_sha256: str, init: str | None = None
 ) -> dict[str, Any]:
     """The entries of config.json."""
     return {
         "preset": preset,
-        "backend": backend,
+        "init": init,
         "corpus_sha256": corpus_sha256,
         "model": model.to_dict(),
         "train": dataclasses.asdict(settings),
     }
 
 
-def plot_losses(target: Path, metrics: Sequence[Mapping[str, Any]], bigram: float | None = None) -> None:
+def plot_metrics(target: Path, metrics: Sequence[Mapping[str, Any]], bigram: float | None = None) -> None:
     """Picture of training and validation loss by step, from lines of metrics.jsonl."""
     import matplotlib
 

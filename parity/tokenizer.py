@@ -124,7 +124,7 @@ def load_tokenizer(name: str, vocab_bpe: str | Path | None = None) -> Tokenizer:
             return GPT2Tokenizer(found)
     raise InputError(
         f"the gpt2 tokenizer needs OpenAI's vocab.bpe: give --vocab-bpe PATH, or put it at {cached} "
-        "(every GPT-2 checkpoint has it: scripts/download_gpt2.py 124M); or use --settings.tokenizer bytes"
+        "(every GPT-2 checkpoint has it: scripts/download_gpt2.py 124M); or use --tokenizer bytes"
     )
 
 

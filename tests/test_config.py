@@ -8,7 +8,7 @@ import gpt_torch
 from parity.config import PRESETS, GPTConfig, as_config
 from parity.errors import InputError
 from parity.runs import RunFolder, run_config
-from parity.settings import TrainSettings, settings_for
+from parity.settings import TrainSettings, recipe
 
 # The dict of the notebook, as it stands there.
 NOTEBOOK = {
@@ -59,20 +59,20 @@ def test_bad_settings(bad):
 
 
 def test_settings_of_presets():
-    assert settings_for("small").corpus == "python-docs"
-    assert settings_for("124M").batch_size == 480
+    assert recipe("small").settings.corpus == "python-docs"
+    assert recipe("124M").settings.batch_size == 480
 
 
 def test_run_folders(tmp_path):
     run = RunFolder(tmp_path / "run")
     with pytest.raises(InputError, match="holds no run"):
         run.config()
-    entries = run_config("tiny", TINY, settings_for("tiny"), "abc", "jax")
+    entries = run_config("tiny", TINY, recipe("tiny").settings, "abc", "jax")
     run.create(entries)
     run.require(entries)
     with pytest.raises(InputError, match="--resume"):
         run.create(entries)
-    other = run_config("tiny", GPTConfig(n_layer=2), settings_for("tiny"), "abd", "jax")
+    other = run_config("tiny", GPTConfig(n_layer=2), recipe("tiny").settings, "abd", "jax")
     with pytest.raises(InputError, match="corpus_sha256 is 'abc' there, 'abd' here") as caught:
         run.require(other)
     assert "model.n_layer is 3 there, 2 here" in str(caught.value)

@@ -19,10 +19,10 @@ from gpt_jax.train import Trainer, cast, loss_sum
 from parity import checkpoints
 from parity.compare import compare
 from parity.errors import InputError
-from parity.settings import settings_for
+from parity.settings import recipe
 from parity.weights import rows
 
-SETTINGS = settings_for("tiny")
+SETTINGS = recipe("tiny").settings
 ROOT = Path(__file__).parents[1]
 
 
@@ -298,8 +298,8 @@ def test_stopped_and_resumed_equals_uninterrupted(finished_run, tmp_path):
         (["--preset", "98M"], "unknown preset"),
         (["--preset", "tiny", "--device", "gpu"], "--device gpu: jax"),
         (["--preset", "tiny", "--attention", "cudnn"], "needs a GPU"),
-        (["--preset", "tiny", "--settings.corpus", "nothing.txt"], "no file or folder"),
-        (["--preset", "tiny", "--settings.batch-size", "0"], "batch_size"),
+        (["--preset", "tiny", "--corpus", "nothing.txt"], "no file or folder"),
+        (["--preset", "tiny", "--batch-size", "0"], "batch_size"),
         (["--preset", "124M"], "vocab.bpe"),
     ],
 )
@@ -314,7 +314,7 @@ def test_script_errors_are_one_line(arguments, message, tmp_path):
 
 def test_resume_of_another_config_is_refused(finished_run):
     folder, _ = finished_run
-    result = run_script("train_jax.py", "--run", folder, "--resume", "--settings.lr", "0.5")
+    result = run_script("train_jax.py", "--run", folder, "--resume", "--lr", "0.5")
     assert result.returncode == 2
     assert "train.lr is 0.003 there, 0.5 here" in result.stderr
     result = run_script("train_jax.py", "--preset", "tiny", "--run", folder)

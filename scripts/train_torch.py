@@ -1,0 +1,53 @@
+"""Train a GPT-2 with the torch backend. scripts/train_jax.py is the same in JAX.
+
+python scripts/train_torch.py                                     # small, embedded corpus, any CPU
+python scripts/train_torch.py --preset 124M --corpus DIR --device cuda --compile
+python scripts/train_torch.py --init 124M --corpus my.txt --steps 500 --lr 3e-5   # fine-tune OpenAI's weights
+python scripts/train_torch.py --run runs/NAME --resume            # go on, also with a run of train_jax.py
+"""
+
+import dataclasses
+import sys
+from typing import Literal
+
+from rich.console import Console
+
+from gpt_torch.devices import choose_device, describe
+from gpt_torch.train import Trainer
+from parity.errors import exit_with_message
+from parity.fit import run
+from parity.job import JobArgs, begin, load, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(JobArgs):
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    attention: Literal["explicit", "sdpa"] = "sdpa"
+    """The formula as written in the model, or torch's fused kernel."""
+    compile: bool = False
+    """Use torch.compile."""
+
+
+def main() -> int:
+    args, console = parse(Args, __doc__), Console()
+    dtype = args.settings.dtype
+
+    # Device
+    device = choose_device(args.device)
+
+    # Model, tokenizer and data
+    job = load(args)
+
+    # Run folder
+    wide = "float64" if dtype == "float64" else "float32"
+    precision = f"computes in {dtype}, parameters {wide}; attention {args.attention}" + ", compiled" * args.compile
+    job = begin(job, "torch", {"device": describe(device), "precision": precision}, console)
+
+    # Train
+    trainer = Trainer(job.config, job.settings, job.init, args.attention, device, args.compile)
+    return run(trainer, job, console)
+
+
+if __name__ == "__main__":
+    with exit_with_message():
+        sys.exit(main())
