@@ -1,5 +1,6 @@
 """A train state on disk: orbax for all of it, and model.safetensors that either backend reads."""
 
+import logging
 from pathlib import Path
 
 import jax
@@ -8,15 +9,27 @@ from jax import Array
 
 from gpt_jax.model import GPTModel
 from gpt_jax.pretrained import save_pretrained
+from parity import checkpoints
 from parity.errors import InputError
 from parity.train_state import ORBAX_FOLDER
 
 
 def save(folder: Path, model: GPTModel, arrays: dict[str, Array]) -> None:
-    """Write `arrays` (orbax) and the model's weights (safetensors) into an existing folder; waits until written."""
+    """Write `arrays` (orbax) and the model's weights (safetensors) into an existing folder; waits until written.
+
+    Raises OSError where the disk does not take them.
+    """
+    checkpoints.require_space(folder, 4 * sum(leaf.nbytes for leaf in jax.tree.leaves(model)))
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute() / ORBAX_FOLDER, arrays)
-        checkpointer.wait_until_finished()
+        logger = logging.getLogger("absl")  # there orbax writes the stack of an error that is raised too
+        before, logger.disabled = logger.disabled, True
+        try:
+            checkpointer.save(folder.absolute() / ORBAX_FOLDER, arrays)
+            checkpointer.wait_until_finished()
+        except ValueError as error:  # tensorstore's word for a full disk
+            raise OSError(str(error).splitlines()[0]) from error
+        finally:
+            logger.disabled = before
     save_pretrained(model, folder)
 
 

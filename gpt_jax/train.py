@@ -42,7 +42,7 @@ def calc_loss(model: GPTModel, inputs: Array, targets: Array, key: Array | None 
 
 
 def make_optimizer(settings: TrainSettings, config: GPTConfig) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) behind a global-norm clip, up to the learning rate."""
+    """AdamW (Loshchilov & Hutter 2019), up to the learning rate, which each step is given."""
     decayed = {row.flax for row in rows(config) if row.decayed}
 
     def mask(model: GPTModel) -> GPTModel:
@@ -50,7 +50,6 @@ def make_optimizer(settings: TrainSettings, config: GPTConfig) -> optax.Gradient
         return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) in decayed, model)
 
     return optax.chain(
-        optax.clip_by_global_norm(settings.clip),
         optax.scale_by_adam(settings.beta1, settings.beta2, settings.eps),
         optax.add_decayed_weights(settings.weight_decay, mask),
     )
@@ -61,7 +60,13 @@ def _name(path: tuple) -> str:
     return jax.tree_util.keystr(path).strip(".").removesuffix(".value")
 
 
-def make_train_step(optimizer: optax.GradientTransformation, dtype: Any):
+def clip_by_global_norm(gradients: GPTModel, largest: float) -> tuple[GPTModel, Array]:
+    """(gradients scaled to a global norm of at most `largest`, their norm before that)."""
+    norm = optax.global_norm(gradients)
+    return jax.tree.map(lambda g: g * (largest / jnp.maximum(norm, largest)), gradients), norm
+
+
+def make_train_step(optimizer: optax.GradientTransformation, clip: float, dtype: Any):
     """train_step(state, inputs [A, B, T], targets, lr, key) -> (state, {loss, grad_norm}), jitted, state donated."""
 
     def one_sum(model, inputs, targets, key):
@@ -81,7 +86,7 @@ def make_train_step(optimizer: optax.GradientTransformation, dtype: Any):
             zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.model))
             total, _ = jax.lax.scan(micro_batch, zeros, (inputs, targets, keys))
         loss, grads = jax.tree.map(lambda a: a / (targets != NO_TARGET).sum(), total)
-        norm = optax.global_norm(grads)
+        grads, norm = clip_by_global_norm(grads, clip)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
         model = jax.tree.map(lambda p, u: p - lr * u, state.model, updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)  # if not, nothing changes
@@ -107,7 +112,7 @@ class Trainer:
     ):
         self.config = config
         self._dtype = jnp.dtype(settings.dtype)
-        if self._dtype == jnp.float64 and not jax.config.jax_enable_x64:
+        if self._dtype == jnp.float64 and jnp.zeros(()).dtype != jnp.float64:
             raise InputError("dtype float64 needs jax_enable_x64")
         self._wide = jnp.promote_types(self._dtype, jnp.float32)
         self._optimizer = make_optimizer(settings, config)
@@ -118,7 +123,7 @@ class Trainer:
         model = cast(model, self._wide)
         self.state = TrainState(model, self._optimizer.init(model))
         self._dropout = jax.random.key(settings.seed) if config.drop_rate else None
-        self._train_step = make_train_step(self._optimizer, self._dtype)
+        self._train_step = make_train_step(self._optimizer, settings.clip, self._dtype)
         self._loss_sum = jax.jit(lambda model, *batch: loss_sum(cast(model, self._dtype), *batch))
 
     def put(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Array, Array]:

@@ -1,14 +1,17 @@
 """gpt_torch as parity/backend.py asks for it."""
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 import torch
 
 from gpt_torch.model import GPTModel
-from gpt_torch.pretrained import load_weights
-from gpt_torch.train import calc_loss
+from gpt_torch.pretrained import export_weights, load_weights
+from gpt_torch.train import Trainer, calc_loss
 from parity import weights as table
-from parity.backend import Weights
+from parity.backend import Batch, Weights
 from parity.config import GPTConfig
+from parity.settings import TrainSettings
 
 
 def build(config: GPTConfig, weights: Weights) -> GPTModel:
@@ -33,3 +36,21 @@ def loss_and_gradients(
     found = torch.autograd.grad(loss, list(parameters.values()))
     gradients = {name: gradient.numpy() for name, gradient in zip(parameters, found, strict=True)}
     return loss.item(), dict(table.convert(gradients, "torch", "huggingface", config))
+
+
+def train(
+    config: GPTConfig,
+    weights: Weights,
+    settings: TrainSettings,
+    batches: Iterable[Batch],
+    after: Callable[[dict[str, np.ndarray]], None] | None = None,
+) -> list[tuple[float, float]]:
+    trainer = Trainer(config, settings)
+    load_weights(trainer.model, weights)
+    metrics = []
+    for step, (inputs, targets, lr) in enumerate(batches):
+        found = trainer.train_step(*trainer.put(inputs, targets), lr, step)
+        metrics.append((float(found["loss"]), float(found["grad_norm"])))
+        if after is not None:
+            after({name: array.copy() for name, array in export_weights(trainer.model).items()})
+    return metrics

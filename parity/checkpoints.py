@@ -4,6 +4,7 @@ checkpoints/000500/ holds whatever the backend wrote, and manifest.json, which l
 is written under another name and renamed when all of it is on the disk.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -56,6 +57,13 @@ def save(
     return target
 
 
+def require_space(folder: Path, size: int) -> None:
+    """Raise OSError unless the disk has room for `size` bytes: better said before a save than in its middle."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(errno.ENOSPC, f"{size / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free", str(folder))
+
+
 def steps(checkpoints: Path) -> list[int]:
     """Steps that have a folder, ascending."""
     return sorted(int(path.name) for path in checkpoints.glob("[0-9]*") if path.name.isdigit())
@@ -78,7 +86,9 @@ def intact(checkpoints: Path, step: int) -> Path:
     """The folder of a step; raises InputError, saying why, where it is missing or damaged."""
     folder = _folder(checkpoints, step)
     if not folder.is_dir():
-        raise InputError(f"{checkpoints} has no step {step}; it has {', '.join(map(str, steps(checkpoints))) or 'none'}")
+        raise InputError(
+            f"{checkpoints} has no step {step}; it has {', '.join(map(str, steps(checkpoints))) or 'none'}"
+        )
     if damage := _damage(folder):
         raise InputError(f"checkpoint {folder} is damaged: {damage}")
     return folder

@@ -88,7 +88,7 @@ class Windows:
         """Which windows are in the batch of a step."""
         places = np.arange(step * size, (step + 1) * size)
         epochs, offsets = places // len(self), places % len(self)
-        return [int(_order(seed, int(e), len(self))[o]) for e, o in zip(epochs, offsets, strict=True)]
+        return [int(order(seed, int(e), len(self))[o]) for e, o in zip(epochs, offsets, strict=True)]
 
     def in_order(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Every token once, in order, in batches int32 [size, T].
@@ -125,7 +125,8 @@ class Windows:
 
 
 @functools.lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+def order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of `count` windows in an epoch: a permutation of 0..count-1."""
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
     return generator.permutation(count)
 

@@ -25,7 +25,7 @@ class Trainer(Protocol):
 
     config: GPTConfig
 
-    def put(self, inputs: np.ndarray, targets: np.ndarray) -> Any:
+    def put(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Any, Any]:
         """int32 [A, B, T] on their way to the device; called on another thread, ahead of the step."""
 
     def train_step(self, inputs: Any, targets: Any, lr: float, step: int) -> dict[str, Any]:
@@ -89,13 +89,13 @@ def evaluate(trainer: Trainer, windows: Windows, batch_size: int) -> float:
 
 def run(trainer: Trainer, job: Job, console: Console) -> int:
     """Restore what there is, train, and say what came of it; returns the exit status."""
-    done = 0
-    if job.args.resume:
+    done = None
+    if job.goes_on:
         newest = checkpoints.newest_intact(job.run.checkpoints)
         trainer.restore(newest)
         done = int(newest.name)
-        job.run.forget_after(done)
         console.print(f"resuming   after step {done}")
+    job.run.forget_after(-1 if done is None else done)
     begin = time.perf_counter()
     status = fit(trainer, job, done, console)
     evaluated = {e["step"]: e["validation_loss"] for e in job.run.metrics() if "validation_loss" in e}
@@ -104,8 +104,8 @@ def run(trainer: Trainer, job: Job, console: Console) -> int:
     console.print(f"validation loss {evaluated[last]:.4f}{beside}; {time.perf_counter() - begin:.0f} s")
     if best is not None and best < last:
         console.print(
-            f"overfitting: the validation loss was lowest, {evaluated[best]:.4f}, after step {best}, and has risen since; "
-            f"that checkpoint is kept: --checkpoint best"
+            f"overfitting: the validation loss was lowest after step {best}, {evaluated[best]:.4f}, and rose since; "
+            "that checkpoint is kept: --checkpoint best"
         )
     console.print(
         f'sample from it: python scripts/generate.py --run {job.run.path} "The "', highlight=False, soft_wrap=True
@@ -113,11 +113,11 @@ def run(trainer: Trainer, job: Job, console: Console) -> int:
     return status
 
 
-def fit(trainer: Trainer, job: Job, done: int, console: Console) -> int:
-    """Train from step `done` to the end; returns the exit status: 0, or 128 + the signal that stopped it.
+def fit(trainer: Trainer, job: Job, done: int | None, console: Console) -> int:
+    """Train from step `done`, or from the beginning, to the end.
 
-    Raises InputError for a loss that is not finite, once the settings' skip_nonfinite steps are used up; what
-    was saved before stays.
+    Returns the exit status: 0, or 128 + the signal that stopped it. Raises InputError for a loss that is not
+    finite, once the settings' skip_nonfinite steps are used up; what was saved before stays.
     """
     settings = job.settings
     tokens_a_step = settings.batch_size * job.train.n_ctx
@@ -125,14 +125,15 @@ def fit(trainer: Trainer, job: Job, done: int, console: Console) -> int:
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"))
     progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
     with StopRequest() as stop, progress, contextlib.ExitStack() as stack:
+        if done is None:
+            done = 0
+            _evaluate_and_save(trainer, job, done, console)
         bar = progress.add_task("training", total=settings.steps, completed=done, shown="compiling")
-        if done == 0:
-            _evaluate_and_save(trainer, job, 0, console)
         since, since_step = time.perf_counter(), done
         batches = stack.enter_context(contextlib.closing(_batches(trainer, job, done)))
-        for step, batch in zip(range(done, settings.steps), batches, strict=True):
+        for step, (inputs, targets) in zip(range(done, settings.steps), batches, strict=True):
             lr = learning_rate(step, settings.lr, settings.min_lr, settings.warmup, settings.steps)
-            pending.append(Pending(step + 1, lr, trainer.train_step(*batch, lr, step)))
+            pending.append(Pending(step + 1, lr, trainer.train_step(inputs, targets, lr, step)))
             finished = step + 1
             evaluating = finished % settings.eval_every == 0 or finished == settings.steps
             if evaluating or stop.received is not None or finished % settings.log_every == 0:
@@ -154,11 +155,11 @@ def fit(trainer: Trainer, job: Job, done: int, console: Console) -> int:
         return stop.exit_status
 
 
-def _batches(trainer: Trainer, job: Job, done: int) -> Generator[Any, None, None]:
+def _batches(trainer: Trainer, job: Job, done: int) -> Generator[tuple[Any, Any], None, None]:
     """The batches of the steps from `done` on, as put() returns them, made ahead of their use."""
     settings, n_ctx = job.settings, job.train.n_ctx
 
-    def load(step: int) -> Any:
+    def load(step: int) -> tuple[Any, Any]:
         parts = job.train.batch(settings.seed, step, settings.batch_size)
         return trainer.put(*(part.reshape(settings.accumulate, job.micro_size, n_ctx) for part in parts))
 

@@ -71,10 +71,18 @@ def write(folder: Path, config: GPTConfig, arrays: Mapping[str, np.ndarray], for
     """
     folder.mkdir(parents=True, exist_ok=True)
     prefix = _PREFIX if format == "huggingface" else ""
-    named = {n if n == "lm_head.weight" else prefix + n: np.ascontiguousarray(a) for n, a in arrays.items()}
-    save_file(named, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    named = {n if n == "lm_head.weight" else prefix + n: a for n, a in arrays.items()}
+    save_tensors(folder / WEIGHTS_FILE, named, {"format": "pt"})
     entries = {**config_to_dict(config), _FORMAT: format}
     (folder / CONFIG_FILE).write_text(json.dumps(entries, indent=2) + "\n")
+
+
+def save_tensors(file: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write a safetensors file; raises OSError where the disk does not take it."""
+    try:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, file, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{file}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)

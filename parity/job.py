@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import tyro
 from rich.console import Console
 
-from parity import pretrained, weights
+from parity import checkpoints, pretrained, weights
 from parity.bigram import bigram_loss
 from parity.config import GPTConfig
 from parity.corpora import Corpus, load_corpus
@@ -75,9 +75,14 @@ class Job:
     loggers: Sequence[Logger] = ()
 
     @property
+    def goes_on(self) -> bool:
+        """Whether there are checkpoints to resume from; a run killed before its first begins anew."""
+        return self.args.resume and bool(checkpoints.steps(self.run.checkpoints))
+
+    @property
     def init(self) -> str | None:
         """Weights to start from; a run that goes on has its own."""
-        return None if self.args.resume else self.args.init
+        return None if self.goes_on else self.args.init
 
     @property
     def micro_size(self) -> int:

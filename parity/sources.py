@@ -10,9 +10,15 @@ from parity.tokenizer import Tokenizer, load_tokenizer
 
 
 def load(
-    backend: Any, run: Path | None, model: str | None, vocab_bpe: Path | None = None
+    backend: Any,
+    run: Path | None,
+    model: str | None,
+    vocab_bpe: Path | None = None,
+    checkpoint: str = "newest",
 ) -> tuple[Any, Tokenizer, Path]:
     """(model, tokenizer, the folder its weights came from), by `backend`, which is gpt_torch or gpt_jax.
+
+    `checkpoint` of a run: "newest" (intact), "best" (by validation loss) or a step.
 
     Raises InputError unless just one of `run` and `model` is given, and for what is missing or does not match.
     """
@@ -21,7 +27,7 @@ def load(
     if run is not None:
         opened = RunFolder(run)
         tokenizer = load_tokenizer(opened.config()["train"]["tokenizer"], vocab_bpe)
-        folder = checkpoints.newest_intact(opened.checkpoints)
+        folder = _checkpoint(opened, checkpoint)
     else:
         folder = pretrained.find(model or "")
         beside = folder / "vocab.bpe"
@@ -31,3 +37,14 @@ def load(
         sizes = f"{tokenizer.n_vocab} tokens, the model in {folder} {loaded.config.n_vocab}"
         raise InputError(f"the {tokenizer.name} tokenizer has {sizes}; they do not belong together")
     return loaded, tokenizer, folder
+
+
+def _checkpoint(run: RunFolder, which: str) -> Path:
+    if which == "newest":
+        return checkpoints.newest_intact(run.checkpoints)
+    best = run.best_step()
+    if which == "best" and best is not None:
+        return checkpoints.intact(run.checkpoints, best)
+    if which.isdecimal():
+        return checkpoints.intact(run.checkpoints, int(which))
+    raise InputError(f"--checkpoint {which}: give newest, best (of a run that was evaluated), or a step's number")

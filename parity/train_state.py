@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import tensorstore
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from parity import huggingface, weights
 from parity.config import GPTConfig
@@ -41,8 +40,8 @@ class TrainState:
 
 def write_optimizer(folder: Path, step: int, moments: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Write optimizer.safetensors; `moments`: {moment: {huggingface name: array}}."""
-    named = {f"{moment}.{n}": np.ascontiguousarray(a) for moment, part in moments.items() for n, a in part.items()}
-    save_file(named, folder / OPTIMIZER_FILE, metadata={"step": str(step)})
+    named = {f"{moment}.{name}": array for moment, part in moments.items() for name, array in part.items()}
+    huggingface.save_tensors(folder / OPTIMIZER_FILE, named, {"step": str(step)})
 
 
 def read(folder: Path, config: GPTConfig) -> TrainState:
@@ -75,7 +74,8 @@ def _from_orbax(folder: Path, config: GPTConfig) -> TrainState:
     def load(name: str) -> np.ndarray:
         store = {"driver": "ocdbt", "base": folder.absolute().as_uri() + "/", "path": f"{name}/"}
         try:
-            return np.asarray(tensorstore.open({"driver": "zarr", "kvstore": store}, open=True).result().read().result())
+            array = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True).result()
+            return np.asarray(array.read().result())
         except ValueError as error:
             raise InputError(f"{folder}: {name} cannot be read ({str(error).splitlines()[0]})") from None
 

@@ -46,7 +46,9 @@ MEASURES = {
 @dataclasses.dataclass(frozen=True)
 class Args:
     run: Path | None = None
-    """Run folder of a training script; its newest intact checkpoint is used."""
+    """Run folder of a training script."""
+    checkpoint: str = "newest"
+    """Of the run: newest (intact), best (by validation loss), or a step."""
     model: str | None = None
     """124M, 355M, 774M, 1558M, or a folder with weights."""
     prompts: Path | None = None
@@ -83,7 +85,7 @@ def measure(new: list[list[int]], logprobs: list[list[float]]) -> dict[str, floa
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     backend = importlib.import_module(f"gpt_{args.backend}")
-    model, tokenizer, folder = sources.load(backend, args.run, args.model, args.vocab_bpe)
+    model, tokenizer, folder = sources.load(backend, args.run, args.model, args.vocab_bpe, args.checkpoint)
     texts = PROMPTS
     if args.prompts is not None:
         texts = tuple(line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip())

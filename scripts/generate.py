@@ -28,7 +28,9 @@ class Args:
     file: Path | None = None
     """A file whose text is the prompt."""
     run: Path | None = None
-    """Run folder of a training script; its newest intact checkpoint is used."""
+    """Run folder of a training script."""
+    checkpoint: str = "newest"
+    """Of the run: newest (intact), best (by validation loss), or a step."""
     model: str | None = None
     """124M, 355M, 774M, 1558M, or a folder with weights."""
     backend: Literal["jax", "torch"] = "jax"
@@ -114,7 +116,7 @@ def show(args: Args, backend: Any, model: Any, tokenizer: Tokenizer, prompt: str
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     backend = importlib.import_module(f"gpt_{args.backend}")  # the other framework is never loaded
-    model, tokenizer, _ = sources.load(backend, args.run, args.model, args.vocab_bpe)
+    model, tokenizer, _ = sources.load(backend, args.run, args.model, args.vocab_bpe, args.checkpoint)
     model = backend.cast(model, args.dtype)
     if args.backend == "jax":
         model = backend.for_decoding(model)

@@ -5,6 +5,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # parity is proved on the CPU, in
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -66,3 +69,33 @@ def vocab_bpe():
     [path] = [Path(file.locate()) for file in files if file.name == "vocab.bpe"]
     assert hashlib.sha256(path.read_bytes()).hexdigest() == VOCAB_BPE_SHA256
     return path
+
+
+# Scripts, as a user runs them
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(name, *arguments):
+    return [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
+
+
+def run_script(name, *arguments, **options):
+    return subprocess.run(command(name, *arguments), capture_output=True, text=True, timeout=300, **options)
+
+
+def metrics(folder, after=-1):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [entry for entry in lines if entry["step"] > after]
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory):
+    """{backend: (folder, output)} of `--preset tiny`, run to its end; not to be changed."""
+    made = {}
+    for name in BACKENDS:
+        folder = tmp_path_factory.mktemp("runs") / name
+        result = run_script(f"train_{name}.py", "--preset", "tiny", "--run", folder)
+        assert result.returncode == 0, result.stderr
+        made[name] = folder, result.stdout
+    return made

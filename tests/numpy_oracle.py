@@ -62,6 +62,24 @@ def directional_derivative(config, weights, inputs, targets, name, direction):
     return loss(config, moved, inputs, targets).imag / step
 
 
+def adamw(settings, decayed, weights, gradients, moments, step, lr):
+    """One AdamW step (Loshchilov & Hutter 2019, algorithm 2) behind a global-norm clip -> the new weights.
+
+    `moments` {name: [m, v]} are changed in place; `step` counts from 1.
+    """
+    norm = np.sqrt(sum((g**2).sum() for g in gradients.values()))
+    clip = min(1, settings.clip / norm)
+    new = {}
+    for name, g in gradients.items():
+        m, v = moments.setdefault(name, [0, 0])
+        m = settings.beta1 * m + (1 - settings.beta1) * clip * g
+        v = settings.beta2 * v + (1 - settings.beta2) * (clip * g) ** 2
+        moments[name] = [m, v]
+        update = m / (1 - settings.beta1**step) / (np.sqrt(v / (1 - settings.beta2**step)) + settings.eps)
+        new[name] = weights[name] - lr * (update + settings.weight_decay * (name in decayed) * weights[name])
+    return new
+
+
 def keep(logits, seen=(), temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None):
     """One row of logits [V] -> probabilities [V], zero where dropped, by the rules of parity/sampling.py."""
     logits = logits.astype(np.float64)

@@ -1,0 +1,243 @@
+"""Both trainers walk one path: loss, gradient norm and every AdamW update of every step, in torch and JAX."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import numpy_oracle as oracle
+import optax
+import pytest
+import torch
+from conftest import BACKENDS, CONFIGS, TINY, random_batch
+
+import gpt_torch.train
+from parity.backend import Batch
+from parity.compare import compare
+from parity.config import PRESETS
+from parity.data import NO_TARGET
+from parity.schedule import learning_rate
+from parity.settings import recipe
+from parity.weights import Row, initial_weights, rows
+
+# The clip is at work in some steps and not in others; decay and learning rate are large enough to show.
+SETTINGS = dataclasses.replace(recipe("tiny").settings, steps=100, warmup=10, weight_decay=0.3, clip=0.55)
+# Relative. Rounding is some 1e-16 or 1e-7, and a hundred steps let it grow; measured 4e-16 and 3e-7 for losses,
+# 3e-6 for norms in float32. Updates are of their parameter's largest; they are differences of weights near 1,
+# known to 1e-16, and themselves near 1e-4: 1e-12 is lost.
+LOSS_RTOL = {"float64": 1e-12, "float32": 5e-6}
+NORM_RTOL = {"float64": 1e-11, "float32": 3e-5}
+UPDATE_RTOL = 1e-10
+
+
+def batches(config, steps=100, A=2, B=2, seed=0, T=None, settings=SETTINGS):
+    """Batches whose micro-batches have unequal numbers of targets."""
+    for step in range(steps):
+        inputs, targets = (part[:, :T] for part in random_batch(config, A * B, seed=(seed, step)))
+        targets = targets.copy()
+        targets[0, : (step * 5) % inputs.shape[1]] = NO_TARGET
+        lr = learning_rate(step, settings.lr, settings.min_lr, settings.warmup, settings.steps)
+        yield Batch(inputs.reshape(A, B, -1), targets.reshape(A, B, -1), lr)
+
+
+def train(name, config, dtype, steps, settings=SETTINGS, given=batches, **options):
+    """[(loss, norm)], and [{name: update}] of each step."""
+    settings = dataclasses.replace(settings, dtype=dtype)
+    weights = {n: w.astype(dtype) for n, w in initial_weights(config, 3).items()}
+    before, updates = dict(weights), []
+
+    def after(new):
+        updates.append({n: new[n].astype(np.float64) - before[n].astype(np.float64) for n in new})
+        before.update(new)
+
+    metrics = BACKENDS[name].train(config, weights, settings, given(config, steps, **options), after)
+    return np.array(metrics), updates
+
+
+def compare_metrics(got, want, dtype, slack=1):
+    yield compare("loss", got[:, 0], want[:, 0], 0, slack * LOSS_RTOL[dtype])
+    yield compare("norm", got[:, 1], want[:, 1], 0, slack * NORM_RTOL[dtype])
+
+
+def worst(got, want):
+    """The worst comparison of metrics and updates, in float64."""
+    found = list(compare_metrics(got[0], want[0], "float64"))
+    for step, (a, b) in enumerate(zip(got[1], want[1], strict=True)):
+        assert a.keys() == b.keys()
+        found += [compare(f"step {step} {n}", a[n], b[n], UPDATE_RTOL * np.abs(b[n]).max() + 1e-300) for n in b]
+    return max(found, key=lambda result: result.share)
+
+
+def test_every_update_of_a_hundred_steps_in_float64(config):
+    runs = {name: train(name, config, "float64", 100) for name in BACKENDS}
+    assert 0 < (runs["torch"][0][:, 1] > SETTINGS.clip).sum() < 100
+    result = worst(runs["jax"], runs["torch"])
+    print(result)
+    assert result.ok, str(result)
+
+
+def test_losses_of_a_hundred_steps_in_float32(config):
+    got, want = (train(name, config, "float32", 100)[0] for name in ("jax", "torch"))
+    for result in compare_metrics(got, want, "float32"):
+        print(result)
+        assert result.ok, str(result)
+
+
+def test_ten_steps_of_the_full_shape_in_float32():
+    config = PRESETS["124M"]
+    settings = dataclasses.replace(recipe("124M").settings, lr=1e-4, warmup=1, steps=10, dtype="float32")
+    weights = initial_weights(config, 0)
+    [first] = batches(config, 1, A=2, B=1, T=24)  # over and over, so that it learns
+    given = [first._replace(lr=batch.lr) for batch in batches(config, 10, A=2, B=1, T=24, settings=settings)]
+    got, want = (np.array(BACKENDS[name].train(config, weights, settings, given)) for name in ("jax", "torch"))
+    assert want[-1, 0] < want[0, 0] / 10
+    for result in compare_metrics(got, want, "float32", slack=5):  # one batch over and over: measured 6e-6 and 1e-5
+        print(result)
+        assert result.ok, str(result)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_updates_are_those_of_the_oracle(name):
+    """AdamW in NumPy, on the gradients of the backend: neither framework's optimizer is taken on trust."""
+    settings = dataclasses.replace(SETTINGS, dtype="float64")
+    weights = initial_weights(TINY, 3, np.float64)
+    given = list(batches(TINY, 12, A=1))
+    trail = []
+    BACKENDS[name].train(TINY, weights, settings, given, trail.append)
+    decayed = {row.huggingface.format(layer) for row in rows(TINY) if row.decayed for layer in range(TINY.n_layer)}
+    moments = {}
+    for step, (batch, got) in enumerate(zip(given, trail, strict=True), 1):
+        _, gradients = BACKENDS[name].loss_and_gradients(TINY, weights, batch.inputs[0], batch.targets[0])
+        want = oracle.adamw(settings, decayed, weights, gradients, moments, step, batch.lr)
+        for n in want:
+            update = want[n] - weights[n]
+            result = compare(f"step {step} {n}", got[n] - weights[n], update, 1e-9 * np.abs(update).max())
+            assert result.ok, str(result)
+        weights = got
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_micro_batches_equal_one_batch(name):
+    """Also where their counts of targets differ."""
+
+    def merged(config, steps):
+        for batch in batches(config, steps, A=3):
+            yield Batch(*(part.reshape(1, 6, -1) for part in batch[:2]), batch.lr)
+
+    many = train(name, TINY, "float64", 10, A=3)
+    one = train(name, TINY, "float64", 10, given=merged)
+    result = worst(many, one)
+    assert result.ok, str(result)
+
+
+# Planted errors
+
+
+def decay_on_everything(monkeypatch):
+    monkeypatch.setattr(Row, "decayed", property(lambda row: True))
+
+
+def another_eps(monkeypatch):
+    return {"settings": dataclasses.replace(SETTINGS, eps=1e-6)}
+
+
+def torch_default_clip(monkeypatch):
+    """The norm plus 1e-6 is divided by."""
+
+    def clip(gradients, largest):
+        norm = torch.nn.utils.get_total_norm(gradients)
+        torch._foreach_mul_(gradients, torch.clamp(largest / (norm + 1e-6), max=1))
+        return norm
+
+    monkeypatch.setattr(gpt_torch.train, "clip_by_global_norm", clip)
+
+
+def no_bias_correction(monkeypatch):
+    right = optax.scale_by_adam
+
+    def wrong(*args):
+        adam = right(*args)
+        return adam._replace(init=lambda params: adam.init(params)._replace(count=jax.numpy.int32(100_000)))
+
+    monkeypatch.setattr(optax, "scale_by_adam", wrong)
+
+
+def schedule_one_behind(monkeypatch):
+    def late(config, steps):
+        rates = [batch.lr for batch in batches(config, steps)]
+        for batch, lr in zip(batches(config, steps), [0.0, *rates], strict=False):
+            yield batch._replace(lr=lr)
+
+    return {"given": late}
+
+
+def clip_each_micro_batch(monkeypatch):
+    """Clipped before they are added up, not after."""
+    right, before = torch.Tensor.backward, {}
+
+    def backward(loss):
+        right(loss)
+        leaves = [p for p in leaves_of(loss) if p.grad is not None]
+        new = [p.grad - before.get(p, 0) for p in leaves]
+        norm = torch.nn.utils.get_total_norm(new)
+        for p, part in zip(leaves, new, strict=True):
+            p.grad = before.get(p, 0) + part * min(1.0, float(SETTINGS.clip / 2 / norm))
+            before[p] = p.grad.clone()
+
+    def zero_grad(self, set_to_none=True):
+        before.clear()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", zero_grad)
+
+
+def leaves_of(loss):
+    """The parameters that a loss depends on."""
+    found, waiting, seen = [], [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        waiting += [parent for parent, _ in node.next_functions]
+    return found
+
+
+def mean_of_means(monkeypatch):
+    """Each micro-batch's mean, averaged: wrong where their counts differ."""
+    right = gpt_torch.train.loss_sum
+
+    def wrong(model, inputs, targets, dtype=None):
+        count = (targets != NO_TARGET).sum()
+        return right(model, inputs, targets, dtype) * (targets.numel() / count)
+
+    monkeypatch.setattr(gpt_torch.train, "loss_sum", wrong)
+
+
+PLANTS = {
+    "decay on biases and LayerNorm": ("jax", decay_on_everything),
+    "decay on biases and LayerNorm, torch": ("torch", decay_on_everything),
+    "eps": ("jax", another_eps),
+    "torch's clip": ("torch", torch_default_clip),
+    "no bias correction": ("jax", no_bias_correction),
+    "schedule off by one": ("jax", schedule_one_behind),
+    "clip before accumulation": ("torch", clip_each_micro_batch),
+    "mean of means": ("torch", mean_of_means),
+}
+
+
+@pytest.fixture(scope="module")
+def right():
+    return train("torch", CONFIGS["gpt2"], "float64", 12)
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_errors_in_training_are_caught(right, plant, monkeypatch):
+    name, planted = PLANTS[plant]
+    options = planted(monkeypatch) or {}
+    result = worst(train(name, CONFIGS["gpt2"], "float64", 12, **options), right)
+    assert result.share > 10, str(result)
