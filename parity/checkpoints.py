@@ -7,13 +7,13 @@ is written under another name and renamed when all of it is on the disk.
 import errno
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from parity.errors import InputError
+from parity.files import sync
 
 MANIFEST = "manifest.json"
 _UNFINISHED = ".unfinished-"
@@ -44,7 +44,7 @@ def save(
         if target.exists():
             shutil.rmtree(target)
         unfinished.rename(target)
-        _sync(checkpoints)
+        sync(checkpoints)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise InputError(
@@ -122,12 +122,4 @@ def _damage(folder: Path) -> str:
 
 def _flush(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)

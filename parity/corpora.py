@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from parity import prepare
 from parity.data import read_bin
 from parity.download import Wanted, cache_folder, fetch
 from parity.errors import InputError
@@ -41,8 +42,8 @@ def load_corpus(name: str, tokenizer: Tokenizer, validation_part: float = 0.1) -
     """A corpus by name, or from a path.
 
     Names: python-docs (the text of Python's own help, on every machine), the-verdict and
-    tiny-shakespeare (downloaded once). A path: a UTF-8 text file, a folder of .txt files, a .bin
-    file, or a folder with train*.bin and val*.bin (nanoGPT's or llm.c's). Where the corpus has no
+    tiny-shakespeare (downloaded once). A path: a UTF-8 text file, a folder of .txt files, a folder of
+    scripts/prepare_data.py, a .bin file, or a folder with train*.bin and val*.bin (nanoGPT's or llm.c's). Where the corpus has no
     validation part of its own, the last `validation_part` of the text, or tokens, is it.
     Raises InputError that names what is missing, empty or not UTF-8.
     """
@@ -53,22 +54,42 @@ def load_corpus(name: str, tokenizer: Tokenizer, validation_part: float = 0.1) -
         return _from_text(name, _named_text(name), tokenizer, validation_part)
     if path.is_file() and path.suffix != ".bin":
         return _from_text(name, _read_text(path), tokenizer, validation_part)
+    if (path / prepare.INDEX).exists():
+        return _prepared(path, tokenizer, validation_part)
     bins = [path] if path.is_file() else sorted(path.glob("*.bin"))
     if not bins:
         files = sorted(path.rglob("*.txt"))
         if not files:
             raise InputError(f"folder {path} holds neither .txt nor .bin files")
         return _from_text(name, "\n\n".join(map(_read_text, files)), tokenizer, validation_part)
-    digest = hashlib.sha256(repr([(file.name, file.stat().st_size) for file in bins]).encode()).hexdigest()
-    validation = [read_bin(file) for file in bins if "val" in file.stem]
-    train = [read_bin(file) for file in bins if "val" not in file.stem]
+    validation = [file for file in bins if "val" in file.stem]
+    train = [file for file in bins if "val" not in file.stem]
     if not train:
         raise InputError(f"folder {path} holds validation tokens only; add train*.bin")
-    if not validation:
-        *train, last = train
+    return _from_bins(name, train, validation, [(file.name, file.stat().st_size) for file in bins], validation_part)
+
+
+def _prepared(path: Path, tokenizer: Tokenizer, validation_part: float) -> Corpus:
+    """A folder of scripts/prepare_data.py."""
+    index = prepare.read_index(path)
+    if index["tokenizer"] != tokenizer.name:
+        raise InputError(
+            f"corpus {path} was prepared with the {index['tokenizer']} tokenizer, the run has {tokenizer.name}; "
+            f"use --tokenizer {index['tokenizer']}"
+        )
+    train, validation = ([shard["name"] for shard in index["splits"][split]["done"]] for split in prepare.SPLITS)
+    hashes = [shard["sha256"] for split in prepare.SPLITS for shard in index["splits"][split]["done"]]
+    return _from_bins(str(path), [path / n for n in train], [path / n for n in validation], hashes, validation_part)
+
+
+def _from_bins(name: str, train: list[Path], validation: list[Path], told: list, validation_part: float) -> Corpus:
+    """`told`: what stands for the files' content in the corpus's sha256."""
+    train_shards, validation_shards = ([read_bin(file) for file in files] for files in (train, validation))
+    if not validation_shards:
+        *train_shards, last = train_shards
         cut = int(len(last) * (1 - validation_part))
-        train, validation = [*train, last[:cut]], [last[cut:]]
-    return Corpus(name, train, validation, digest)
+        train_shards, validation_shards = [*train_shards, last[:cut]], [last[cut:]]
+    return Corpus(name, train_shards, validation_shards, hashlib.sha256(repr(told).encode()).hexdigest())
 
 
 def _from_text(name: str, text: str, tokenizer: Tokenizer, validation_part: float) -> Corpus:

@@ -6,7 +6,8 @@ memory-mapped; text goes through a tokenizer (parity/corpora.py).
 
 import collections
 import functools
-from collections.abc import Callable, Generator, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +20,13 @@ from parity.errors import InputError
 _LLMC_MAGIC, _LLMC_VERSION, _LLMC_HEADER = 20240520, 1, 256 * 4
 NO_TARGET = -1
 """Target of a padded position: it counts in no loss."""
+
+
+def bin_header(count: int) -> bytes:
+    """What precedes `count` uint16 tokens in a .bin file of llm.c's kind."""
+    header = np.zeros(_LLMC_HEADER // 4, "<i4")
+    header[:3] = _LLMC_MAGIC, _LLMC_VERSION, count
+    return header.tobytes()
 
 
 def read_bin(path: str | Path) -> np.ndarray:
@@ -131,21 +139,22 @@ def order(seed: int, epoch: int, count: int) -> np.ndarray:
     return generator.permutation(count)
 
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
-def ahead(load: Callable[[int], T], steps: range, depth: int = 2) -> Generator[T, None, None]:
-    """load(step) for each step in order, made on another thread while the earlier ones are used.
+def ahead(load: Callable[[S], T], items: Iterable[S], depth: int = 2, workers: int = 1) -> Generator[T, None, None]:
+    """load(item) for each item in order, made on other threads while the earlier ones are used.
 
-    `depth` of them wait at most. An error of load() is raised where its step would have come.
+    At most `depth` of them wait. An error of load() is raised where its item would have come.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-        waiting = collections.deque(pool.submit(load, step) for step in steps[:depth])
+    remaining = iter(items)
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = collections.deque(pool.submit(load, item) for item in itertools.islice(remaining, depth))
         try:
-            for step in steps:
+            while waiting:
                 loaded = waiting.popleft().result()
-                if step + depth * steps.step in steps:
-                    waiting.append(pool.submit(load, step + depth * steps.step))
+                waiting.extend(pool.submit(load, item) for item in itertools.islice(remaining, 1))
                 yield loaded
         finally:
             for future in waiting:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from parity.config import GPTConfig
 from parity.errors import InputError
+from parity.files import replace_text
 from parity.settings import TrainSettings
 
 _SAMPLE_HEADING = re.compile(r"^--- step (\d+) ---\n", re.MULTILINE)
@@ -90,12 +90,12 @@ class RunFolder:
     def forget_after(self, step: int) -> None:
         """Drop the metrics and samples of later steps: a resumed run writes them again."""
         kept = [entry for entry in self.metrics() if entry["step"] <= step]
-        _replace(self.metrics_file, "".join(json.dumps(entry) + "\n" for entry in kept))
+        replace_text(self.metrics_file, "".join(json.dumps(entry) + "\n" for entry in kept))
         if self.samples_file.exists():
             text = self.samples_file.read_text(encoding="utf-8", errors="replace")
             parts = re.split(_SAMPLE_HEADING, text)[1:]  # step, text, step, text, ...
             kept_parts = [(s, t) for s, t in zip(parts[::2], parts[1::2], strict=True) if int(s) <= step]
-            _replace(self.samples_file, "".join(f"--- step {s} ---\n{t}" for s, t in kept_parts))
+            replace_text(self.samples_file, "".join(f"--- step {s} ---\n{t}" for s, t in kept_parts))
 
     def best_step(self) -> int | None:
         """The evaluated step with the lowest validation loss; the first of equals."""
@@ -108,7 +108,7 @@ class RunFolder:
 
     def write(self, name: str, entries: Mapping[str, Any]) -> Path:
         """Write a JSON file of the folder, whole or not at all."""
-        _replace(self.path / name, json.dumps(entries, indent=2) + "\n")
+        replace_text(self.path / name, json.dumps(entries, indent=2) + "\n")
         return self.path / name
 
     def plot(self, bigram: float | None) -> Path:
@@ -159,12 +159,3 @@ def _flatten(entries: Mapping[str, Any], prefix: str = ""):
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
-
-
-def _replace(target: Path, text: str) -> None:
-    part = target.with_suffix(target.suffix + ".part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(target)

@@ -67,15 +67,20 @@ def test_run_folders(tmp_path):
     run = RunFolder(tmp_path / "run")
     with pytest.raises(InputError, match="holds no run"):
         run.config()
-    entries = run_config("tiny", TINY, recipe("tiny").settings, "abc", "jax")
+    entries = run_config("tiny", TINY, recipe("tiny").settings, "abc")
     run.create(entries)
-    run.require(entries)
+    assert run.update(entries) == []
     with pytest.raises(InputError, match="--resume"):
         run.create(entries)
-    other = run_config("tiny", GPTConfig(n_layer=2), recipe("tiny").settings, "abd", "jax")
+    other = run_config("tiny", GPTConfig(n_layer=2), recipe("tiny").settings, "abd")
     with pytest.raises(InputError, match="corpus_sha256 is 'abc' there, 'abd' here") as caught:
-        run.require(other)
+        run.update(other)
     assert "model.n_layer is 3 there, 2 here" in str(caught.value)
+    changed = {**entries, "train": {**entries["train"], "keep": 7}}
+    with pytest.raises(InputError, match=r"train.keep is 3 there, 7 here"):
+        run.update(changed)
+    assert run.update(changed, ["train.keep"]) == ["train.keep is 3 there, 7 here"]
+    assert run.config() == changed
     run.config_file.write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):
         run.config()

@@ -1,16 +1,23 @@
-"""The notebook's loading code, unchanged, in both backends."""
+"""The notebook's code, unchanged, in both backends: loading weights, and its simple training loop."""
+
+import dataclasses
 
 import numpy as np
+import optax
 import pytest
+import torch
 from conftest import BACKENDS, TINY, probing_weights, random_batch
 
 import gpt_jax
+import gpt_jax.notebook as gpt_jax_notebook
 import gpt_torch
+import gpt_torch.notebook as gpt_torch_notebook
 from parity import download, notebook, openai_checkpoint
 from parity import weights as table
 from parity.compare import compare
 from parity.download import Wanted
 from parity.errors import InputError
+from parity.tokenizer import ByteTokenizer
 
 
 @pytest.fixture
@@ -54,3 +61,67 @@ def test_nesting_round_trip(models_dir):
     back = notebook.flatten(notebook.nest(TINY, tensors))
     assert back.keys() == tensors.keys()
     assert all(np.array_equal(back[name], np.asarray(tensors[name])) for name in tensors)
+
+
+# Its training functions
+
+TEXT = "the quick brown fox jumps over the lazy dog. " * 40
+PACKAGES = {"torch": gpt_torch_notebook, "jax": gpt_jax_notebook}
+TINY_BYTES = dataclasses.replace(TINY, n_vocab=257)
+
+
+def loaders(package, **options):
+    options = {"batch_size": 4, "max_length": 24, "stride": 24, "tokenizer": ByteTokenizer(), **options}
+    return [package.create_dataloader_v1(part, **options) for part in (TEXT[:1500], TEXT[1500:])]
+
+
+def test_loaders_have_the_same_order_in_both():
+    for options in ({}, {"shuffle": False, "drop_last": False}, {"stride": 7, "seed": 3}):
+        epochs = []
+        for package in PACKAGES.values():
+            loader, _ = loaders(package, **options)
+            epochs.append([[np.asarray(part) for part in batch] for _ in range(2) for batch in loader])
+            assert len(epochs[-1]) == 2 * len(loader)
+        for one, other in zip(*epochs, strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+            assert np.array_equal(one[0][:, 1:], one[1][:, :-1])
+    ordered = np.concatenate([np.asarray(inputs) for inputs, _ in loaders(gpt_torch_notebook, shuffle=False)[0]])
+    dataset = gpt_torch_notebook.GPTDatasetV1(TEXT[:1500], ByteTokenizer(), 24, 24)
+    assert np.array_equal(ordered[5], dataset[5][0])
+    with pytest.raises(InputError, match="a window takes"):
+        gpt_torch_notebook.GPTDatasetV1("short", ByteTokenizer(), 24, 24)
+
+
+def test_training_is_the_same_in_both(tmp_path, capsys):
+    """torch.optim.AdamW and optax.adamw with equal numbers: the notebook's loop walks one path."""
+    results = {}
+    for name, package in PACKAGES.items():
+        model = {"torch": gpt_torch, "jax": gpt_jax}[name].GPTModel(TINY_BYTES, seed=1)
+        if name == "torch":
+            optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+        else:
+            optimizer = optax.adamw(3e-3, weight_decay=0.1)
+        train, val = loaders(package)
+        results[name] = package.train_model_simple(
+            model, train, val, optimizer, "cpu", 3, 5, 2, "the quick", ByteTokenizer()
+        )
+        again = package.evaluate_model(model, *loaders(package, shuffle=False), "cpu", None)
+        results[name] += (again, capsys.readouterr().out)
+    (losses, val_losses, seen, again, printed), other = results["torch"], results["jax"]
+    assert losses == pytest.approx(other[0], rel=1e-4)
+    assert val_losses == pytest.approx(other[1], rel=1e-4)
+    assert again == pytest.approx(other[3], rel=1e-4)
+    assert (seen, printed) == (other[2], other[4])
+    assert losses[-1] < losses[0] - 1
+    assert printed.startswith("Ep 1 (Step 000000): Train loss 5.")
+    assert seen[1] - seen[0] == 5 * 4 * 24
+    epochs = np.linspace(0, 3, len(losses))
+    assert notebook.plot_losses(epochs, seen, losses, val_losses, tmp_path / "loss.png").stat().st_size > 5000
+
+
+def test_text_and_ids(capsys):
+    for package in PACKAGES.values():
+        ids = package.text_to_token_ids("Grüße", ByteTokenizer())
+        assert ids.shape == (1, 7)
+        assert package.token_ids_to_text(ids, ByteTokenizer()) == "Grüße"
+        assert np.isnan(package.calc_loss_loader([], None))

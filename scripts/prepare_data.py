@@ -1,0 +1,84 @@
+"""Tokenize text, JSONL and Parquet files into shards that the training scripts read.
+
+python scripts/prepare_data.py fineweb/*.parquet --out data/fineweb          # a Hugging Face export
+python scripts/prepare_data.py corpus.jsonl.gz books/ --out data/mine --workers 8
+python scripts/prepare_data.py --verify data/fineweb                         # read all shards, compare sha256
+
+Interrupted, it goes on where it was when it is started again with the same options.
+"""
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from parity import prepare
+from parity.errors import InputError, exit_with_message
+from parity.tokenizer import load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    sources: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Files (.txt, .jsonl, .jsonl.gz, .parquet) and folders of them. In text, <|endoftext|> ends a document."""
+    out: Path | None = None
+    """Folder for the shards and index.json; then give it to a training script as --corpus."""
+    tokenizer: Literal["gpt2", "bytes"] = "gpt2"
+    vocab_bpe: Path | None = None
+    """OpenAI's vocab.bpe, for the gpt2 tokenizer."""
+    text_field: str = "text"
+    """Field of JSONL and column of Parquet that holds the text."""
+    validation_part: float = 0.005
+    """Part of the documents that is for validation."""
+    shard_tokens: int = 100_000_000
+    """Tokens in a shard, two bytes each."""
+    workers: int = os.cpu_count() or 1
+    """Threads that tokenize."""
+    verify: Path | None = None
+    """Compare a prepared folder's shards with its index, and do nothing else."""
+
+
+def main() -> None:
+    args, console = tyro.cli(Args, description=__doc__), Console()
+    if args.verify is not None:
+        console.print(f"{prepare.verify(args.verify)} shards of {args.verify} are as they were written")
+        return
+    if not args.sources or args.out is None:
+        raise InputError("give the files to tokenize, and --out, the folder for the shards")
+    tokenizer = load_tokenizer(args.tokenizer, args.vocab_bpe)
+    columns = (SpinnerColumn(), TextColumn("{task.fields[shown]}"), TimeElapsedColumn())
+    begin = time.perf_counter()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", shown="reading")
+
+        def show(so_far: prepare.Progress) -> None:
+            speed = so_far.tokens / (time.perf_counter() - begin)
+            counts = f"{so_far.documents:,} documents, {so_far.tokens:,} tokens, {so_far.shards} shards"
+            progress.update(bar, shown=f"{counts}, {speed:,.0f} tokens/s")
+
+        index = prepare.prepare(
+            args.sources,
+            args.out,
+            tokenizer,
+            args.text_field,
+            args.validation_part,
+            args.shard_tokens,
+            args.workers,
+            show,
+        )
+    seconds = time.perf_counter() - begin
+    for split in prepare.SPLITS:
+        shards = index["splits"][split]["done"]
+        count = sum(shard["tokens"] for shard in shards)
+        console.print(f"{split:<10} {count:,} tokens in {len(shards)} shards", highlight=False)
+    console.print(f"{seconds:.1f} s; train on it with --corpus {args.out}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    with exit_with_message():
+        main()
