@@ -1,5 +1,6 @@
 """GPT-2 in Flax NNX, compiled by XLA."""
 
+from gpt_jax.activations import run_with_cache, run_with_patches
 from gpt_jax.decoding import for_decoding
 from gpt_jax.generate import generate, generate_text_simple, stream
 from gpt_jax.model import GPTModel, cast
@@ -15,6 +16,8 @@ __all__ = [
     "load_pretrained",
     "load_weights",
     "load_weights_into_gpt",
+    "run_with_cache",
+    "run_with_patches",
     "save_pretrained",
     "stream",
 ]

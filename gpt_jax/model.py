@@ -17,7 +17,9 @@ from flax import nnx
 from jax import Array
 
 from gpt_jax.pretrained import load_weights
+from parity import taps
 from parity.config import LAYER_NORM_EPS, GPTConfig, as_config
+from parity.taps import tap
 from parity.tokens import check_tokens
 from parity.weights import initial_weights
 
@@ -53,8 +55,10 @@ class MultiHeadAttention(nnx.Module):
 
     def __call__(self, x: Array, mask: Array, cache=None, slot=0, key: Array | None = None):
         q, k, v = jnp.moveaxis(self.qkv_proj(x), 2, 0)  # each [B, T, N, H]
-        if self.attention == "cudnn" and cache is None:
-            return self.out_proj(self._cudnn(q, k, v)), None  # [B, T, D]
+        q, k, v = tap("attn.q", q), tap("attn.k", k), tap("attn.v", v)
+        if taps.attention(self.attention) == "cudnn" and cache is None:
+            z = self._cudnn(q, k, v)
+            return tap("attn.out", self.out_proj(tap("attn.z", z))), None  # [B, T, D]
         q, k, v = (merge_heads(a) for a in (q, k, v))  # [BN, T, H]
         if cache is not None:
             k, v = cache = tuple(
@@ -62,13 +66,15 @@ class MultiHeadAttention(nnx.Module):
                 for buffer, new in zip(cache, (k, v), strict=True)
             )  # [BN, S, H]
         z = self._explicit(q, k, v, mask, key).reshape(-1, self.n_head, *q.shape[1:])  # [B, N, T, H]
-        return self.out_proj(z.swapaxes(1, 2)), cache  # [B, T, D]
+        return tap("attn.out", self.out_proj(tap("attn.z", z.swapaxes(1, 2)))), cache  # [B, T, D]
 
     def _explicit(self, q: Array, k: Array, v: Array, mask: Array, key: Array | None) -> Array:
         scores = jnp.einsum("GTH,GSH->GTS", q, k) / math.sqrt(q.shape[-1])  # G: BN
         scores = at_least_float32(scores).reshape(-1, self.n_head, *scores.shape[1:])  # [B, N, T, S]
+        scores = tap("attn.scores", scores)
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-        pattern = dropout(jax.nn.softmax(scores, axis=-1).astype(v.dtype), self.drop_rate, key)
+        pattern = tap("attn.pattern", jax.nn.softmax(scores, axis=-1).astype(v.dtype))
+        pattern = dropout(pattern, self.drop_rate, key)
         return jnp.einsum("GTS,GSH->GTH", pattern.reshape(-1, *pattern.shape[2:]), v)
 
     def _cudnn(self, q: Array, k: Array, v: Array) -> Array:
@@ -107,7 +113,8 @@ class FeedForward(nnx.Module):
         self.out_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def __call__(self, x: Array) -> Array:
-        return self.out_proj(self.gelu(self.in_proj(x)))
+        x = tap("mlp.pre", self.in_proj(x))  # [B, T, F]
+        return tap("mlp.out", self.out_proj(tap("mlp.post", self.gelu(x))))  # [B, T, D]
 
 
 class TransformerBlock(nnx.Module):
@@ -122,9 +129,10 @@ class TransformerBlock(nnx.Module):
 
     def __call__(self, x: Array, mask: Array, cache=None, slot=0, key: Array | None = None):
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-        z, cache = self.att(self.norm1(x), mask, cache, slot, keys[0])
-        x = x + dropout(z, self.drop_rate, keys[1])  # [B, T, D]
-        return x + dropout(self.ff(self.norm2(x)), self.drop_rate, keys[2]), cache  # [B, T, D]
+        z, cache = self.att(tap("ln_1", self.norm1(x)), mask, cache, slot, keys[0])
+        x = tap("resid_mid", x + dropout(z, self.drop_rate, keys[1]))  # [B, T, D]
+        z = dropout(self.ff(tap("ln_2", self.norm2(x))), self.drop_rate, keys[2])
+        return tap("resid_post", x + z), cache  # [B, T, D]
 
 
 class GPTModel(nnx.Module):
@@ -144,6 +152,7 @@ class GPTModel(nnx.Module):
         unroll: int = 1,
     ):
         self.config = config = as_config(config)
+        self.attention = attention
         self.unroll = unroll
         self.tok_emb = Embedding(config.n_vocab, config.n_embd)
         self.pos_emb = Embedding(config.n_ctx, config.n_embd)
@@ -167,14 +176,20 @@ class GPTModel(nnx.Module):
         mask = slots[None, :] <= slots[:, None]  # [T, S]
         drop_key, layers_key = (None, None) if key is None else jax.random.split(key)
         x = self.tok_emb(tokens) + self.pos_emb(slots)  # [B, T, D]
-        x = dropout(x, self.config.drop_rate, drop_key)
+        x = tap("embed", dropout(x, self.config.drop_rate, drop_key))
         layer_keys = None if layers_key is None else jax.random.split(layers_key, self.config.n_layer)
 
         def layer(x, block_and_key):
             block, layer_key = block_and_key
             return block(x, mask, key=layer_key)[0], None
 
-        x, _ = jax.lax.scan(layer, x, (self.trf_blocks, layer_keys), unroll=self.unroll)
+        if taps.probing():  # each layer by its name
+            for number in range(self.config.n_layer):
+                taps.layer(number)
+                x, _ = layer(x, jax.tree.map(lambda a, number=number: a[number], (self.trf_blocks, layer_keys)))
+            taps.layer(None)
+        else:
+            x, _ = jax.lax.scan(layer, x, (self.trf_blocks, layer_keys), unroll=self.unroll)
         return self._logits(x)
 
     def decode(self, tokens: Array, cache: Cache, slot, first: Array):
@@ -202,9 +217,9 @@ class GPTModel(nnx.Module):
         return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.config.n_layer)]
 
     def _logits(self, x: Array) -> Array:
-        x = self.final_norm(x)  # [..., D]
+        x = tap("ln_f", self.final_norm(x))  # [..., D]
         head = self.tok_emb.attend if self.config.tied_head else self.out_head
-        return at_least_float32(head(x))  # [..., V]
+        return tap("logits", at_least_float32(head(x)))  # [..., V]
 
 
 def cast(model: GPTModel, dtype: Any) -> GPTModel:

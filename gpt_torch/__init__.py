@@ -1,5 +1,6 @@
 """GPT-2 in PyTorch: the readable reference."""
 
+from gpt_torch.activations import run_with_cache, run_with_patches
 from gpt_torch.generate import generate, generate_text_simple, stream
 from gpt_torch.model import GPTModel, cast
 from gpt_torch.pretrained import export_weights, load_pretrained, load_weights, load_weights_into_gpt, save_pretrained
@@ -13,6 +14,8 @@ __all__ = [
     "load_pretrained",
     "load_weights",
     "load_weights_into_gpt",
+    "run_with_cache",
+    "run_with_patches",
     "save_pretrained",
     "stream",
 ]

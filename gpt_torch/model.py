@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt_torch.pretrained import load_weights
+from parity import taps
 from parity.config import LAYER_NORM_EPS, GPTConfig, as_config
+from parity.taps import tap
 from parity.tokens import check_tokens
 from parity.weights import initial_weights
 
@@ -38,24 +40,27 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, cache: tuple[Tensor, Tensor] | None = None, slot: int = 0) -> Tensor:
         q, k, v = self.qkv_proj(x).unflatten(-1, self.heads).unbind(2)  # each [B, T, N, H]
+        q, k, v = tap("attn.q", q), tap("attn.k", k), tap("attn.v", v)
         if cache is not None:
             for buffer, new in zip(cache, (k, v), strict=True):
                 buffer[:, slot : slot + new.shape[1]] = new
             k, v = cache  # [B, S, N, H]
-        z = self._explicit(q, k, v, mask) if self.attention == "explicit" else self._sdpa(q, k, v, mask)
-        return self.out_proj(z.flatten(2))  # [B, T, D]
+        explicit = taps.attention(self.attention) == "explicit"
+        z = self._explicit(q, k, v, mask) if explicit else self._sdpa(q, k, v, None if cache is None else mask)
+        return tap("attn.out", self.out_proj(tap("attn.z", z).flatten(2)))  # [B, T, D]
 
     def _explicit(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         scores = torch.einsum("BTNH,BSNH->BNTS", q, k) / math.sqrt(q.shape[-1])
-        scores = at_least_float32(scores)
+        scores = tap("attn.scores", at_least_float32(scores))  # [B, N, T, S]
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        pattern = self.dropout(scores.softmax(dim=-1).to(v.dtype))  # [B, N, T, S]
+        pattern = self.dropout(tap("attn.pattern", scores.softmax(dim=-1).to(v.dtype)))
         return torch.einsum("BNTS,BSNH->BTNH", pattern, v)
 
-    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # [B, N, T, H]
         drop_rate = self.dropout.p if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop_rate).transpose(1, 2)
+        z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop_rate, is_causal=mask is None)
+        return z.transpose(1, 2)
 
 
 class LayerNorm(nn.Module):
@@ -92,7 +97,8 @@ class FeedForward(nn.Module):
         self.out_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out_proj(self.gelu(self.in_proj(x)))
+        x = tap("mlp.pre", self.in_proj(x))  # [B, T, F]
+        return tap("mlp.out", self.out_proj(tap("mlp.post", self.gelu(x))))  # [B, T, D]
 
 
 class TransformerBlock(nn.Module):
@@ -107,8 +113,9 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(config.drop_rate)
 
     def forward(self, x: Tensor, mask: Tensor, cache: tuple[Tensor, Tensor] | None = None, slot: int = 0) -> Tensor:
-        x = x + self.dropout(self.att(self.norm1(x), mask, cache, slot))  # [B, T, D]
-        return x + self.dropout(self.ff(self.norm2(x)))  # [B, T, D]
+        z = self.att(tap("ln_1", self.norm1(x)), mask, cache, slot)
+        x = tap("resid_mid", x + self.dropout(z))  # [B, T, D]
+        return tap("resid_post", x + self.dropout(self.ff(tap("ln_2", self.norm2(x)))))  # [B, T, D]
 
 
 class GPTModel(nn.Module):
@@ -122,6 +129,7 @@ class GPTModel(nn.Module):
     def __init__(self, config: GPTConfig | Mapping[str, Any] | str, seed: int | None = 0, attention: str = "explicit"):
         super().__init__()
         self.config = config = as_config(config)
+        self.attention = attention
         self.tok_emb = nn.Embedding(config.n_vocab, config.n_embd)
         self.pos_emb = nn.Embedding(config.n_ctx, config.n_embd)
         self.drop_emb = nn.Dropout(config.drop_rate)
@@ -144,9 +152,11 @@ class GPTModel(nn.Module):
         slots = torch.arange(T, device=tokens.device)
         mask = slots[None, :] <= slots[:, None]  # [T, S]
         x = self.tok_emb(tokens) + self.pos_emb(slots)  # [B, T, D]
-        x = self.drop_emb(x)
-        for block in self.trf_blocks:
+        x = tap("embed", self.drop_emb(x))
+        for number, block in enumerate(self.trf_blocks):
+            taps.layer(number)
             x = block(x, mask)
+        taps.layer(None)
         return self._logits(x)
 
     def decode(self, tokens: Tensor, cache: Cache, slot: int, first: Tensor) -> Tensor:
@@ -171,9 +181,9 @@ class GPTModel(nn.Module):
         return [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.trf_blocks]
 
     def _logits(self, x: Tensor) -> Tensor:
-        x = self.final_norm(x)  # [..., D]
+        x = tap("ln_f", self.final_norm(x))  # [..., D]
         head = self.tok_emb if self.config.tied_head else self.out_head
-        return at_least_float32(F.linear(x, head.weight))  # [..., V]
+        return tap("logits", at_least_float32(F.linear(x, head.weight)))  # [..., V]
 
 
 def cast(model: GPTModel, dtype: torch.dtype | str) -> GPTModel:

@@ -43,8 +43,8 @@ def load_corpus(name: str, tokenizer: Tokenizer, validation_part: float = 0.1) -
 
     Names: python-docs (the text of Python's own help, on every machine), the-verdict and
     tiny-shakespeare (downloaded once). A path: a UTF-8 text file, a folder of .txt files, a folder of
-    scripts/prepare_data.py, a .bin file, or a folder with train*.bin and val*.bin (nanoGPT's or llm.c's). Where the corpus has no
-    validation part of its own, the last `validation_part` of the text, or tokens, is it.
+    scripts/prepare_data.py, a .bin file, or a folder with train*.bin and val*.bin (nanoGPT's or llm.c's).
+    Where the corpus has no validation part of its own, the last `validation_part` of the text, or tokens, is it.
     Raises InputError that names what is missing, empty or not UTF-8.
     """
     if not 0 < validation_part < 1:

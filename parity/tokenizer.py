@@ -74,7 +74,7 @@ class GPT2Tokenizer:
     eos_id = 50256
 
     def __init__(self, vocab_bpe: str | Path):
-        self._encoding = tiktoken.Encoding(
+        self.encoding = tiktoken.Encoding(
             name="gpt2",
             pat_str=_PIECES,
             mergeable_ranks=_read_ranks(Path(vocab_bpe)),
@@ -83,10 +83,10 @@ class GPT2Tokenizer:
         )
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        return self._encoding.encode(text, allowed_special=set(allowed_special), disallowed_special=())
+        return self.encoding.encode(text, allowed_special=set(allowed_special), disallowed_special=())
 
     def encode_array(self, text: str) -> np.ndarray:
-        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
     def decode(self, ids: Iterable[int]) -> str:
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
@@ -94,7 +94,7 @@ class GPT2Tokenizer:
     def token_bytes(self, id: int) -> bytes:
         if not 0 <= id < self.n_vocab:
             raise InputError(f"token id {id} is outside the vocabulary 0..{self.n_vocab - 1}")
-        return self._encoding.decode_single_token_bytes(id)
+        return self.encoding.decode_single_token_bytes(id)
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:

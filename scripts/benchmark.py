@@ -2,15 +2,19 @@
 
 python scripts/benchmark.py train       # a training step; peers: gpt_torch
 python scripts/benchmark.py generate    # greedy decoding at 124M; peers: transformers, gpt_torch
+python scripts/benchmark.py prepare --vocab-bpe vocab.bpe   # text to token shards; peers: tiktoken, used plainly
 """
 
 import dataclasses
 import json
 import os
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any, Literal
 
 import jax
@@ -27,15 +31,17 @@ import gpt_torch
 from gpt_jax.train import Trainer
 from gpt_torch import GPTModel
 from gpt_torch.train import calc_loss
+from parity import prepare
 from parity.config import PRESETS, GPTConfig
 from parity.errors import exit_with_message
 from parity.settings import recipe
+from parity.tokenizer import load_tokenizer
 from parity.weights import n_params
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    what: tyro.conf.Positional[Literal["train", "generate"]] = "train"
+    what: tyro.conf.Positional[Literal["train", "generate", "prepare"]] = "train"
     n_layer: int = 6
     n_embd: int = 384
     n_head: int = 6
@@ -49,6 +55,8 @@ class Args:
     """Threads of torch; by default as many as this process has cores. XLA takes them all."""
     cases: tuple[Literal["one", "eight", "first"], ...] = ("one", "eight", "first")
     """Of generate: one row, eight rows, the first token after a long prompt."""
+    vocab_bpe: Path | None = None
+    """Of prepare: OpenAI's vocab.bpe; by default the one in the cache."""
     out: Path | None = None
     """Where to write the figures as JSON."""
 
@@ -183,10 +191,43 @@ def generate(args: Args) -> dict[str, Any]:
     return results
 
 
+def prepare_shards(args: Args) -> dict[str, Any]:
+    """Python's documentation, twenty times over, as JSONL: to shards on the disk, or to arrays in memory."""
+    tokenizer = load_tokenizer("gpt2", args.vocab_bpe)
+    texts = [topics[name] for name in sorted(topics)] * 20
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "topics.jsonl"
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+        def ours() -> int:
+            shutil.rmtree(out, ignore_errors=True)
+            index = prepare.prepare([source], out, tokenizer, workers=threads)
+            return sum(shard["tokens"] for split in index["splits"].values() for shard in split["done"])
+
+        def lines() -> list[str]:
+            return [json.loads(line)["text"] for line in source.open(encoding="utf-8")]
+
+        out = Path(folder) / "out"
+        tokens = ours()
+        peers = {
+            f"prepare_data.py, {threads} workers": ours,
+            "tiktoken, one text after another": lambda: [
+                np.array(tokenizer.encoding.encode_ordinary(text), np.uint16) for text in lines()
+            ],
+            f"tiktoken encode_ordinary_batch, {threads} threads": lambda: [
+                np.array(ids, np.uint16)
+                for ids in tokenizer.encoding.encode_ordinary_batch(lines(), num_threads=threads)
+            ],
+        }
+        seconds = alternate(peers, args.rounds, 1)
+    return {"peers": compare(f"tokenizing {tokens:,} tokens of JSONL", seconds, tokens, "pass")}
+
+
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
-    figures = {"train": train, "generate": generate}[args.what](args)
+    figures = {"train": train, "generate": generate, "prepare": prepare_shards}[args.what](args)
     if args.out is not None:
         args.out.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -1,0 +1,43 @@
+"""Looking inside a model: named activations, read or replaced. The names: parity/taps.py. Both
+functions work under jax.jit and jax.grad."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+
+import jax.numpy as jnp
+from jax import Array
+
+from gpt_jax.model import GPTModel
+from parity import taps
+
+
+def run_with_cache(
+    model: GPTModel,
+    tokens: Array,
+    names: Iterable[str] | str | None = None,
+    patches: Mapping[str, taps.Patch] | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """tokens int [B, T] -> (logits [B, T, V], {name: activation}), without dropout in a model that has none on.
+
+    `names`: all by default; "blocks.*.attn.pattern" is that of every layer. `patches`: {name: what takes the
+    activation's place, or a function of it}; the cache then has what was put there. Scores and patterns exist
+    only in the explicit attention, which runs for them, with a warning where the model has another. Raises
+    InputError for unknown names and for patches of the wrong shape.
+    """
+    with taps.probe(model.config, names, patches, _like) as cache:
+        if taps.attention(model.attention) != model.attention:
+            warnings.warn(
+                f"the explicit attention runs, not {model.attention}, which never holds scores and patterns",
+                stacklevel=2,
+            )
+        logits = model(tokens)
+    return logits, cache
+
+
+def run_with_patches(model: GPTModel, tokens: Array, patches: Mapping[str, taps.Patch]) -> Array:
+    """Logits [B, T, V] of a run in which activations are replaced: see run_with_cache."""
+    return run_with_cache(model, tokens, (), patches)[0]
+
+
+def _like(value: taps.Patch, x: Array) -> Array:
+    return jnp.broadcast_to(jnp.asarray(value, x.dtype), x.shape)
