@@ -7,20 +7,18 @@ from parity.errors import InputError
 
 
 def choose_device(name: str) -> jax.Device:
-    """The first device of a kind: auto (JAX's own choice), cpu, gpu or tpu; becomes JAX's default.
+    """The first device of a kind: auto (JAX's own choice), cpu, gpu or tpu.
 
     Raises InputError, with JAX's reason, where there is none.
     """
     try:
-        device = jax.devices(None if name == "auto" else name)[0]
+        return jax.devices(None if name == "auto" else name)[0]
     except RuntimeError as error:
         raise InputError(
             f"--device {name}: jax {jax.__version__} sees only {jax.devices()[0].platform} devices here "
             f"({str(error).splitlines()[0]}). "
             "For an NVIDIA GPU install the cuda13 extra (make setup EXTRAS=test,dev,tf,cuda13) and check nvidia-smi"
         ) from None
-    jax.config.update("jax_default_device", device)
-    return device
 
 
 def choose_attention(name: str, device: jax.Device, dtype: str, drop_rate: float) -> str:

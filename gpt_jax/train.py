@@ -21,7 +21,7 @@ from parity.config import GPTConfig
 from parity.data import NO_TARGET
 from parity.errors import InputError
 from parity.settings import TrainSettings
-from parity.weights import rows
+from parity.weights import initial_weights, rows
 
 
 class TrainState(NamedTuple):
@@ -116,10 +116,12 @@ class Trainer:
             raise InputError("dtype float64 needs jax_enable_x64")
         self._wide = jnp.promote_types(self._dtype, jnp.float32)
         self._optimizer = make_optimizer(settings, config)
-        model = GPTModel(config, None if init else settings.seed, attention, unroll)
+        model = GPTModel(config, None, attention, unroll)
         if init:
             _, arrays, source = pretrained.read(init)
             load_weights(model, arrays, source, origin=str(init))
+        else:
+            load_weights(model, initial_weights(config, settings.seed, scheme=settings.initial))
         model = cast(model, self._wide)
         self.state = TrainState(model, self._optimizer.init(model))
         self._dropout = jax.random.key(settings.seed) if config.drop_rate else None

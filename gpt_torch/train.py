@@ -20,7 +20,7 @@ from parity import checkpoints, pretrained, train_state, weights
 from parity.config import GPTConfig
 from parity.data import NO_TARGET
 from parity.settings import TrainSettings
-from parity.weights import rows
+from parity.weights import initial_weights, rows
 
 
 def loss_sum(model: GPTModel, inputs: Tensor, targets: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -79,10 +79,12 @@ class Trainer:
     ):
         self.config, self.settings, self.device = config, settings, torch.device(device)
         dtype = getattr(torch, settings.dtype)
-        model = GPTModel(config, None if init else settings.seed, attention)
+        model = GPTModel(config, None, attention)
         if init:
             _, arrays, source = pretrained.read(init)
             load_weights(model, arrays, source, origin=str(init))
+        else:
+            load_weights(model, initial_weights(config, settings.seed, scheme=settings.initial))
         self.model = model.to(self.device, torch.promote_types(dtype, torch.float32))
         self.optimizer = make_optimizer(self.model, settings)
         self._narrow = dtype if dtype == torch.bfloat16 else None

@@ -5,21 +5,20 @@ Weights are in the huggingface format, of any float or complex dtype: with a com
 weights widened at a time, for little memory. Sources: as in gpt_torch/model.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from parity import taps
+from parity.backend import FULL, Compute, Weights
 from parity.config import LAYER_NORM_EPS, GPTConfig
 from parity.data import NO_TARGET
 from parity.taps import tap
 
-Weights = Mapping[str, np.ndarray]
 
-
-def logits(config: GPTConfig, weights: Weights, tokens: np.ndarray) -> np.ndarray:
-    """tokens int [B, T] -> [B, T, V], in float64 or complex128."""
+def logits(config: GPTConfig, weights: Weights, tokens: np.ndarray, compute: Compute = FULL) -> np.ndarray:
+    """tokens int [B, T] -> [B, T, V], in float64 or complex128 whatever `compute` says."""
     T = tokens.shape[1]
     x = tap("embed", wide(weights["wte.weight"][tokens]) + wide(weights["wpe.weight"][:T]))  # [B, T, D]
     for number in range(config.n_layer):
@@ -33,6 +32,19 @@ def logits(config: GPTConfig, weights: Weights, tokens: np.ndarray) -> np.ndarra
     taps.layer(None)
     x = tap("ln_f", layer_norm(x, wide(weights["ln_f.weight"]), wide(weights["ln_f.bias"])))
     return tap("logits", x @ wide(weights.get("lm_head.weight", weights["wte.weight"])).T)
+
+
+def activations(
+    config: GPTConfig,
+    weights: Weights,
+    tokens: np.ndarray,
+    names: Iterable[str] | None = None,
+    compute: Compute = FULL,
+) -> dict[str, np.ndarray]:
+    """{name of parity/taps.py: activation}, in float64."""
+    with taps.probe(config, names) as cache:
+        logits(config, weights, tokens)
+    return cache
 
 
 def wide(array: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from einops import rearrange
@@ -204,26 +204,31 @@ def warn_if_not_finite(name: str, array: np.ndarray, origin: str) -> None:
         warnings.warn(f"{origin}: {name} has {count} values that are not finite", stacklevel=3)
 
 
-def initial_weights(config: GPTConfig, seed: int, dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    """GPT-2's initial weights in the huggingface format: the same for both backends.
+def initial_weights(
+    config: GPTConfig, seed: int, dtype: Any = np.float32, scheme: Literal["gpt2", "torch"] = "gpt2"
+) -> dict[str, np.ndarray]:
+    """Initial weights in the huggingface format: the same for both backends.
 
-    openai/gpt-2 src/model.py: normal with 0.02, 0.01 for wpe; LayerNorm 1 and 0; biases 0.
+    gpt2: as in openai/gpt-2 src/model.py, normal with 0.02, 0.01 for wpe; LayerNorm 1 and 0; biases 0.
     Radford et al. 2019, section 2.3: projections onto the residual stream scaled by 1/sqrt(2 L).
+    torch: what the layers of torch.nn draw by default, and so the notebook's own model: embeddings normal
+    with 1, matrices and biases uniform up to 1/sqrt(fan_in).
     Each tensor's numbers depend on the seed and its own name only.
     """
     scale = {"normal": 0.02, "position": 0.01, "residual": 0.02 / math.sqrt(2 * config.n_layer)}
+    sizes = shapes(config, "huggingface")
     weights = {}
     for row in rows(config):
-        layers = range(config.n_layer) if row.per_layer else [0]
-        shape = _shape(row.axes["huggingface"], config)
-        for name in (row.huggingface.format(layer) for layer in layers):
-            if row.init in scale:
-                generator = np.random.Generator(
-                    np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(name.encode())]))
-                )
-                draw = generator.standard_normal(shape, np.float32)
-                draw *= scale[row.init]
-                weights[name] = draw.astype(dtype, copy=False)
+        for name in (row.huggingface.format(layer) for layer in range(config.n_layer if row.per_layer else 1)):
+            shape = sizes[name]
+            generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(name.encode())])))
+            if "ln_" in name or (scheme == "gpt2" and row.init == "zeros"):
+                draw = np.full(shape, row.init == "ones", np.float32)
+            elif scheme == "torch" and name not in ("wte.weight", "wpe.weight"):
+                fan_in = config.n_embd if name == OUT_HEAD else sizes[name.replace("bias", "weight")][0]
+                draw = generator.uniform(-1, 1, shape).astype(np.float32) / np.float32(math.sqrt(fan_in))
             else:
-                weights[name] = np.full(shape, row.init == "ones", dtype)
+                draw = generator.standard_normal(shape, np.float32)
+                draw *= scale[row.init] if scheme == "gpt2" else 1
+            weights[name] = draw.astype(dtype, copy=False)
     return weights

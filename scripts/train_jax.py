@@ -34,6 +34,7 @@ def main() -> int:
 
     # Device
     device = choose_device(args.device)
+    jax.config.update("jax_default_device", device)
     jax.config.update("jax_enable_x64", dtype == "float64")
 
     # Model, tokenizer and data

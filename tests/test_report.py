@@ -1,0 +1,237 @@
+"""The parity report: planted errors are found, and located to the right name; exit codes."""
+
+import base64
+import json
+import re
+import types
+
+import numpy as np
+import pytest
+import torch
+from conftest import BACKENDS, ROOT, TINY, probing_weights, run_script
+from einops import rearrange
+
+import gpt_torch.backend
+import gpt_torch.model
+from parity import report, taps
+from parity.backend import Compute
+from parity.errors import InputError
+from parity.settings import recipe
+from parity.sides import open_side, sharp_weights
+
+HF = ROOT / "scripts" / "parity_hf.py"
+
+
+def case(dtype="float64", names=("*",), **options):
+    weights = {name: array.astype(dtype) for name, array in probing_weights(TINY).items()}
+    tokens = report.random_tokens(TINY, 2, 20)
+    return report.Case(TINY, weights, tokens, Compute(dtype), taps.select(names, TINY), **options)
+
+
+def changed(**changes):
+    """gpt_torch with some weights changed: {name with dots as __: function}."""
+
+    def activations(config, weights, tokens, names, compute):
+        wrong = {name.replace("__", "."): change for name, change in changes.items()}
+        new = {name: wrong.get(name, lambda w: w)(array.copy()) for name, array in weights.items()}
+        return gpt_torch.backend.activations(config, new, tokens, names, compute)
+
+    return types.SimpleNamespace(activations=activations)
+
+
+def one_element(w):
+    w.reshape(-1)[w.size // 3] *= 1 + 1e-9
+    return w
+
+
+def swap_q_and_k(w):
+    q, k, v = np.split(w, 3, axis=-1)
+    return np.concatenate([k, q, v], axis=-1)
+
+
+def interleave_heads(w):
+    return rearrange(w, "d (c n h) -> d (n c h)", c=3, n=4)
+
+
+def patched(target, attribute, wrong):
+    def plant(monkeypatch):
+        monkeypatch.setattr(target, attribute, wrong)
+        return BACKENDS["torch"]
+
+    return plant
+
+
+def wrong_mask(self, x, mask, *args, right=gpt_torch.model.MultiHeadAttention.forward):
+    T = mask.shape[-1]
+    return right(self, x, torch.ones(T, T, dtype=torch.bool).tril(1), *args)
+
+
+def no_first_residual(self, x, mask, cache=None, slot=0):
+    tap = taps.tap
+    x = tap("resid_mid", self.att(tap("ln_1", self.norm1(x)), mask, cache, slot))
+    return tap("resid_post", x + self.ff(tap("ln_2", self.norm2(x))))
+
+
+def scaled_otherwise(self, q, k, v, mask, right=gpt_torch.model.MultiHeadAttention._explicit):
+    return right(self, q * (1 + 1e-9), k, v, mask)
+
+
+def positions_off_by_one(self, tokens, right=torch.nn.Embedding.forward):
+    return right(self, (tokens + 1) % 24 if self.num_embeddings == 24 else tokens)
+
+
+# {what is wrong: (where it must be found first, how it is planted)}
+PLANTS = {
+    "a token's embedding": ("embed", changed(wte__weight=lambda w: w * (1 + 1e-9))),
+    "positions off by one": ("embed", patched(torch.nn.Embedding, "forward", positions_off_by_one)),
+    "LayerNorm's eps": ("blocks.0.ln_1", patched(gpt_torch.model, "LAYER_NORM_EPS", 1.0001e-5)),
+    "a scale of LayerNorm": ("blocks.1.ln_1", changed(h__1__ln_1__weight=one_element)),
+    "query and key swapped": ("blocks.1.attn.q", changed(h__1__attn__c_attn__weight=swap_q_and_k)),
+    "heads interleaved": ("blocks.2.attn.q", changed(h__2__attn__c_attn__weight=interleave_heads)),
+    "a key's bias": ("blocks.0.attn.k", changed(h__0__attn__c_attn__bias=one_element)),
+    "a value's bias": (
+        "blocks.2.attn.v",
+        changed(h__2__attn__c_attn__bias=lambda w: np.concatenate([w[:40], w[40:] * (1 + 1e-9)])),
+    ),
+    "scores scaled otherwise": (
+        "blocks.0.attn.scores",
+        patched(gpt_torch.model.MultiHeadAttention, "_explicit", scaled_otherwise),
+    ),
+    "a mask one ahead": ("blocks.0.attn.pattern", patched(gpt_torch.model.MultiHeadAttention, "forward", wrong_mask)),
+    "a transposed projection": ("blocks.1.attn.out", changed(h__1__attn__c_proj__weight=lambda w: w.T.copy())),
+    "no bias of a projection": ("blocks.0.attn.out", changed(h__0__attn__c_proj__bias=lambda w: w * 0)),
+    "no residual": ("blocks.0.resid_mid", patched(gpt_torch.model.TransformerBlock, "forward", no_first_residual)),
+    "a shift of LayerNorm": ("blocks.2.ln_2", changed(h__2__ln_2__bias=one_element)),
+    "the MLP's first matrix": ("blocks.1.mlp.pre", changed(h__1__mlp__c_fc__weight=one_element)),
+    "erf GELU": (
+        "blocks.0.mlp.post",
+        patched(gpt_torch.model.GELU, "forward", lambda self, x: torch.nn.functional.gelu(x)),
+    ),
+    "the MLP's last bias": ("blocks.2.mlp.out", changed(h__2__mlp__c_proj__bias=one_element)),
+    "the final norm": ("ln_f", changed(ln_f__weight=one_element)),
+}
+
+
+@pytest.mark.parametrize("what", PLANTS)
+@pytest.mark.parametrize("order", [1, -1], ids=["A", "B"])
+def test_planted_errors_are_located(what, order, monkeypatch):
+    where, planted = PLANTS[what]
+    wrong = planted(monkeypatch) if callable(planted) else planted
+    rows = list(report.activations(*[BACKENDS["jax"], wrong][::order], case()))
+    first = report.first_beyond(rows)
+    assert first is not None
+    assert first.name == where
+    right, other = (first.a, first.b)[::order]
+    assert other > 10 * max(right, 1e-16)  # the report says which of the two is wrong
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_without_errors_everything_is_within_its_bound(dtype):
+    sides = [open_side(name, HF, TINY) for name in ("torch", "jax")]
+    rows = list(report.run(*sides, BACKENDS["torch"], case(dtype), recipe("small").settings))
+    assert {row.section for row in rows} == {
+        "activations", "gradients", "AdamW updates", "losses", "cached decoding", "sampled tokens",
+    }  # fmt: skip
+    assert report.first_beyond(rows) is None
+    for section in ("activations", "gradients", "AdamW updates", "losses"):
+        assert max(row.share for row in rows if row.section == section) > 0.02  # a bound near what happens
+
+
+def test_hugging_face_and_numpy_take_part():
+    sides = {name: open_side(name, HF, TINY) for name in ("hf", "numpy", "jax")}
+    rows = list(report.run(sides["jax"], sides["hf"], BACKENDS["torch"], case("float32"), recipe("small").settings))
+    assert len([row for row in rows if row.section == "activations"]) == 3 + 13 * 3  # all but the scores
+    assert {row.section for row in rows} == {"activations", "gradients", "cached decoding"}
+    assert report.first_beyond(rows) is None
+    rows = list(report.run(sides["numpy"], sides["jax"], BACKENDS["torch"], case(), recipe("small").settings))
+    assert report.first_beyond(rows) is None
+    assert all(row.a == 0 for row in rows if row.section == "activations")
+
+
+def test_errors_in_gradients_and_training_are_found(monkeypatch):
+    settings = recipe("small").settings
+
+    class Wrong:
+        activations = staticmethod(BACKENDS["jax"].activations)
+
+        @staticmethod
+        def loss_and_gradients(*args):
+            loss, gradients = BACKENDS["jax"].loss_and_gradients(*args)
+            return loss, {**gradients, "h.1.mlp.c_fc.bias": gradients["h.1.mlp.c_fc.bias"] * (1 + 1e-4)}
+
+        @staticmethod
+        def train(config, weights, settings, *args):
+            settings = types.SimpleNamespace(**{**vars(settings), "weight_decay": 0.11})
+            return BACKENDS["jax"].train(config, weights, settings, *args)
+
+    rows = list(report.gradients(BACKENDS["torch"], Wrong, BACKENDS["torch"], case("float32")))
+    assert [row.name for row in rows if not row.ok] == ["h.1.mlp.c_fc.bias"]
+    rows = list(report.updates(BACKENDS["torch"], Wrong, BACKENDS["torch"], case("float32"), settings))
+    bad = {row.name for row in rows if not row.ok and row.section == "AdamW updates"}
+    assert "wte.weight" in bad
+    assert not any("bias" in name or "ln_" in name for name in bad)
+
+
+def test_not_finite_is_beyond_any_bound():
+    row = report.row("activations", "x", np.array([1.0, np.nan]), np.ones(2), np.ones(2), 1e9)
+    assert not row.ok
+    assert row.detail == "not finite"
+
+
+def test_the_script_writes_its_report_and_exits_with_0_or_1(tmp_path):
+    out = tmp_path / "report"
+    options = ("--positions", 12, "--steps", 2, "--new-tokens", 4, "--out", out)
+    result = run_script("check_parity.py", "torch", "jax", *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    entries = json.loads((out / "report.json").read_text())
+    assert all(row["ok"] for row in entries["rows"])
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("<tr>") == len(entries["rows"]) + len({row["section"] for row in entries["rows"]})
+    pictures = re.findall(r"base64,([^']+)'", page)
+    assert len(pictures) == 3
+    assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
+    assert "http" not in page
+
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from gpt_torch import backend\n"
+        "def activations(config, weights, tokens, names, compute):\n"
+        "    wrong = {**weights, 'h.1.ln_2.bias': weights['h.1.ln_2.bias'] + 1e-3}\n"
+        "    return backend.activations(config, wrong, tokens, names, compute)\n"
+    )
+    result = run_script("check_parity.py", "torch", mine, *options)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "the first row beyond what rounding allows: activations, blocks.1.ln_2" in result.stdout
+
+
+def test_two_copies_of_weights(tmp_path):
+    gpt_torch.save_pretrained(gpt_torch.backend.build(TINY, sharp_weights(TINY, 0)), tmp_path / "one")
+    gpt_torch.save_pretrained(gpt_torch.backend.build(TINY, sharp_weights(TINY, 1)), tmp_path / "two")
+    for other, status in (("one", 0), ("two", 1)):
+        result = run_script(
+            "check_parity.py", f"torch:{tmp_path / 'one'}", f"numpy:{tmp_path / other}", "--weights", tmp_path / "one",
+            "--sections", "activations", "--out", tmp_path / "report",
+        )  # fmt: skip
+        assert result.returncode == status, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("torch", "tensorflow"), "'tensorflow' is no implementation; choose torch, jax, numpy, hf, or a Python file"),
+        (("torch", "jax", "--positions", "25"), "--positions must be in 2..24"),
+        (("torch", "jax", "--names", "blocks.7.*"), "no activation is called 'blocks.7.*'"),
+        (("torch:nothing", "jax"), "nothing is no folder"),
+    ],
+)
+def test_bad_options_are_one_line(arguments, message, tmp_path):
+    result = run_script("check_parity.py", *arguments, "--out", tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_sides_of_another_shape_are_refused(tmp_path):
+    gpt_torch.save_pretrained(gpt_torch.GPTModel(TINY), tmp_path)
+    with pytest.raises(InputError, match="another shape"):
+        open_side(f"torch:{tmp_path}", HF, gpt_torch.GPTModel("small", seed=None).config)
