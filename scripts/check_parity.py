@@ -183,7 +183,7 @@ def picture(rows: Sequence[report.Row]) -> str:
     step = max(1, len(rows) // 30)
     axes.set_xticks(x[::step], [row.name for row in rows][::step], rotation=90, fontsize=6)
     axes.set_ylabel("worst error")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, ncols=4, loc="lower right")
     stream = io.BytesIO()
     figure.savefig(stream, dpi=110)
     plt.close(figure)

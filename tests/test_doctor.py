@@ -1,0 +1,85 @@
+"""The doctor's findings on machines that are well and on machines that are not."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from parity import doctor
+
+JAX_CPU = {"devices": ["cpu (cpu)"], "platform": "cpu", "precision": "default", "x64": False}
+JAX_GPU = {**JAX_CPU, "devices": ["gpu (NVIDIA H100)"], "platform": "gpu"}
+CPU = {"devices": ["cpu (2 threads)"], "platform": "cpu", "precision": "highest"}
+TORCH_CPU = {**CPU, "cuda": None, "cudnn": None, "sdpa": []}
+TORCH_GPU = {**TORCH_CPU, "devices": ["NVIDIA H100"], "platform": "gpu", "cudnn": 92600, "sdpa": ["flash", "cudnn"]}
+GPU = ["NVIDIA H100, 580.10"]
+
+
+def findings(gpus, jax, torch, **environment):
+    found = list(doctor.examine(gpus, jax, torch, environment))
+    return {f.what: f.value for f in found}, {f.what: f.wrong for f in found if f.wrong}
+
+
+@pytest.fixture(autouse=True)
+def no_tensorflow(monkeypatch):
+    """As if only these packages were installed."""
+    there = {"jax": "0.11.0", "torch": "2.13.0", "nvidia-cudnn-cu13": "9.26.0.51"}
+    monkeypatch.setattr(doctor, "installed", there.get)
+    return there
+
+
+def test_well_machines():
+    values, wrong = findings([], JAX_CPU, TORCH_CPU)
+    assert not wrong
+    assert values["jax"] == "0.11.0"
+    assert values["flax"] == "not installed"
+    assert "jax's GPU memory" not in values
+    values, wrong = findings(GPU, JAX_GPU, TORCH_GPU)
+    assert not wrong
+    assert "TF32" in values["jax's products"]
+    assert values["jax's GPU memory"].startswith("75% at once")
+    assert values["cuDNN"] == "nvidia-cudnn-cu13 9.26.0.51, torch reports 92600"
+    values, _ = findings(GPU, JAX_GPU, TORCH_GPU, XLA_PYTHON_CLIENT_PREALLOCATE="false")
+    assert values["jax's GPU memory"] == "as it needs it"
+
+
+def test_silent_cpu_runs_are_told():
+    _, wrong = findings(GPU, JAX_CPU, TORCH_CPU)
+    assert "cuda13" in wrong["jax's devices"]
+    assert "with CUDA" in wrong["torch's devices"]
+    _, wrong = findings(GPU, JAX_CPU, TORCH_GPU, JAX_PLATFORMS="cpu")
+    assert wrong == {
+        "jax's devices": "it would run on the CPU although there is a GPU, as JAX_PLATFORMS=cpu asks; unset it"
+    }
+
+
+def test_other_troubles_are_told(no_tensorflow):
+    _, wrong = findings([], {"error": "ImportError: no jaxlib"}, TORCH_CPU)
+    assert "no jaxlib" in wrong["jax"]
+    _, wrong = findings([], JAX_CPU, {**TORCH_CPU, "precision": "high"})
+    assert "'highest'" in wrong["torch's products"]
+    no_tensorflow["nvidia-cudnn-cu12"] = "9.1.0.70"
+    _, wrong = findings(GPU, JAX_GPU, TORCH_GPU)
+    assert "two CUDA generations" in wrong["cuDNN"]
+    del no_tensorflow["nvidia-cudnn-cu13"]
+    _, wrong = findings(GPU, JAX_GPU, TORCH_GPU)
+    assert "older than JAX needs" in wrong["cuDNN"]
+    no_tensorflow["tensorflow"] = "2.21.0"
+    _, wrong = findings([], JAX_CPU, TORCH_CPU)
+    assert "tensorflow-cpu" in wrong["tensorflow"]
+
+
+def test_frameworks_that_break_are_reported_not_raised():
+    assert doctor.ask("raise SystemExit('boom')") == {"error": "boom"}
+    assert "error" in doctor.ask("print('no json')")
+
+
+def test_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "parity.doctor"], capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
+    assert done.returncode in (0, 1), done.stderr
+    assert "jax's devices" in done.stdout
+    assert "torch's devices" in done.stdout
+    assert ("nothing is wrong" in done.stdout) == (done.returncode == 0)
