@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from optax import tree_utils as otu
 
-from gpt_jax import checkpoint
+from gpt_jax import checkpoint, sharding
 from gpt_jax.generate import generate
 from gpt_jax.model import GPTModel, cast
 from gpt_jax.pretrained import load_weights
@@ -66,13 +67,13 @@ def clip_by_global_norm(gradients: GPTModel, largest: float) -> tuple[GPTModel, 
     return jax.tree.map(lambda g: g * (largest / jnp.maximum(norm, largest)), gradients), norm
 
 
-def make_train_step(optimizer: optax.GradientTransformation, clip: float, dtype: Any):
+def make_train_step(optimizer: optax.GradientTransformation, clip: float, dtype: Any, out_shardings: Any = None):
     """train_step(state, inputs [A, B, T], targets, lr, key) -> (state, {loss, grad_norm}), jitted, state donated."""
 
     def one_sum(model, inputs, targets, key):
         return loss_sum(cast(model, dtype), inputs, targets, key)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
     def train_step(state: TrainState, inputs: Array, targets: Array, lr: Array, key: Array | None):
         A = inputs.shape[0]
         keys = None if key is None else jax.random.split(key, A)
@@ -100,6 +101,7 @@ class Trainer:
     """A model with its optimizer, as parity/fit.py drives it.
 
     `init`: weights to start from, a folder or one of OpenAI's sizes; by default those of the settings' seed.
+    `mesh`: devices to divide model and batches over (gpt_jax/sharding.py).
     """
 
     def __init__(
@@ -109,8 +111,9 @@ class Trainer:
         init: str | Path | None = None,
         attention: str = "explicit",
         unroll: int = 1,
+        mesh: Mesh | None = None,
     ):
-        self.config = config
+        self.config, self._mesh = config, mesh
         self._dtype = jnp.dtype(settings.dtype)
         if self._dtype == jnp.float64 and jnp.zeros(()).dtype != jnp.float64:
             raise InputError("dtype float64 needs jax_enable_x64")
@@ -124,24 +127,38 @@ class Trainer:
             load_weights(model, initial_weights(config, settings.seed, scheme=settings.initial))
         model = cast(model, self._wide)
         self.state = TrainState(model, self._optimizer.init(model))
+        out_shardings = None
+        if mesh is not None:
+            placed = sharding.shardings(self.state, config, mesh, _name)
+            self.state = jax.device_put(self.state, placed)
+            out_shardings = (placed, NamedSharding(mesh, PartitionSpec()))
         self._dropout = jax.random.key(settings.seed) if config.drop_rate else None
-        self._train_step = make_train_step(self._optimizer, settings.clip, self._dtype)
+        self._train_step = make_train_step(self._optimizer, settings.clip, self._dtype, out_shardings)
         self._loss_sum = jax.jit(lambda model, *batch: loss_sum(cast(model, self._dtype), *batch))
 
     def put(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Array, Array]:
-        return jax.device_put((inputs, targets))
+        place = None if self._mesh is None else NamedSharding(self._mesh, sharding.BATCH)
+        return jax.device_put((inputs, targets), place)
 
     def train_step(self, inputs: Array, targets: Array, lr: float, step: int) -> dict[str, Array]:
         key = None if self._dropout is None else jax.random.fold_in(self._dropout, step)
         self.state, metrics = self._train_step(self.state, inputs, targets, np.asarray(lr, self._wide), key)
-        return metrics
+        return self._in_turn(metrics)
 
     def loss_sum(self, inputs: np.ndarray, targets: np.ndarray) -> Array:
-        return self._loss_sum(self.state.model, inputs, targets)
+        return self._in_turn(self._loss_sum(self.state.model, inputs, targets))
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> list[list[int]]:
         top_k = min(50, self.config.n_vocab)
-        return generate(self.state.model, prompts, max_new_tokens, temperature=0.8, top_k=top_k, seed=seed)
+        model = self.state.model
+        if self._mesh is not None:
+            model = jax.device_put(model, self._mesh.devices.flat[0])
+        return generate(model, prompts, max_new_tokens, temperature=0.8, top_k=top_k, seed=seed)
+
+    def _in_turn(self, result: Any) -> Any:
+        """Of CPU devices: programs in flight together can wait for each other's threads for ever, as all share them."""
+        several = self._mesh is not None and self._mesh.devices.flat[0].platform == "cpu"
+        return jax.block_until_ready(result) if several else result
 
     def save(self, folder: Path) -> None:
         checkpoint.save(folder, self.state.model, _to_arrays(self.state))

@@ -14,6 +14,7 @@ import jax
 from rich.console import Console
 
 from gpt_jax.devices import choose_attention, choose_device, describe
+from gpt_jax.sharding import MeshShape, make_mesh
 from gpt_jax.train import Trainer
 from parity.errors import exit_with_message
 from parity.fit import run
@@ -26,6 +27,8 @@ class Args(JobArgs):
     attention: Literal["auto", "explicit", "cudnn"] = "auto"
     unroll: int = 1
     """Layers written out in the compiled program; more compiles longer and may run faster."""
+    mesh: str | None = None
+    """Devices to divide model and batches over, data=2,fsdp=2,tensor=2 say; by default one device."""
 
 
 def main() -> int:
@@ -41,13 +44,20 @@ def main() -> int:
     job = load(args)
     attention = choose_attention(args.attention, device, dtype, job.config.drop_rate)
 
+    # Mesh
+    mesh, over = None, ""
+    if args.mesh is not None:
+        shape = MeshShape.parse(args.mesh)
+        shape.check(job.config, job.micro_size)
+        mesh, over = make_mesh(shape, device.platform), f", {shape.size} of them: {args.mesh}"
+
     # Run folder
     wide = "float64" if dtype == "float64" else "float32"
     precision = f"computes in {dtype}, parameters {wide}; attention {attention}"
-    job = begin(job, "jax", {"device": describe(device), "precision": precision}, console)
+    job = begin(job, "jax", {"device": describe(device) + over, "precision": precision}, console)
 
     # Train
-    trainer = Trainer(job.config, job.settings, job.init, attention, min(args.unroll, job.config.n_layer))
+    trainer = Trainer(job.config, job.settings, job.init, attention, min(args.unroll, job.config.n_layer), mesh)
     return run(trainer, job, console)
 
 

@@ -241,3 +241,18 @@ def test_errors_in_training_are_caught(right, plant, monkeypatch):
     options = planted(monkeypatch) or {}
     result = worst(train(name, CONFIGS["gpt2"], "float64", 12, **options), right)
     assert result.share > 10, str(result)
+
+
+@pytest.mark.slow
+def test_compiled_torch_trains_alike():
+    """torch.compile, in float32 and with bfloat16 products."""
+    for dtype, rtol in (("float32", 1e-6), ("bfloat16", 1e-3)):
+        settings = dataclasses.replace(SETTINGS, dtype=dtype)
+        losses = []
+        for compile in (False, True):
+            trainer = gpt_torch.train.Trainer(TINY, settings, attention="sdpa", compile=compile)
+            given = batches(TINY, 3)
+            losses.append(
+                [float(trainer.train_step(*trainer.put(*b[:2]), b.lr, i)["loss"]) for i, b in enumerate(given)]
+            )
+        assert losses[1] == pytest.approx(losses[0], rel=rtol)

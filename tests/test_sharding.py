@@ -1,0 +1,109 @@
+"""One run over eight devices, however they are arranged: the same losses, the memory and the messages expected."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, metrics, run_script
+from sharded_runs import ALL, CONFIG, FEW
+
+from gpt_jax.sharding import MeshShape, bytes_a_device
+from parity.config import PRESETS
+from parity.errors import InputError
+
+EIGHT = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
+# Sums over devices are made in another order.
+RTOL = {"float32": 2e-6, "float64": 1e-12}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("float32", "few"),
+        pytest.param(("float32", "all"), marks=pytest.mark.slow),
+        pytest.param(("float64", "all"), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def runs(request):
+    """(dtype, shapes, what sharded_runs.py says)"""
+    dtype, which = request.param
+    program = str(ROOT / "tests" / "sharded_runs.py")
+    done = subprocess.run(
+        [sys.executable, program, dtype, which], capture_output=True, text=True, timeout=500, env=EIGHT
+    )
+    assert done.returncode == 0, done.stderr
+    return dtype, {"few": FEW, "all": ALL}[which], json.loads(done.stdout.splitlines()[-1])
+
+
+def test_losses_do_not_depend_on_the_mesh(runs):
+    dtype, shapes, found = runs
+    want = np.array(found["single"]["losses"])
+    assert len(set(want)) > 15
+    for shape in map(str, shapes):
+        assert found[shape]["losses"] == pytest.approx(want, rel=RTOL[dtype]), shape
+
+
+def test_a_checkpoint_goes_on_over_another_mesh(runs):
+    dtype, _, found = runs
+    restored = [name for name in found if name.startswith("restored")]
+    assert len(restored) == 3
+    for name in restored:
+        assert found[name]["losses"] == pytest.approx(found["single"]["losses"][10:], rel=RTOL[dtype]), name
+
+
+def test_each_device_holds_its_part(runs):
+    """Parameters and two moments, and a count of four bytes."""
+    dtype, shapes, found = runs
+    for shape in shapes:
+        facts = found[str(shape)]
+        assert facts["devices"] == 8
+        assert facts["bytes"] == [3 * bytes_a_device(CONFIG, MeshShape(*shape), np.dtype(dtype).itemsize) + 4]
+    whole, part = (bytes_a_device(PRESETS["1558M"], MeshShape(fsdp=size)) for size in (1, 8))
+    assert 7.9 < whole / part <= 8
+
+
+def test_messages_are_those_that_the_mesh_needs(runs):
+    _, _, found = runs
+    single, copies, divided, tensor = (
+        found[name]["collectives"] for name in ("single", "(8, 1, 1)", "(1, 8, 1)", "(1, 1, 8)")
+    )
+    assert not any(single.values())
+    # Copies: gradients are summed, and nothing else is sent.
+    assert copies["all-reduce"] >= 1
+    assert copies["all-gather"] == copies["reduce-scatter"] == copies["all-to-all"] == 0
+    # Divided parameters: gathered where they are used. The CPU's compiler sums gradients whole, and cuts then.
+    assert divided["all-gather"] >= 4
+    assert divided["all-reduce"] + divided["reduce-scatter"] >= 1
+    # Divided heads and MLP: activations are summed after both, in the scanned layer and on its way back.
+    assert tensor["all-reduce"] >= 4
+
+
+def test_what_cannot_be_divided_is_told():
+    assert MeshShape.parse("tensor=2, data=4") == MeshShape(data=4, tensor=2)
+    for bad in ("", "data", "data=0", "model=2", "data=2,data=2", "data=x"):
+        with pytest.raises(InputError, match="write data=2,fsdp=2,tensor=2"):
+            MeshShape.parse(bad)
+    with pytest.raises(InputError, match="n_head=25 is not divisible by tensor=2"):
+        MeshShape(tensor=2).check(PRESETS["1558M"], 8)
+    with pytest.raises(InputError, match="n_embd=20 is not divisible by fsdp=8"):
+        MeshShape(fsdp=8).check(PRESETS["tiny"], 8)
+    with pytest.raises(InputError, match="micro-batches of 6 windows are not divisible by data x fsdp = 4"):
+        MeshShape(data=2, fsdp=2).check(PRESETS["tiny"], 6)
+
+
+def test_the_script_runs_over_a_mesh(finished_runs, tmp_path):
+    options = ("--preset", "tiny", "--mesh", "data=2,fsdp=2,tensor=2")
+    result = run_script("train_jax.py", *options, "--run", tmp_path / "run", env=EIGHT)
+    assert result.returncode == 0, result.stderr
+    assert "8 of them: data=2,fsdp=2,tensor=2" in result.stdout
+    # Early on, before rounding has grown: see test_resume.py.
+    want = [e["loss"] for e in metrics(finished_runs["jax"][0]) if "loss" in e][:20]
+    assert [e["loss"] for e in metrics(tmp_path / "run") if "loss" in e][:20] == pytest.approx(want, rel=1e-5)
+    result = run_script("train_jax.py", "--preset", "tiny", "--mesh", "data=8", "--run", tmp_path / "few")
+    assert result.returncode == 2
+    assert "--mesh needs 8 devices, there are 1 (cpu)" in result.stderr
+    assert not (tmp_path / "few").exists()
