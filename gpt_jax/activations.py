@@ -1,7 +1,6 @@
 """Looking inside a model: named activations, read or replaced. The names: parity/taps.py. Both
 functions work under jax.jit and jax.grad."""
 
-import warnings
 from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
@@ -24,14 +23,7 @@ def run_with_cache(
     only in the explicit attention, which runs for them, with a warning where the model has another. Raises
     InputError for unknown names and for patches of the wrong shape.
     """
-    with taps.probe(model.config, names, patches, _like) as cache:
-        if taps.attention(model.attention) != model.attention:
-            warnings.warn(
-                f"the explicit attention runs, not {model.attention}, which never holds scores and patterns",
-                stacklevel=2,
-            )
-        logits = model(tokens)
-    return logits, cache
+    return taps.run(model, tokens, names, patches, _like)
 
 
 def run_with_patches(model: GPTModel, tokens: Array, patches: Mapping[str, taps.Patch]) -> Array:

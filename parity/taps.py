@@ -19,6 +19,7 @@ of it; under a probe the activation is noted, or replaced.
 import contextlib
 import dataclasses
 import fnmatch
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -162,3 +163,21 @@ def probe(
         yield _probe.cache
     finally:
         _probe = outer
+
+
+def run(
+    model: Any,
+    tokens: Any,
+    names: Iterable[str] | str | None,
+    patches: Mapping[str, Patch] | None,
+    convert: Callable[[Any, Any], Any],
+) -> tuple[Any, dict[str, Any]]:
+    """run_with_cache() of a backend: model(tokens) under a probe, with a warning where other attention runs for it."""
+    with probe(model.config, names, patches, convert) as cache:
+        if attention(model.attention) != model.attention:
+            warnings.warn(
+                f"the explicit attention runs, not {model.attention}, which never holds scores and patterns",
+                stacklevel=3,
+            )
+        logits = model(tokens)
+    return logits, cache

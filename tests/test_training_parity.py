@@ -251,8 +251,7 @@ def test_compiled_torch_trains_alike():
         losses = []
         for compile in (False, True):
             trainer = gpt_torch.train.Trainer(TINY, settings, attention="sdpa", compile=compile)
-            given = batches(TINY, 3)
-            losses.append(
-                [float(trainer.train_step(*trainer.put(*b[:2]), b.lr, i)["loss"]) for i, b in enumerate(given)]
-            )
+            steps = enumerate(batches(TINY, 3))
+            found = [trainer.train_step(*trainer.put(*batch[:2]), batch.lr, step) for step, batch in steps]
+            losses.append([float(metrics["loss"]) for metrics in found])
         assert losses[1] == pytest.approx(losses[0], rel=rtol)
