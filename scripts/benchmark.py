@@ -30,7 +30,7 @@ import gpt_jax
 import gpt_torch
 from gpt_jax.train import Trainer
 from gpt_torch import GPTModel
-from gpt_torch.train import calc_loss
+from gpt_torch.train import Trainer as TorchTrainer
 from parity import prepare
 from parity.config import PRESETS, GPTConfig
 from parity.errors import exit_with_message
@@ -70,19 +70,12 @@ def jax_stepper(config: GPTConfig, inputs: np.ndarray, targets: np.ndarray) -> C
     return step
 
 
-def torch_stepper(config: GPTConfig, inputs: np.ndarray, targets: np.ndarray, attention: str) -> Callable[[], None]:
-    """Eager mode, with the same clip and AdamW as the JAX step (decay on every parameter: the cost is the same)."""
-    settings = recipe("small").settings
-    model = GPTModel(config, seed=settings.seed, attention=attention).train()
-    betas = (settings.beta1, settings.beta2)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, betas, settings.eps, settings.weight_decay, fused=True)
-    batch = torch.from_numpy(inputs).long(), torch.from_numpy(targets).long()
+def torch_stepper(config: GPTConfig, inputs: np.ndarray, targets: np.ndarray, compile: bool) -> Callable[[], None]:
+    """The same step in torch: its fused attention and its fused AdamW, eager or compiled."""
+    trainer = TorchTrainer(config, recipe("small").settings, attention="sdpa", compile=compile)
 
     def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        calc_loss(model, *batch).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        optimizer.step()
+        trainer.train_step(*trainer.put(inputs[None], targets[None]), 1e-3, 0)
 
     return step
 
@@ -126,8 +119,8 @@ def train(args: Args) -> dict[str, Any]:
     inputs, targets = ids[:, :-1].copy(), ids[:, 1:].copy()
     peers = {
         "gpt_jax": jax_stepper(config, inputs, targets),
-        "gpt_torch eager, explicit attention": torch_stepper(config, inputs, targets, "explicit"),
-        "gpt_torch eager, SDPA": torch_stepper(config, inputs, targets, "sdpa"),
+        "gpt_torch eager, SDPA": torch_stepper(config, inputs, targets, compile=False),
+        "gpt_torch compiled, SDPA": torch_stepper(config, inputs, targets, compile=True),
     }
     title = (
         f"training step, float32, {jax.devices()[0].platform}, {torch.get_num_threads()} threads: "

@@ -65,7 +65,8 @@ class Args:
 
 
 def main() -> int:
-    args, console = tyro.cli(Args, description=__doc__), Console()
+    args = tyro.cli(Args, description=__doc__)
+    console = Console(width=None if sys.stdout.isatty() else 120)
     begin = time.perf_counter()
 
     # Model, weights, tokens
