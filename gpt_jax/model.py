@@ -28,6 +28,13 @@ from parity.weights import initial_weights
 Cache = list[tuple[Array, Array]]
 
 
+# What to keep for the gradient where the rest is computed again.
+REMAT = {
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "all": jax.checkpoint_policies.nothing_saveable,
+}
+
+
 # Weights come from parity.weights.initial_weights or from a file; until then they are zeros.
 def Linear(*args: Any, **options: Any) -> nnx.LinearGeneral:
     return nnx.LinearGeneral(*args, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0), **options)
@@ -140,7 +147,8 @@ class GPTModel(nnx.Module):
 
     `config`: a GPTConfig, a preset's name, or the notebook's dict. `seed`: of the initial weights,
     which equal those of gpt_torch.GPTModel with the same seed; None leaves zeros. The layers' weights
-    are stacked [L, ...] and scanned over; `unroll` layers are written out in the compiled program.
+    are stacked [L, ...] and scanned over; `unroll` layers are written out in the compiled program. `remat`:
+    what a gradient computes again instead of keeping it, "none", all but the products ("products"), or "all".
     Dropout happens only where a call is given a key.
     """
 
@@ -150,9 +158,10 @@ class GPTModel(nnx.Module):
         seed: int | None = 0,
         attention: str = "explicit",
         unroll: int = 1,
+        remat: str = "none",
     ):
         self.config = config = as_config(config)
-        self.attention = attention
+        self.attention, self.remat = attention, remat
         self.unroll = unroll
         self.tok_emb = Embedding(config.n_vocab, config.n_embd)
         self.pos_emb = Embedding(config.n_ctx, config.n_embd)
@@ -169,6 +178,10 @@ class GPTModel(nnx.Module):
         Raises InputError for T beyond the context and for ids outside the vocabulary. Under jit
         ids are not known: the entry points check them before, and an id too large gives NaN.
         """
+        return self._logits(self.hidden(tokens, key))
+
+    def hidden(self, tokens: Array, key: Array | None = None) -> Array:
+        """What the head reads: tokens int [B, T] -> [B, T, D]. Raises as a call does."""
         check_tokens(tokens.shape, self.config)
         check_ids(tokens, self.config)
         T = tokens.shape[1]
@@ -183,6 +196,8 @@ class GPTModel(nnx.Module):
             block, layer_key = block_and_key
             return block(x, mask, key=layer_key)[0], None
 
+        if self.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT[self.remat])
         if taps.probing():  # each layer by its name
             for number in range(self.config.n_layer):
                 taps.layer(number)
@@ -190,7 +205,7 @@ class GPTModel(nnx.Module):
             taps.layer(None)
         else:
             x, _ = jax.lax.scan(layer, x, (self.trf_blocks, layer_keys), unroll=self.unroll)
-        return self._logits(x)
+        return tap("ln_f", self.final_norm(x))
 
     def decode(self, tokens: Array, cache: Cache, slot, first: Array):
         """Logits [B, V] after the last of `tokens` [B, T], which take the cache slots from `slot` on.
@@ -208,7 +223,7 @@ class GPTModel(nnx.Module):
         for block, layer_cache in zip(blocks, cache, strict=True):
             x, layer_cache = block(x, mask[:, None], layer_cache, slot)
             written.append(layer_cache)
-        return self._logits(x[:, -1]), written
+        return self._logits(self.final_norm(x[:, -1])), written
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """Empty keys and values of `length` slots for each layer."""
@@ -217,7 +232,6 @@ class GPTModel(nnx.Module):
         return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.config.n_layer)]
 
     def _logits(self, x: Array) -> Array:
-        x = tap("ln_f", self.final_norm(x))  # [..., D]
         head = self.tok_emb.attend if self.config.tied_head else self.out_head
         return tap("logits", at_least_float32(head(x)))  # [..., V]
 

@@ -15,6 +15,7 @@ from optax import tree_utils as otu
 
 from gpt_jax import checkpoint, sharding
 from gpt_jax.generate import generate
+from gpt_jax.loss import head_loss
 from gpt_jax.model import GPTModel, cast
 from gpt_jax.pretrained import load_weights
 from parity import pretrained, train_state
@@ -33,8 +34,8 @@ class TrainState(NamedTuple):
 
 def loss_sum(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
     """Cross-entropy in nats, summed over the targets [B, T] that are not NO_TARGET."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(model(inputs, key), jnp.maximum(targets, 0))
-    return jnp.where(targets == NO_TARGET, 0, losses).sum()
+    head = model.tok_emb.embedding[...] if model.config.tied_head else model.out_head.kernel[...].T  # [V, D]
+    return head_loss(model.hidden(inputs, key), head, targets)
 
 
 def calc_loss(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
@@ -112,6 +113,7 @@ class Trainer:
         attention: str = "explicit",
         unroll: int = 1,
         mesh: Mesh | None = None,
+        remat: str = "none",
     ):
         self.config, self._mesh = config, mesh
         self._dtype = jnp.dtype(settings.dtype)
@@ -119,7 +121,7 @@ class Trainer:
             raise InputError("dtype float64 needs jax_enable_x64")
         self._wide = jnp.promote_types(self._dtype, jnp.float32)
         self._optimizer = make_optimizer(settings, config)
-        model = GPTModel(config, None, attention, unroll)
+        model = GPTModel(config, None, attention, unroll, remat)
         if init:
             _, arrays, source = pretrained.read(init)
             load_weights(model, arrays, source, origin=str(init))

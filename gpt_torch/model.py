@@ -146,6 +146,10 @@ class GPTModel(nn.Module):
 
         Raises InputError for ids outside the vocabulary and for T beyond the context.
         """
+        return self._logits(self.hidden(tokens))
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the head reads: tokens int [B, T] -> [B, T, D]. Raises as a call does."""
         check_tokens(tokens.shape, self.config)
         check_ids(tokens, self.config)
         T = tokens.shape[1]
@@ -157,7 +161,7 @@ class GPTModel(nn.Module):
             taps.layer(number)
             x = block(x, mask)
         taps.layer(None)
-        return self._logits(x)
+        return tap("ln_f", self.final_norm(x))
 
     def decode(self, tokens: Tensor, cache: Cache, slot: int, first: Tensor) -> Tensor:
         """Logits [B, V] after the last of `tokens` [B, T], which take the cache slots from `slot` on.
@@ -172,7 +176,7 @@ class GPTModel(nn.Module):
         x = self.tok_emb(tokens) + self.pos_emb(positions)  # [B, T, D]
         for block, layer_cache in zip(self.trf_blocks, cache, strict=True):
             x = block(x, mask[:, None], layer_cache, slot)
-        return self._logits(x[:, -1])
+        return self._logits(self.final_norm(x[:, -1]))
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """Empty keys and values of `length` slots for each layer."""
@@ -181,7 +185,6 @@ class GPTModel(nn.Module):
         return [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.trf_blocks]
 
     def _logits(self, x: Tensor) -> Tensor:
-        x = tap("ln_f", self.final_norm(x))  # [..., D]
         head = self.tok_emb if self.config.tied_head else self.out_head
         return tap("logits", at_least_float32(F.linear(x, head.weight)))  # [..., V]
 

@@ -27,6 +27,8 @@ class Args(JobArgs):
     attention: Literal["auto", "explicit", "cudnn"] = "auto"
     unroll: int = 1
     """Layers written out in the compiled program; more compiles longer and may run faster."""
+    remat: Literal["none", "products", "all"] = "none"
+    """What a gradient computes again instead of keeping it in memory: all but matrix products, or all."""
     mesh: str | None = None
     """Devices to divide model and batches over, data=2,fsdp=2,tensor=2 say; by default one device."""
 
@@ -57,7 +59,8 @@ def main() -> int:
     job = begin(job, "jax", {"device": describe(device) + over, "precision": precision}, console)
 
     # Train
-    trainer = Trainer(job.config, job.settings, job.init, attention, min(args.unroll, job.config.n_layer), mesh)
+    unroll = min(args.unroll, job.config.n_layer)
+    trainer = Trainer(job.config, job.settings, job.init, attention, unroll, mesh, args.remat)
     return run(trainer, job, console)
 
 

@@ -100,7 +100,7 @@ def test_updates_are_those_of_the_oracle(name):
     """AdamW in NumPy, on the gradients of the backend: neither framework's optimizer is taken on trust."""
     settings = dataclasses.replace(SETTINGS, dtype="float64")
     weights = initial_weights(TINY, 3, np.float64)
-    given = list(batches(TINY, 12, A=1))
+    given = list(batches(TINY, 6, A=1))
     trail = []
     BACKENDS[name].train(TINY, weights, settings, given, trail.append)
     decayed = {row.huggingface.format(layer) for row in rows(TINY) if row.decayed for layer in range(TINY.n_layer)}

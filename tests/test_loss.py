@@ -1,0 +1,110 @@
+"""The chunked loss is the plain one, and holds no array of all logits."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import TINY, probing_weights, random_batch
+
+import gpt_jax.backend
+from gpt_jax.loss import _chunks, head_loss
+from gpt_jax.train import loss_sum
+from parity.compare import compare
+from parity.config import GPTConfig
+from parity.data import NO_TARGET
+
+
+def plain(x, head, targets):
+    logits = jnp.einsum("BTD,VD->BTV", x, head)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
+    return jnp.where(targets == NO_TARGET, 0, losses).sum()
+
+
+def inputs(B=3, T=12, D=10, V=31, dtype=np.float64):
+    generator = np.random.default_rng(0)
+    x, head = generator.normal(size=(B, T, D)).astype(dtype), generator.normal(size=(V, D)).astype(dtype)
+    targets = generator.integers(0, V, (B, T))
+    targets[0, :5] = targets[2] = NO_TARGET
+    return x, head, targets
+
+
+@pytest.mark.parametrize("largest", [10**9, 3 * 31 * 4, 1])
+def test_loss_and_gradients_are_the_plain_ones(largest):
+    with jax.enable_x64(True):
+        x, head, targets = inputs()
+        weighted = jax.value_and_grad(lambda x, head: 0.7 * head_loss(x, head, targets, largest), (0, 1))
+        got = jax.jit(weighted)(x, head)
+        want = jax.value_and_grad(lambda x, head: 0.7 * plain(x, head, targets), (0, 1))(x, head)
+        for name, a, b in zip(("loss", "x", "head"), jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            result = compare(name, np.asarray(a), np.asarray(b), 1e-13 * np.abs(b).max())
+            assert result.ok, str(result)
+        assert float(head_loss(x, head, targets, largest)) == pytest.approx(float(want[0]) / 0.7, rel=1e-14)
+        assert not np.asarray(got[1][0])[2].any()  # a row without targets
+
+
+def test_chunks_divide_the_positions():
+    assert _chunks(10, 24, 240) == 1
+    assert _chunks(10, 24, 100) == 3
+    assert _chunks(10, 23, 100) == 23
+    assert _chunks(10, 24, 1) == 24
+
+
+@pytest.mark.parametrize("tied_head", [True, False])
+def test_a_models_gradients(tied_head):
+    config = dataclasses.replace(TINY, tied_head=tied_head)
+    with jax.enable_x64(True):
+        model = gpt_jax.backend.build(config, probing_weights(config))
+        tokens, targets = random_batch(config)
+
+        def by_logits(model):
+            losses = optax.softmax_cross_entropy_with_integer_labels(model(tokens), jnp.maximum(targets, 0))
+            return jnp.where(targets == NO_TARGET, 0, losses).sum()
+
+        got = jax.grad(loss_sum)(model, tokens, targets)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(jax.grad(by_logits)(model)), strict=True):
+            assert compare("gradient", np.asarray(a), np.asarray(b), 1e-12 * np.abs(b).max()).ok
+
+
+def test_memory_holds_one_chunk_of_logits():
+    """By the compiler's own account; 26 MB of logits in 13 chunks of 2."""
+    config = GPTConfig(n_vocab=50304, n_ctx=130, n_embd=8, n_head=1, n_layer=1)
+    model = jax.eval_shape(lambda: gpt_jax.GPTModel(config, seed=None))
+    x = jax.ShapeDtypeStruct((1, 130, 8), jnp.float32)
+    head, targets = jax.ShapeDtypeStruct((50304, 8), jnp.float32), jax.ShapeDtypeStruct((1, 130), jnp.int32)
+
+    def temporary(loss):
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(x, head, targets).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    logits = 130 * 50304 * 4
+    assert temporary(plain) > logits
+    assert temporary(lambda x, head, targets: head_loss(x, head, targets, 10 * 50304)) < logits / 3
+    assert model.config == config
+
+
+def test_bfloat16_keeps_its_loss_in_float32():
+    x, head, targets = inputs()
+    short = (jnp.asarray(a, jnp.bfloat16) for a in (x, head))
+    loss, gradients = jax.value_and_grad(head_loss, (0, 1))(*short, targets)
+    assert loss.dtype == jnp.float32
+    assert {g.dtype for g in gradients} == {jnp.dtype(jnp.bfloat16)}
+    assert float(loss) == pytest.approx(float(plain(jnp.float32(x), jnp.float32(head), targets)), rel=1e-2)
+
+
+@pytest.mark.parametrize("remat", ["products", "all"])
+def test_computing_again_changes_no_gradient_and_saves_memory(remat):
+    """By the compiler's account, at 6 layers of 64 positions."""
+    config = GPTConfig(n_vocab=97, n_ctx=64, n_embd=64, n_head=4, n_layer=6)
+    tokens, targets = random_batch(config)
+    found = {}
+    for kind in ("none", remat):
+        model = gpt_jax.GPTModel(config, remat=kind)
+        compiled = jax.jit(jax.grad(loss_sum)).lower(model, tokens, targets).compile()
+        found[kind] = jax.tree.leaves(compiled(model, tokens, targets)), compiled.memory_analysis().temp_size_in_bytes
+    (kept, more), (again, less) = found["none"], found[remat]
+    assert less < 0.8 * more
+    for a, b in zip(again, kept, strict=True):
+        assert compare("gradient", np.asarray(a), np.asarray(b), 2e-5 * np.abs(b).max()).ok
