@@ -16,8 +16,8 @@ from jax import Array
 from gpt_jax.model import at_least_float32
 from parity.data import NO_TARGET
 
-LARGEST_CHUNK = 2**24
-"""Logits of a chunk, 64 MiB in float32"""
+LARGEST_CHUNK = 2**25
+"""Logits of a chunk, 128 MiB in float32"""
 
 
 def head_loss(x: Array, head: Array, targets: Array, largest_chunk: int = LARGEST_CHUNK) -> Array:
@@ -35,19 +35,27 @@ def _chunks(logits_a_position: int, T: int, largest: int) -> int:
 
 
 def _cut(x: Array, chunks: int) -> Array:
-    """[B, T, ...] -> [chunks, B, T / chunks, ...]: along T, as B may be divided over devices."""
-    return jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0)
+    """[B, T, ...] -> [chunks, B * T / chunks, ...]: along T, as B may be divided over devices."""
+    parts = jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0)
+    return parts.reshape(chunks, -1, *x.shape[2:])
+
+
+def _join(parts: Array, like: Array) -> Array:
+    """The inverse of _cut()."""
+    cut = parts.reshape(parts.shape[0], like.shape[0], -1, *like.shape[2:])
+    return jnp.moveaxis(cut, 0, 1).reshape(like.shape)
 
 
 def _chunk(x: Array, head: Array, targets: Array) -> tuple[Array, Array]:
-    """(summed loss, its gradient with respect to the logits) of a chunk."""
-    logits = at_least_float32(jnp.einsum("BTD,VD->BTV", x, head))
-    wanted = jnp.maximum(targets, 0)[..., None]
-    counted = (targets != NO_TARGET)[..., None]
-    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    loss = jnp.where(counted, normaliser - jnp.take_along_axis(logits, wanted, axis=-1), 0).sum()
-    right = jnp.arange(logits.shape[-1]) == wanted
-    return loss, jnp.where(counted, jnp.exp(logits - normaliser) - right, 0).astype(x.dtype)
+    """x [R, D], targets [R] -> (summed loss, softmax [R, V], zero in the rows without a target)."""
+    logits = at_least_float32(x @ head.T)
+    largest = logits.max(axis=-1, keepdims=True)
+    raised = jnp.exp(logits - largest)
+    total = raised.sum(axis=-1, keepdims=True)
+    counted = (targets != NO_TARGET)[:, None]
+    right = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)
+    loss = jnp.where(counted, jnp.log(total) + largest - right, 0).sum()
+    return loss, (raised * (counted / total)).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -64,13 +72,16 @@ def _forward(x: Array, head: Array, targets: Array, chunks: int) -> tuple[Array,
 
     def one(carry: tuple[Array, Array], part: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
         (total, head_gradient), (x, targets) = carry, part
-        loss, logits_gradient = _chunk(x, head, targets)
-        more = jnp.einsum("BTV,BTD->VD", logits_gradient, x, preferred_element_type=wide)
-        return (total + loss, head_gradient + more), jnp.einsum("BTV,VD->BTD", logits_gradient, head)
+        loss, pattern = _chunk(x, head, targets)
+        # The gradient of the logits is the softmax less one at the target; the one is taken off afterwards.
+        wanted, counted = jnp.maximum(targets, 0), (targets != NO_TARGET)[:, None]
+        more = jnp.einsum("RV,RD->VD", pattern, x, preferred_element_type=wide)
+        more = more.at[wanted].add(-jnp.where(counted, x, 0).astype(wide))
+        return (total + loss, head_gradient + more), pattern @ head - jnp.where(counted, head[wanted], 0)
 
     start = (jnp.zeros((), wide), jnp.zeros(head.shape, wide))
     (total, head_gradient), x_gradient = jax.lax.scan(one, start, (_cut(x, chunks), _cut(targets, chunks)))
-    return total, (jnp.moveaxis(x_gradient, 0, 1).reshape(x.shape), head_gradient.astype(head.dtype))
+    return total, (_join(x_gradient, x), head_gradient.astype(head.dtype))
 
 
 def _backward(chunks: int, gradients: tuple[Array, Array], cotangent: Array) -> tuple[Any, Any, None]:

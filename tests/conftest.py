@@ -1,11 +1,16 @@
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # parity is proved on the CPU, in full precision
+# Scripts that tests start again and again compile once.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +74,10 @@ def vocab_bpe():
     [path] = [Path(file.locate()) for file in files if file.name == "vocab.bpe"]
     assert hashlib.sha256(path.read_bytes()).hexdigest() == VOCAB_BPE_SHA256
     return path
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 # Scripts, as a user runs them

@@ -82,6 +82,7 @@ def test_losses_of_a_hundred_steps_in_float32(config):
         assert result.ok, str(result)
 
 
+@pytest.mark.slow
 def test_ten_steps_of_the_full_shape_in_float32():
     config = PRESETS["124M"]
     settings = dataclasses.replace(recipe("124M").settings, lr=1e-4, warmup=1, steps=10, dtype="float32")
