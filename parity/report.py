@@ -110,18 +110,25 @@ def activations(a: Any, b: Any, case: Case) -> Iterator[Row]:
         yield row("activations", name, found_a[name], found_b[name], exact[name], bounds[name])
 
 
-def gradients(a: Any, b: Any, truth: Any, case: Case) -> Iterator[Row]:
-    """The loss, and every gradient by name; `truth`: an implementation with gradients, run in float64."""
+Bounds = tuple[dict[str, np.ndarray], dict[str, float]]
+"""(exact values, what rounding allows), by name"""
+
+
+def gradients(a: Any, b: Any, truth: Any, case: Case, known: Bounds | None = None) -> Iterator[Row]:
+    """The loss, and every gradient by name; `truth`: an implementation with gradients, run in float64.
+
+    `known`: the bounds, where they were computed already.
+    """
     (loss_a, found_a), (loss_b, found_b) = (
         side.loss_and_gradients(case.config, case.weights, case.inputs, case.targets, case.compute) for side in (a, b)
     )
-    exact, bounds = _gradient_bounds(truth, case)
+    exact, bounds = known or _gradient_bounds(truth, case)
     found_a, found_b = ({"loss": np.float64(loss), **found} for loss, found in ((loss_a, found_a), (loss_b, found_b)))
     for name in exact:
         yield row("gradients", name, found_a[name], found_b[name], exact[name], bounds[name])
 
 
-def _gradient_bounds(truth: Any, case: Case) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+def _gradient_bounds(truth: Any, case: Case) -> Bounds:
     weights = {name: np.asarray(array, np.float64) for name, array in case.weights.items()}
 
     def run(patches: dict) -> dict[str, np.ndarray]:
@@ -160,7 +167,9 @@ def _like_array(patches: Mapping[str, budget.Rounding]) -> dict[str, Callable]:
     return {name: one(patch) for name, patch in patches.items()}
 
 
-def updates(a: Any, b: Any, truth: Any, case: Case, settings: TrainSettings) -> Iterator[Row]:
+def updates(
+    a: Any, b: Any, truth: Any, case: Case, settings: TrainSettings, known: Bounds | None = None
+) -> Iterator[Row]:
     """AdamW's first update of every parameter, and the losses of a few steps from there.
 
     The first update is lr * (g / (|g| + eps) + decay), so an error d of the gradient moves it by at most
@@ -184,7 +193,7 @@ def updates(a: Any, b: Any, truth: Any, case: Case, settings: TrainSettings) -> 
 
     (losses_a, first_a), (losses_b, first_b) = (train(side, case.weights, settings) for side in (a, b))
     wide = {name: np.asarray(array, np.float64) for name, array in case.weights.items()}
-    exact_gradients, gradient_bounds = _gradient_bounds(truth, case)
+    exact_gradients, gradient_bounds = known or _gradient_bounds(truth, case)
     exact_settings = dataclasses.replace(settings, dtype="float64")
 
     def run(patches: dict) -> dict[str, np.ndarray]:
@@ -255,11 +264,13 @@ def run(
     """
     if "activations" in sections:
         yield from activations(a, b, case)
+    known = None
     if "gradients" in sections and has("loss_and_gradients", a, b):
-        yield from gradients(a, b, truth, case)
+        known = _gradient_bounds(truth, case)
+        yield from gradients(a, b, truth, case, known)
     # The trainers compute on the CPU here, and in float32 or float64.
     if "training" in sections and has("train", a, b) and case.dtype != "bfloat16" and case.compute.device == "cpu":
-        yield from updates(a, b, truth, case, settings)
+        yield from updates(a, b, truth, case, settings, known)
     if "decoding" in sections:
         for side in (a, b):
             if has("cached_logits", side):
