@@ -12,6 +12,7 @@ from parity import huggingface, openai_checkpoint
 from parity import weights as table
 from parity.compare import compare
 from parity.config import PRESETS
+from parity.sides import sharp_weights
 from parity.weights import initial_weights
 
 FLOOR = 1e-4  # worst absolute difference of logits; measured figures are in docs/parity.md
@@ -33,13 +34,7 @@ def hugging_face_logits(config, weights, tokens):
 def full_shape():
     """(config, weights, tokens [1, 1024], logits of each): initial weights, five times as large, and biases."""
     config = PRESETS["124M"]
-    generator = np.random.default_rng(0)
-    weights = initial_weights(config, seed=0)
-    for name, array in weights.items():
-        if "bias" in name:
-            array += generator.normal(size=array.shape).astype(np.float32) * 0.1
-        elif "ln_" not in name and name not in ("wte.weight", "wpe.weight"):
-            array *= 5
+    weights = sharp_weights(config, 0)
     tokens = random_batch(config, rows=1)[0]
     logits = {name: backend.logits(config, weights, tokens) for name, backend in BACKENDS.items()}
     logits["hf"] = hugging_face_logits(config, weights, tokens)
