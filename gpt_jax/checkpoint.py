@@ -17,7 +17,8 @@ from parity.train_state import ORBAX_FOLDER
 def save(folder: Path, model: GPTModel, arrays: dict[str, Array]) -> None:
     """Write `arrays` (orbax) and the model's weights (safetensors) into an existing folder; waits until written.
 
-    Raises OSError where the disk does not take them.
+    Of several processes each writes its parts of `arrays`, and the first one the model. Raises OSError where the
+    disk does not take them.
     """
     checkpoints.require_space(folder, 4 * sum(leaf.nbytes for leaf in jax.tree.leaves(model)))
     with ocp.StandardCheckpointer() as checkpointer:
@@ -30,7 +31,8 @@ def save(folder: Path, model: GPTModel, arrays: dict[str, Array]) -> None:
             raise OSError(str(error).splitlines()[0]) from error
         finally:
             logger.disabled = before
-    save_pretrained(model, folder)
+    if jax.process_index() == 0:
+        save_pretrained(model, folder)
 
 
 def restore(folder: Path, like: dict[str, Array]) -> dict[str, Array]:

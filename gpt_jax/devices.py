@@ -7,12 +7,12 @@ from parity.errors import InputError
 
 
 def choose_device(name: str) -> jax.Device:
-    """The first device of a kind: auto (JAX's own choice), cpu, gpu or tpu.
+    """This process's first device of a kind: auto (JAX's own choice), cpu, gpu or tpu.
 
     Raises InputError, with JAX's reason, where there is none.
     """
     try:
-        return jax.devices(None if name == "auto" else name)[0]
+        return jax.local_devices(backend=None if name == "auto" else name)[0]
     except RuntimeError as error:
         raise InputError(
             f"--device {name}: jax {jax.__version__} sees only {jax.devices()[0].platform} devices here "

@@ -13,16 +13,18 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from parity import weights
 from parity.config import GPTConfig
 from parity.errors import InputError
-from parity.weights import Row, rows
+from parity.weights import Row
 
 RULES = {"D": "fsdp", "N": "tensor", "F": "tensor", "V": "tensor"}
-BATCH = P(None, ("data", "fsdp"))
-"""Of a batch [A, B, T]"""
+BATCH = ("data", "fsdp")
+"""A batch's rows"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,9 @@ class MeshShape:
             found[name] = int(size)
         return cls(**found)
 
+    def __str__(self) -> str:
+        return ",".join(f"{name}={size}" for name, size in dataclasses.asdict(self).items())
+
     @property
     def size(self) -> int:
         return self.data * self.fsdp * self.tensor
@@ -62,10 +67,16 @@ class MeshShape:
 
 
 def make_mesh(shape: MeshShape, device_kind: str | None = None) -> Mesh:
-    """A mesh over the first devices of a kind; raises InputError where there are too few."""
-    devices = jax.devices(device_kind)
-    if shape.size > len(devices):
-        raise InputError(f"--mesh needs {shape.size} devices, there are {len(devices)} ({devices[0].platform})")
+    """A mesh over the first devices of a kind; several processes use all they have.
+
+    Raises InputError where there are too few, or some process would have none of its devices in it.
+    """
+    devices = sorted(jax.devices(device_kind), key=lambda device: (device.process_index, device.id))
+    if shape.size > len(devices) or (jax.process_count() > 1 and shape.size < len(devices)):
+        there = f"{len(devices)} ({devices[0].platform})"
+        if jax.process_count() > 1:
+            there += f" in {jax.process_count()} processes, which use all of them"
+        raise InputError(f"--mesh needs {shape.size} devices, there are {there}")
     sizes = (shape.data, shape.fsdp, shape.tensor)
     return Mesh(np.asarray(devices[: shape.size]).reshape(sizes), ("data", "fsdp", "tensor"))
 
@@ -87,7 +98,7 @@ def shardings(tree: Any, config: GPTConfig, mesh: Mesh, name_of: Callable[[tuple
 
     A leaf is divided as the parameter that its name ends with; others (counts) are on every device.
     """
-    specs = {row.flax: spec(row, config, mesh) for row in rows(config)}
+    specs = {row.flax: spec(row, config, mesh) for row in weights.rows(config)}
 
     def one(path: tuple, _: Any) -> NamedSharding:
         name = name_of(path)
@@ -97,11 +108,34 @@ def shardings(tree: Any, config: GPTConfig, mesh: Mesh, name_of: Callable[[tuple
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def place(tree: Any, placed: Any) -> Any:
+    """Arrays that every process has, divided as `placed` says; a process puts its own parts on its devices."""
+
+    def one(leaf: Any, sharding: NamedSharding) -> Array:
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(one, tree, placed)
+
+
+def gather(tree: Any, mesh: Mesh) -> Any:
+    """The arrays whole, on one of this process's devices; every process takes part."""
+    whole = jax.jit(lambda t: t, out_shardings=NamedSharding(mesh, P()))(tree)
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
+
+
+def rows(size: int, mesh: Mesh) -> slice:
+    """Which of a batch's `size` rows lie on this process's devices, which are neighbours in the mesh."""
+    places = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((size,)).values()
+    bounds = [place[0].indices(size) for place in places if place is not None]
+    return slice(min(first for first, *_ in bounds), max(last for _, last, _ in bounds))
+
+
 def bytes_a_device(config: GPTConfig, shape: MeshShape, itemsize: int = 4) -> int:
     """Bytes of the parameters that each device holds, by the rules above."""
     sizes = dataclasses.asdict(shape)
     total = 0
-    for row in rows(config):
+    for row in weights.rows(config):
         letters = row.axes["flax"].split()
         counts = [config.axes[letter] for letter in letters]
         divided = math.prod(sizes[RULES[x]] for x in letters if x in RULES and _divides(x, config, sizes))

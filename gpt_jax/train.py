@@ -68,16 +68,27 @@ def clip_by_global_norm(gradients: GPTModel, largest: float) -> tuple[GPTModel, 
     return jax.tree.map(lambda g: g * (largest / jnp.maximum(norm, largest)), gradients), norm
 
 
-def make_train_step(optimizer: optax.GradientTransformation, clip: float, dtype: Any, out_shardings: Any = None):
-    """train_step(state, inputs [A, B, T], targets, lr, key) -> (state, {loss, grad_norm}), jitted, state donated."""
+def make_train_step(
+    optimizer: optax.GradientTransformation,
+    clip: float,
+    dtype: Any,
+    dropout_seed: int | None = None,
+    out_shardings: Any = None,
+):
+    """train_step(state, inputs [A, B, T], targets, lr, step) -> (state, {loss, grad_norm}), jitted, state donated.
+
+    Dropout, where it has a seed, is a function of it and the step.
+    """
 
     def one_sum(model, inputs, targets, key):
         return loss_sum(cast(model, dtype), inputs, targets, key)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
-    def train_step(state: TrainState, inputs: Array, targets: Array, lr: Array, key: Array | None):
+    def train_step(state: TrainState, inputs: Array, targets: Array, lr: Array, step: Array):
         A = inputs.shape[0]
-        keys = None if key is None else jax.random.split(key, A)
+        keys = None
+        if dropout_seed is not None:
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(dropout_seed), step), A)
 
         def micro_batch(total, batch):
             return jax.tree.map(jnp.add, total, jax.value_and_grad(one_sum)(state.model, *batch)), None
@@ -128,34 +139,49 @@ class Trainer:
         else:
             load_weights(model, initial_weights(config, settings.seed, scheme=settings.initial))
         model = cast(model, self._wide)
-        self.state = TrainState(model, self._optimizer.init(model))
-        out_shardings = None
-        if mesh is not None:
-            placed = sharding.shardings(self.state, config, mesh, _name)
-            self.state = jax.device_put(self.state, placed)
-            out_shardings = (placed, NamedSharding(mesh, PartitionSpec()))
-        self._dropout = jax.random.key(settings.seed) if config.drop_rate else None
-        self._train_step = make_train_step(self._optimizer, settings.clip, self._dtype, out_shardings)
-        self._loss_sum = jax.jit(lambda model, *batch: loss_sum(cast(model, self._dtype), *batch))
+        self._placed = whole = None
+        if mesh is None:
+            self.state = TrainState(model, self._optimizer.init(model))
+        else:
+            state = jax.eval_shape(lambda: TrainState(model, self._optimizer.init(model)))
+            self._placed = sharding.shardings(state, config, mesh, _name)
+            whole = NamedSharding(mesh, PartitionSpec())
+            model = sharding.place(model, self._placed.model)
+            # The moments are made divided: no device ever holds all of them.
+            self.state = TrainState(model, jax.jit(self._optimizer.init, out_shardings=self._placed.opt_state)(model))
+        dropout_seed = settings.seed if config.drop_rate else None
+        outputs = None if mesh is None else (self._placed, whole)
+        self._train_step = make_train_step(self._optimizer, settings.clip, self._dtype, dropout_seed, outputs)
+        self._loss_sum = jax.jit(lambda model, *batch: loss_sum(cast(model, self._dtype), *batch), out_shardings=whole)
+
+    def part(self, size: int) -> slice:
+        return slice(0, size) if self._mesh is None else sharding.rows(size, self._mesh)
 
     def put(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Array, Array]:
-        place = None if self._mesh is None else NamedSharding(self._mesh, sharding.BATCH)
-        return jax.device_put((inputs, targets), place)
+        by_rows = [None] * (inputs.ndim - 2) + [sharding.BATCH]
+        return self._send(inputs, *by_rows), self._send(targets, *by_rows)
 
     def train_step(self, inputs: Array, targets: Array, lr: float, step: int) -> dict[str, Array]:
-        key = None if self._dropout is None else jax.random.fold_in(self._dropout, step)
-        self.state, metrics = self._train_step(self.state, inputs, targets, np.asarray(lr, self._wide), key)
+        numbers = self._send(np.asarray(lr, self._wide)), self._send(np.asarray(step, np.int32))
+        self.state, metrics = self._train_step(self.state, inputs, targets, *numbers)
         return self._in_turn(metrics)
 
-    def loss_sum(self, inputs: np.ndarray, targets: np.ndarray) -> Array:
+    def loss_sum(self, inputs: Array, targets: Array) -> Array:
         return self._in_turn(self._loss_sum(self.state.model, inputs, targets))
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> list[list[int]]:
         top_k = min(50, self.config.n_vocab)
-        model = self.state.model
-        if self._mesh is not None:
-            model = jax.device_put(model, self._mesh.devices.flat[0])
+        model = self._whole(self.state.model)
         return generate(model, prompts, max_new_tokens, temperature=0.8, top_k=top_k, seed=seed)
+
+    def _send(self, array: np.ndarray, *spec: Any) -> Array:
+        """To the device; over a mesh, where `spec` says: `array` is this process's part."""
+        if self._mesh is None:
+            return jax.device_put(array)
+        return jax.make_array_from_process_local_data(NamedSharding(self._mesh, PartitionSpec(*spec)), array)
+
+    def _whole(self, model: GPTModel) -> GPTModel:
+        return model if self._mesh is None else sharding.gather(model, self._mesh)
 
     def _in_turn(self, result: Any) -> Any:
         """Of CPU devices: programs in flight together can wait for each other's threads for ever, as all share them."""
@@ -163,7 +189,7 @@ class Trainer:
         return jax.block_until_ready(result) if several else result
 
     def save(self, folder: Path) -> None:
-        checkpoint.save(folder, self.state.model, _to_arrays(self.state))
+        checkpoint.save(folder, self._whole(self.state.model), _to_arrays(self.state))
 
     def restore(self, folder: Path) -> None:
         arrays = _to_arrays(self.state)
@@ -175,7 +201,8 @@ class Trainer:
         for part in ("parameters", *train_state.MOMENTS):
             converted = stored.converted(part, "flax", self.config)
             found |= {f"{part}.{name}": jnp.asarray(array, self._wide) for name, array in converted.items()}
-        self.state = _from_arrays(self.state, found)
+        state = _from_arrays(self.state, found)
+        self.state = state if self._placed is None else sharding.place(state, self._placed)
 
 
 def _to_arrays(state: TrainState) -> dict[str, Array]:

@@ -4,21 +4,25 @@ torch's AdamW and optax's are the same function where they are given the same nu
 (docs/parity.md lists where they part); so decay, eps and clipping are spelled out here.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
+from gpt_torch.distributed import all_sum
 from gpt_torch.generate import generate
 from gpt_torch.model import GPTModel
 from gpt_torch.pretrained import load_weights, save_pretrained
 from parity import checkpoints, pretrained, train_state, weights
 from parity.config import GPTConfig
 from parity.data import NO_TARGET
+from parity.processes import ALONE, Processes
 from parity.settings import TrainSettings
 from parity.weights import initial_weights, rows
 
@@ -63,10 +67,22 @@ def clip_by_global_norm(gradients: list[Tensor], largest: float) -> Tensor:
     return norm
 
 
+class LossSum(nn.Module):
+    """loss_sum as a module, which DistributedDataParallel can wrap."""
+
+    def __init__(self, model: GPTModel, function: Callable[..., Tensor]):
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, inputs: Tensor, targets: Tensor, dtype: torch.dtype | None) -> Tensor:
+        return self.function(self.model, inputs, targets, dtype)
+
+
 class Trainer:
     """A model with its optimizer, as parity/fit.py drives it.
 
     `init`: weights to start from, a folder or one of OpenAI's sizes; by default those of the settings' seed.
+    `processes`: of torchrun (gpt_torch/distributed.py); each computes its rows of a batch, gradients are summed.
     """
 
     def __init__(
@@ -77,8 +93,10 @@ class Trainer:
         attention: str = "explicit",
         device: torch.device | str = "cpu",
         compile: bool = False,
+        processes: Processes = ALONE,
     ):
         self.config, self.settings, self.device = config, settings, torch.device(device)
+        self.processes = processes
         dtype = getattr(torch, settings.dtype)
         model = GPTModel(config, None, attention)
         if init:
@@ -90,6 +108,13 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, settings)
         self._narrow = dtype if dtype == torch.bfloat16 else None
         self._loss_sum = torch.compile(loss_sum) if compile else loss_sum
+        self._loss: nn.Module = LossSum(self.model, self._loss_sum)
+        if processes.count > 1:
+            self._loss = DistributedDataParallel(self._loss)
+
+    def part(self, size: int) -> slice:
+        rows = size // self.processes.count
+        return slice(self.processes.index * rows, (self.processes.index + 1) * rows)
 
     def put(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor]:
         def one(part: np.ndarray) -> Tensor:
@@ -103,15 +128,19 @@ class Trainer:
     def train_step(self, inputs: Tensor, targets: Tensor, lr: float, step: int) -> dict[str, Tensor]:
         """One step on int64 [A, B, T], A micro-batches -> {loss, grad_norm}."""
         if self.config.drop_rate:
-            torch.manual_seed(int(np.random.SeedSequence([self.settings.seed, step]).generate_state(1)[0]))
+            seeds = [self.settings.seed, step, self.processes.index]
+            torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        count = (targets != NO_TARGET).sum()
+        count = all_sum((targets != NO_TARGET).sum())
         loss = torch.zeros((), device=self.device)
-        for micro_batch in zip(inputs, targets, strict=True):
-            part = self._loss_sum(self.model, *micro_batch, self._narrow) / count
-            part.backward()
+        for left, micro_batch in zip(reversed(range(len(inputs))), zip(inputs, targets, strict=True), strict=True):
+            # The processes exchange gradients once a step; DistributedDataParallel takes their mean.
+            with self._exchanging(left == 0):
+                part = self._loss(*micro_batch, self._narrow) / count
+                (part * self.processes.count).backward()
             loss = loss + part.detach()
+        loss = all_sum(loss)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = clip_by_global_norm(gradients, self.settings.clip)
         if torch.isfinite(loss) and torch.isfinite(norm):  # if not, nothing changes
@@ -121,15 +150,22 @@ class Trainer:
         self.model.eval()
         return {"loss": loss, "grad_norm": norm}
 
+    def _exchanging(self, now: bool) -> contextlib.AbstractContextManager:
+        if isinstance(self._loss, DistributedDataParallel) and not now:
+            return self._loss.no_sync()
+        return contextlib.nullcontext()
+
     @torch.no_grad()
-    def loss_sum(self, inputs: np.ndarray, targets: np.ndarray) -> Tensor:
-        return self._loss_sum(self.model, *self.put(inputs, targets), self._narrow)
+    def loss_sum(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return all_sum(self._loss_sum(self.model, inputs, targets, self._narrow))
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> list[list[int]]:
         top_k = min(50, self.config.n_vocab)
         return generate(self.model, prompts, max_new_tokens, temperature=0.8, top_k=top_k, seed=seed)
 
     def save(self, folder: Path) -> None:
+        if not self.processes.first:
+            return
         checkpoints.require_space(folder, 3 * sum(p.nbytes for p in self.model.parameters()))
         save_pretrained(self.model, folder)
         step, moments = self._moments()

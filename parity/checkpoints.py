@@ -14,9 +14,14 @@ from pathlib import Path
 
 from parity.errors import InputError
 from parity.files import sync
+from parity.processes import ALONE, Processes
 
 MANIFEST = "manifest.json"
 _UNFINISHED = ".unfinished-"
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"{step:06d}"
 
 
 def save(
@@ -26,34 +31,42 @@ def save(
     keep: int,
     keep_every: int | None = None,
     best: int | None = None,
+    processes: Processes = ALONE,
 ) -> Path:
     """Let `write(folder)` fill a folder, publish it as the step's, and drop those not to be kept.
 
-    Kept are the newest `keep`, those of steps divisible by `keep_every`, and the step `best`. Raises
-    InputError where the disk does not take it; checkpoints saved before are left as they were.
+    Kept are the newest `keep`, those of steps divisible by `keep_every`, and the step `best`. All `processes` of
+    a run come here and write; the first does the rest. Raises InputError where the disk does not take it;
+    checkpoints saved before are left as they were.
     """
-    target, unfinished = _folder(checkpoints, step), checkpoints / f"{_UNFINISHED}{step:06d}"
+    target, unfinished = step_folder(checkpoints, step), checkpoints / f"{_UNFINISHED}{step:06d}"
     try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        for left in checkpoints.glob(f"{_UNFINISHED}*"):  # by a process that was killed
-            shutil.rmtree(left)
-        unfinished.mkdir()
+        if processes.first:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            for left in checkpoints.glob(f"{_UNFINISHED}*"):  # by a process that was killed
+                shutil.rmtree(left)
+            unfinished.mkdir()
+        processes.wait()
         write(unfinished)
-        (unfinished / MANIFEST).write_text(json.dumps(_hashes(unfinished), indent=1) + "\n")
-        _flush(unfinished)
-        if target.exists():
-            shutil.rmtree(target)
-        unfinished.rename(target)
-        sync(checkpoints)
+        processes.wait()
+        if processes.first:
+            (unfinished / MANIFEST).write_text(json.dumps(_hashes(unfinished), indent=1) + "\n")
+            _flush(unfinished)
+            if target.exists():
+                shutil.rmtree(target)
+            unfinished.rename(target)
+            sync(checkpoints)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise InputError(
             f"checkpoint {target} could not be written ({error}); earlier checkpoints are intact. "
             "Make room, then go on with --resume"
         ) from error
-    for old in steps(checkpoints)[:-keep]:
-        if old != best and not (keep_every and old % keep_every == 0):
-            shutil.rmtree(_folder(checkpoints, old))
+    if processes.first:
+        for old in steps(checkpoints)[:-keep]:
+            if old != best and not (keep_every and old % keep_every == 0):
+                shutil.rmtree(step_folder(checkpoints, old))
+    processes.wait()
     return target
 
 
@@ -75,7 +88,7 @@ def newest_intact(checkpoints: Path) -> Path:
     Raises InputError where there is none.
     """
     for step in reversed(steps(checkpoints)):
-        folder = _folder(checkpoints, step)
+        folder = step_folder(checkpoints, step)
         if not (damage := _damage(folder)):
             return folder
         warnings.warn(f"checkpoint {folder} is passed over: {damage}", stacklevel=2)
@@ -84,7 +97,7 @@ def newest_intact(checkpoints: Path) -> Path:
 
 def intact(checkpoints: Path, step: int) -> Path:
     """The folder of a step; raises InputError, saying why, where it is missing or damaged."""
-    folder = _folder(checkpoints, step)
+    folder = step_folder(checkpoints, step)
     if not folder.is_dir():
         raise InputError(
             f"{checkpoints} has no step {step}; it has {', '.join(map(str, steps(checkpoints))) or 'none'}"
@@ -92,10 +105,6 @@ def intact(checkpoints: Path, step: int) -> Path:
     if damage := _damage(folder):
         raise InputError(f"checkpoint {folder} is damaged: {damage}")
     return folder
-
-
-def _folder(checkpoints: Path, step: int) -> Path:
-    return checkpoints / f"{step:06d}"
 
 
 def _hashes(folder: Path) -> dict[str, str]:

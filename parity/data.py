@@ -84,13 +84,17 @@ class Windows:
     def n_tokens(self) -> int:
         return sum(map(len, self.shards))
 
-    def batch(self, seed: int, step: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    def batch(
+        self, seed: int, step: int, size: int, places: Sequence[int] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets, int32 [B, T], of a training step: a pure function of its arguments.
 
         The windows run in a new order each epoch, every one once; a batch that begins near the end
-        of an epoch is filled from the next epoch's order, so that no batch is short.
+        of an epoch is filled from the next epoch's order, so that no batch is short. `places`: which
+        of the batch's windows to read; by default all.
         """
-        return self._stack([self._window(index) for index in self.batch_windows(seed, step, size)])
+        windows = self.batch_windows(seed, step, size)
+        return self._stack([self._window(windows[place]) for place in (range(size) if places is None else places)])
 
     def batch_windows(self, seed: int, step: int, size: int) -> list[int]:
         """Which windows are in the batch of a step."""
@@ -98,8 +102,13 @@ class Windows:
         epochs, offsets = places // len(self), places % len(self)
         return [int(order(seed, int(e), len(self))[o]) for e, o in zip(epochs, offsets, strict=True)]
 
-    def in_order(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Every token once, in order, in batches int32 [size, T].
+    @property
+    def n_targets(self) -> int:
+        """Targets that in_order() gives: each shard's tokens but its first."""
+        return sum(max(0, len(shard) - 1) for shard in self.shards)
+
+    def in_order(self, size: int, part: slice = slice(None)) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Every token once, in order, in batches int32 [size, T], or a `part` of each batch's rows.
 
         Positions after the end of a shard, and rows after the last window, have targets NO_TARGET.
         """
@@ -110,7 +119,7 @@ class Windows:
         ]
         for begin in range(0, len(rows), size):
             chunk = rows[begin : begin + size]
-            yield self._stack(chunk + [chunk[0][:0]] * (size - len(chunk)))
+            yield self._stack((chunk + [chunk[0][:0]] * (size - len(chunk)))[part])
 
     def _window(self, index: int) -> np.ndarray:
         shard = int(np.searchsorted(self._ends, index, side="right"))

@@ -9,17 +9,28 @@ class InputError(ValueError):
     """Bad input: the message names the file or option, and what to do about it."""
 
 
+def tell(error: BaseException) -> int:
+    """One line on standard error for what a user can mend, and the exit status; raises any other error again.
+
+    An InputError, or a file that the system refuses, is 2; Ctrl-C is 130.
+    """
+    match error:
+        case InputError():
+            line, status = f"error: {error}", 2
+        case OSError():  # a full disk, a folder without permission
+            line, status = f"error: {error.filename or 'input or output'}: {error.strerror or error}", 2
+        case KeyboardInterrupt():
+            line, status = "interrupted; checkpoints saved before are intact", 130
+        case _:
+            raise error
+    sys.stderr.write(f"{line}\n")
+    return status
+
+
 @contextlib.contextmanager
 def exit_with_message() -> Iterator[None]:
-    """For scripts: an InputError, or a file that the system refuses, is one line and exit status 2; Ctrl-C is 130."""
+    """For scripts: an error that tell() knows is a line and an exit status."""
     try:
         yield
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
-    except OSError as error:  # a full disk, a folder without permission
-        sys.stderr.write(f"error: {error.filename or 'input or output'}: {error.strerror or error}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; checkpoints saved before are intact\n")
-        sys.exit(130)
+    except (InputError, OSError, KeyboardInterrupt) as error:
+        sys.exit(tell(error))

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from parity import checkpoints
 from parity.config import GPTConfig
-from parity.data import NO_TARGET, Windows, ahead
+from parity.data import Windows, ahead
 from parity.errors import InputError
 from parity.job import Job
 from parity.schedule import learning_rate
@@ -25,8 +25,11 @@ class Trainer(Protocol):
 
     config: GPTConfig
 
+    def part(self, size: int) -> slice:
+        """Which rows of `size` this process computes: all, where it is the only one."""
+
     def put(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Any, Any]:
-        """int32 [A, B, T] on their way to the device; called on another thread, ahead of the step."""
+        """int32 [..., B, T], part() of the rows, on their way to the device; may be called on another thread."""
 
     def train_step(self, inputs: Any, targets: Any, lr: float, step: int) -> dict[str, Any]:
         """One optimizer step on what put() returned, A micro-batches; {loss, grad_norm}, maybe still on the device.
@@ -34,13 +37,16 @@ class Trainer(Protocol):
         Where one of them is not finite, the model and its optimizer stay as they were.
         """
 
-    def loss_sum(self, inputs: np.ndarray, targets: np.ndarray) -> Any:
-        """Summed loss in nats of int32 [B, T], without dropout, maybe still on the device."""
+    def loss_sum(self, inputs: Any, targets: Any) -> Any:
+        """Summed loss in nats, of all processes, of what put() returned of [B, T]; without dropout."""
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> list[list[int]]: ...
 
     def save(self, folder: Path) -> None:
-        """Write everything that the run needs to go on, and model.safetensors with config.json."""
+        """Write everything that the run needs to go on, and model.safetensors with config.json.
+
+        All processes call it, with the same folder.
+        """
 
     def restore(self, folder: Path) -> None:
         """Take up what either backend's save() wrote; raises InputError for another model's."""
@@ -50,7 +56,8 @@ class StopRequest:
     """Ctrl-C or SIGTERM once: finish the step, save and stop; a second time: stop at once."""
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.received = 0
+        """The signal's number"""
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -61,13 +68,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: object) -> None:
-        if self.received is not None:
+        if self.received:
             raise KeyboardInterrupt
         self.received = number
-
-    @property
-    def exit_status(self) -> int:
-        return 0 if self.received is None else 128 + self.received
 
 
 class Pending(NamedTuple):
@@ -80,20 +83,19 @@ class Pending(NamedTuple):
 
 def evaluate(trainer: Trainer, windows: Windows, batch_size: int) -> float:
     """Mean loss in nats over every target of the windows' tokens."""
-    sums, count = [], 0
-    for inputs, targets in windows.in_order(batch_size):
-        sums.append(trainer.loss_sum(inputs, targets))
-        count += int((targets != NO_TARGET).sum())
-    return float(np.sum(np.asarray([float(value) for value in sums], np.float64)) / count)
+    batches = windows.in_order(batch_size, trainer.part(batch_size))
+    sums = [trainer.loss_sum(*trainer.put(*batch)) for batch in batches]
+    return math.fsum(map(float, sums)) / windows.n_targets
 
 
 def run(trainer: Trainer, job: Job, console: Console) -> int:
     """Restore what there is, train, and say what came of it; returns the exit status."""
     done = None
     if job.goes_on:
-        newest = checkpoints.newest_intact(job.run.checkpoints)
-        trainer.restore(newest)
-        done = int(newest.name)
+        # The first process says which; the others need not read all of it.
+        found = int(checkpoints.newest_intact(job.run.checkpoints).name) if job.processes.first else 0
+        done = job.processes.largest(found)
+        trainer.restore(checkpoints.step_folder(job.run.checkpoints, done))
         console.print(f"resuming   after step {done}")
     job.run.forget_after(-1 if done is None else done)
     begin = time.perf_counter()
@@ -136,7 +138,10 @@ def fit(trainer: Trainer, job: Job, done: int | None, console: Console) -> int:
             pending.append(Pending(step + 1, lr, trainer.train_step(inputs, targets, lr, step)))
             finished = step + 1
             evaluating = finished % settings.eval_every == 0 or finished == settings.steps
-            if evaluating or stop.received is not None or finished % settings.log_every == 0:
+            reading = evaluating or finished % settings.log_every == 0
+            # Several processes must agree, which waits for the device: where they do that anyway.
+            stopping = job.processes.largest(stop.received) if reading or job.processes.count == 1 else 0
+            if reading or stopping:
                 loss = _log_steps(job, pending, console)
                 speed = (finished - since_step) * tokens_a_step / (time.perf_counter() - since)
                 progress.update(bar, completed=finished, shown=f"loss {loss:.3f}  lr {lr:.1e}  {speed:,.0f} tokens/s")
@@ -147,21 +152,23 @@ def fit(trainer: Trainer, job: Job, done: int | None, console: Console) -> int:
                     console.print(f"step {finished:>6}  training loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s")
                 _evaluate_and_save(trainer, job, finished, console)
                 since = time.perf_counter()
-            if stop.received is not None:
+            if stopping:
                 if not evaluating:
                     _save(trainer, job, finished)
-                console.print(f"stopped by {signal.Signals(stop.received).name} after step {finished}, which is saved")
-                break
-        return stop.exit_status
+                console.print(f"stopped by {signal.Signals(stopping).name} after step {finished}, which is saved")
+                return 128 + stopping
+        return 0
 
 
 def _batches(trainer: Trainer, job: Job, done: int) -> Generator[tuple[Any, Any], None, None]:
     """The batches of the steps from `done` on, as put() returns them, made ahead of their use."""
     settings, n_ctx = job.settings, job.train.n_ctx
+    places = np.arange(settings.batch_size).reshape(settings.accumulate, job.micro_size)  # [A, B]
+    ours = places[:, trainer.part(job.micro_size)]
 
     def load(step: int) -> tuple[Any, Any]:
-        parts = job.train.batch(settings.seed, step, settings.batch_size)
-        return trainer.put(*(part.reshape(settings.accumulate, job.micro_size, n_ctx) for part in parts))
+        parts = job.train.batch(settings.seed, step, settings.batch_size, ours.flatten().tolist())
+        return trainer.put(*(part.reshape(*ours.shape, n_ctx) for part in parts))
 
     return ahead(load, range(done, settings.steps))
 
@@ -185,9 +192,9 @@ def _evaluate_and_save(trainer: Trainer, job: Job, step: int, console: Console) 
 
 def _save(trainer: Trainer, job: Job, step: int) -> None:
     settings = job.settings
-    checkpoints.save(
-        job.run.checkpoints, step, trainer.save, settings.keep, settings.keep_every, best=job.run.best_step()
-    )
+    best = job.run.best_step()
+    folder = job.run.checkpoints
+    checkpoints.save(folder, step, trainer.save, settings.keep, settings.keep_every, best, job.processes)
 
 
 def _log_steps(job: Job, pending: Sequence[Pending], console: Console) -> float:

@@ -1,9 +1,11 @@
 """A training job as the scripts are given it: what to train, on which text, into which run folder."""
 
 import dataclasses
+import json
 import math
 import platform
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
@@ -20,7 +22,8 @@ from parity.corpora import Corpus, load_corpus
 from parity.data import Windows
 from parity.errors import InputError
 from parity.loggers import Logger, open_loggers
-from parity.runs import RunFolder, run_config
+from parity.processes import ALONE, Processes
+from parity.runs import FollowedRun, RunFolder, run_config
 from parity.settings import CHANGEABLE, TrainSettings, recipe
 from parity.tokenizer import Tokenizer, encode_prompt, load_tokenizer
 
@@ -57,6 +60,15 @@ Args = TypeVar("Args", bound=JobArgs)
 
 
 @dataclasses.dataclass(frozen=True)
+class _First:
+    """The options that decide the other ones' defaults."""
+
+    preset: str = JobArgs.preset
+    run: Path | None = None
+    resume: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Job:
     """Everything about a run that does not depend on the framework."""
 
@@ -64,6 +76,7 @@ class Job:
     config: GPTConfig
     settings: TrainSettings
     run: RunFolder
+    processes: Processes
     tokenizer: Tokenizer
     corpus: Corpus
     train: Windows
@@ -98,7 +111,7 @@ class Job:
 
 def parse(kind: type[Args], description: str | None) -> Args:
     """The flags over the preset's settings or, when resuming, over the run's own."""
-    first = tyro.cli(kind, description=description)
+    first, _ = tyro.cli(_First, return_unknown_args=True, add_help=False)
     if first.resume and first.run is None:
         raise InputError("--resume continues the run in --run; name its folder")
     if first.resume and first.run is not None:
@@ -116,12 +129,14 @@ def parse(kind: type[Args], description: str | None) -> Args:
     return tyro.cli(kind, description=description, default=default)
 
 
-def load(args: JobArgs) -> Job:
-    """Tokenizer, data and configuration of a job; nothing is written yet.
+def load(args: JobArgs, processes: Processes = ALONE) -> Job:
+    """Tokenizer, data and configuration of a job that one process or several do; nothing is written yet.
 
     Raises InputError for whatever is missing or does not fit.
     """
     settings = args.settings
+    started = datetime.fromtimestamp(processes.largest(int(time.time())))
+    folder = args.run or Path("runs") / f"{started:%Y%m%d-%H%M%S}-{args.preset}"
     tokenizer = load_tokenizer(settings.tokenizer, args.vocab_bpe)
     config = _config(args, tokenizer)
     corpus = load_corpus(settings.corpus, tokenizer, settings.validation_part)
@@ -129,7 +144,8 @@ def load(args: JobArgs) -> Job:
         args=args,
         config=config,
         settings=settings,
-        run=RunFolder(args.run or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{args.preset}"),
+        run=RunFolder(folder) if processes.first else FollowedRun(folder),
+        processes=processes,
         tokenizer=tokenizer,
         corpus=corpus,
         train=Windows(corpus.train, config.n_ctx, config.n_vocab, settings.stride, name=f"{corpus.name} (training)"),
@@ -145,12 +161,17 @@ def begin(job: Job, backend: str, about: Mapping[str, str], console: Console) ->
     """
     args, run = job.args, job.run
     entries = run_config(args.preset, job.config, job.settings, job.corpus.sha256, args.init)
+    if not job.processes.agree_on(json.dumps([entries, str(run.path), args.resume])):
+        raise InputError("the processes of this run were given different options or data; start all of them alike")
     changed = []
     if args.resume:
         changed = run.update(entries, [f"train.{name}" for name in CHANGEABLE])
     else:
         run.create(entries)
     run.write("env.json", {"backend": backend, **about, **_environment()})
+    job.processes.wait()
+    if not run.config_file.exists():
+        raise InputError(f"{run.path}: this process does not see what the first one wrote; --run must be shared")
 
     said = {
         **about,
@@ -165,10 +186,11 @@ def begin(job: Job, backend: str, about: Mapping[str, str], console: Console) ->
         if text:
             console.print(f"{name:<10} {text}", highlight=False, soft_wrap=True)
     bigram = None
-    if job.train.n_tokens <= _MOST_BIGRAM_TOKENS:
+    if job.processes.first and job.train.n_tokens <= _MOST_BIGRAM_TOKENS:
         bigram = bigram_loss(job.corpus.train, job.corpus.validation, job.config.n_vocab)
         console.print(f"baseline   bigram model, validation loss {bigram:.4f}  perplexity {math.exp(bigram):.2f}")
-    return dataclasses.replace(job, bigram=bigram, loggers=open_loggers(run, args.tensorboard, args.wandb))
+    loggers = open_loggers(run, args.tensorboard, args.wandb) if job.processes.first else ()
+    return dataclasses.replace(job, bigram=bigram, loggers=loggers)
 
 
 def _config(args: JobArgs, tokenizer: Tokenizer) -> GPTConfig:

@@ -1,6 +1,7 @@
 """The folder that a run leaves: config.json, env.json, metrics.jsonl, loss.png, samples.txt, checkpoints/."""
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -115,6 +116,38 @@ class RunFolder:
         target = self.path / "loss.png"
         plot_metrics(target, self.metrics(), bigram)
         return target
+
+
+class FollowedRun(RunFolder):
+    """A run folder as all processes but the first have it: they read it once, and keep in memory what they'd write.
+
+    So all of them decide alike by metrics(), however late the storage shows them what the first one wrote.
+    """
+
+    @functools.cached_property
+    def _entries(self) -> list[dict[str, Any]]:
+        return super().metrics()
+
+    def create(self, entries: Mapping[str, Any]) -> None:
+        self._entries.clear()
+
+    def log(self, entries: Mapping[str, Any]) -> None:
+        self._entries.append(dict(entries))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return self._entries
+
+    def forget_after(self, step: int) -> None:
+        self._entries[:] = [entry for entry in self._entries if entry["step"] <= step]
+
+    def add_sample(self, step: int, text: str) -> None:
+        pass
+
+    def write(self, name: str, entries: Mapping[str, Any]) -> Path:
+        return self.path / name
+
+    def plot(self, bigram: float | None) -> Path:
+        return self.path / "loss.png"
 
 
 def run_config(

@@ -14,11 +14,13 @@ import jax
 from rich.console import Console
 
 from gpt_jax.devices import choose_attention, choose_device, describe
+from gpt_jax.distributed import processes
 from gpt_jax.sharding import MeshShape, make_mesh
 from gpt_jax.train import Trainer
 from parity.errors import exit_with_message
 from parity.fit import run
 from parity.job import JobArgs, begin, load, parse
+from parity.processes import Processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +32,26 @@ class Args(JobArgs):
     remat: Literal["none", "products", "all"] = "none"
     """What a gradient computes again instead of keeping it in memory: all but matrix products, or all."""
     mesh: str | None = None
-    """Devices to divide model and batches over, data=2,fsdp=2,tensor=2 say; by default one device."""
+    """Devices to divide model and batches over, data=2,fsdp=2,tensor=2 say; by default one device, or for several
+    processes data=ALL."""
+    distributed: bool = False
+    """One of several processes that SLURM, Open MPI or Kubernetes started; JAX finds the others."""
+    coordinator: str | None = None
+    """Without them: HOST:PORT at which the first process is to be found,"""
+    num_processes: int | None = None
+    """how many there are,"""
+    process_id: int | None = None
+    """and which this one is, from 0."""
 
 
 def main() -> int:
-    args, console = parse(Args, __doc__), Console()
-    dtype = args.settings.dtype
+    args = parse(Args, __doc__)
+    with processes(args.distributed, args.coordinator, args.num_processes, args.process_id) as these:
+        return train(args, these)
+
+
+def train(args: Args, these: Processes) -> int:
+    console, dtype = Console(quiet=not these.first), args.settings.dtype
 
     # Device
     device = choose_device(args.device)
@@ -43,15 +59,16 @@ def main() -> int:
     jax.config.update("jax_enable_x64", dtype == "float64")
 
     # Model, tokenizer and data
-    job = load(args)
+    job = load(args, these)
     attention = choose_attention(args.attention, device, dtype, job.config.drop_rate)
 
     # Mesh
     mesh, over = None, ""
-    if args.mesh is not None:
-        shape = MeshShape.parse(args.mesh)
+    if args.mesh is not None or these.count > 1:
+        shape = MeshShape(jax.device_count()) if args.mesh is None else MeshShape.parse(args.mesh)
         shape.check(job.config, job.micro_size)
-        mesh, over = make_mesh(shape, device.platform), f", {shape.size} of them: {args.mesh}"
+        mesh, over = make_mesh(shape, device.platform), f", {shape.size} of them: {shape}"
+        over += f" in {these.count} processes" * (these.count > 1)
 
     # Run folder
     wide = "float64" if dtype == "float64" else "float32"

@@ -4,6 +4,7 @@ python scripts/train_torch.py                                     # small, embed
 python scripts/train_torch.py --preset 124M --corpus DIR --device cuda --compile
 python scripts/train_torch.py --init 124M --corpus my.txt --steps 500 --lr 3e-5   # fine-tune OpenAI's weights
 python scripts/train_torch.py --run runs/NAME --resume            # go on, also with a run of train_jax.py
+torchrun --nproc-per-node 8 -- scripts/train_torch.py --preset 124M   # eight GPUs, same losses
 """
 
 import dataclasses
@@ -13,10 +14,12 @@ from typing import Literal
 from rich.console import Console
 
 from gpt_torch.devices import choose_device, describe
+from gpt_torch.distributed import processes
 from gpt_torch.train import Trainer
-from parity.errors import exit_with_message
+from parity.errors import InputError, exit_with_message
 from parity.fit import run
 from parity.job import JobArgs, begin, load, parse
+from parity.processes import Processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,22 +32,33 @@ class Args(JobArgs):
 
 
 def main() -> int:
-    args, console = parse(Args, __doc__), Console()
-    dtype = args.settings.dtype
+    args = parse(Args, __doc__)
+    with processes() as these:
+        return train(args, these)
+
+
+def train(args: Args, these: Processes) -> int:
+    console, dtype = Console(quiet=not these.first), args.settings.dtype
 
     # Device
     device = choose_device(args.device)
 
     # Model, tokenizer and data
-    job = load(args)
+    job = load(args, these)
+    if job.micro_size % these.count:
+        raise InputError(
+            f"micro-batches of {job.micro_size} windows are not divisible by {these.count} processes; "
+            "change --batch-size or --accumulate"
+        )
 
     # Run folder
     wide = "float64" if dtype == "float64" else "float32"
     precision = f"computes in {dtype}, parameters {wide}; attention {args.attention}" + ", compiled" * args.compile
-    job = begin(job, "torch", {"device": describe(device), "precision": precision}, console)
+    over = f", {these.count} processes" * (these.count > 1)
+    job = begin(job, "torch", {"device": describe(device) + over, "precision": precision}, console)
 
     # Train
-    trainer = Trainer(job.config, job.settings, job.init, args.attention, device, args.compile)
+    trainer = Trainer(job.config, job.settings, job.init, args.attention, device, args.compile, these)
     return run(trainer, job, console)
 
 

@@ -42,7 +42,9 @@ def facts(trainer):
     for leaf in jax.tree.leaves(trainer.state):
         for shard in leaf.addressable_shards:
             held[shard.device.id] = held.get(shard.device.id, 0) + shard.data.nbytes
-    step = trainer._train_step.lower(trainer.state, *trainer.put(*batch(0)), np.asarray(1e-3, trainer._wide), None)
+    step = trainer._train_step.lower(
+        trainer.state, *trainer.put(*batch(0)), np.asarray(1e-3, trainer._wide), np.int32(0)
+    )
     program = step.compile().as_text()
     return {
         "bytes": sorted(set(held.values())),

@@ -72,6 +72,30 @@ def test_state_is_donated_and_no_batch_compiles_again():
     assert trainer._train_step._cache_size() == 1
 
 
+def test_a_step_waits_for_nothing_and_moves_nothing(monkeypatch):
+    """Between a batch that was put and metrics that are read, nothing is copied that was not sent on purpose.
+
+    On a CPU JAX guards what goes to the device only, so reads are caught where they happen.
+    """
+    trainer = Trainer(dataclasses.replace(TINY, drop_rate=0.1), SETTINGS)
+    put = [trainer.put(*batches(1, 2, seed=step)) for step in range(4)]
+    trainer.train_step(*put[0], 1e-3, 0)
+    read = []
+    array = type(put[0][0])
+    for name in ("_value", "__array__", "__float__", "__bool__", "block_until_ready"):
+        monkeypatch.setattr(array, name, property(lambda self, name=name: read.append(name)))
+    with jax.transfer_guard("disallow"):
+        metrics = [trainer.train_step(*put[step], 1e-3 * step, step) for step in range(1, 4)]
+    assert not read
+    with pytest.raises(TypeError):
+        float(metrics[-1]["loss"])
+    assert read
+    monkeypatch.undo()
+    assert all(np.isfinite(float(m["loss"])) for m in metrics)
+    with jax.transfer_guard("disallow"), pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed"):
+        trainer._train_step(trainer.state, *put[0], np.float32(1e-3), np.int32(0))
+
+
 def test_dropout_is_a_function_of_seed_and_step():
     config = dataclasses.replace(TINY, drop_rate=0.3)
     inputs, targets = batches(1, 2)

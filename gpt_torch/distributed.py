@@ -1,0 +1,54 @@
+"""Several processes as one run: torchrun starts them, torch.distributed joins them."""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import distributed
+
+from parity.errors import InputError
+from parity.processes import ALONE, Processes
+
+_SILENT = datetime.timedelta(minutes=10)
+"""How long a process waits for the others."""
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[Processes]:
+    """This process as one of torchrun's, or the only one; each has a GPU of its own where there are any.
+
+    Raises InputError where another process of the run is lost.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield ALONE
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group(timeout=_SILENT)  # gloo for the CPU, NCCL for GPUs
+    this = Processes(distributed.get_rank(), distributed.get_world_size(), _largest)
+    try:
+        yield this
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if not isinstance(error, distributed.DistError) and "gloo" not in reason:
+            raise
+        raise InputError(
+            f"process {this.index} of {this.count} lost another one, whose own output may say why ({reason}). "
+            "Checkpoints saved before are intact: start all processes again with --resume"
+        ) from None
+    distributed.destroy_process_group()
+
+
+def all_sum(value: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes, in place."""
+    if distributed.is_initialized():
+        distributed.all_reduce(value)
+    return value
+
+
+def _largest(number: int) -> int:
+    value = torch.tensor(number)
+    distributed.all_reduce(value, distributed.ReduceOp.MAX)
+    return int(value)

@@ -1,0 +1,31 @@
+"""The processes of one run, and the little that they must tell each other."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """Which of a run's processes this is. The first writes the run folder, which all of them must see."""
+
+    index: int = 0
+    count: int = 1
+    largest: Callable[[int], int] = lambda number: number
+    """The largest of the numbers (below 2**31) that the processes call it with; all of them must."""
+
+    @property
+    def first(self) -> bool:
+        return self.index == 0
+
+    def wait(self) -> None:
+        """Until every process has come to this line."""
+        self.largest(0)
+
+    def agree_on(self, text: str) -> bool:
+        """Whether all processes give the same text."""
+        number = zlib.crc32(text.encode()) >> 1
+        return [self.largest(number), -self.largest(-number)] == [number, number]
+
+
+ALONE = Processes()
