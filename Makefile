@@ -35,8 +35,7 @@ check: setup
 	$(VENV)/bin/mypy
 
 bench: setup
-	$(RUN) scripts/benchmark.py train
-	$(RUN) scripts/benchmark.py generate
+	$(RUN) scripts/benchmark.py all $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -96,6 +96,7 @@ class LayerNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(n_embd))
         self.shift = nnx.Param(jnp.zeros(n_embd))
 
+    @jax.checkpoint  # a gradient computes it again from x, which is faster than to read what lies between
     def __call__(self, x: Array) -> Array:
         wide = at_least_float32(x)
         mean = wide.mean(axis=-1, keepdims=True)
@@ -107,6 +108,7 @@ class LayerNorm(nnx.Module):
 class GELU(nnx.Module):
     """The tanh form, as in OpenAI's `gelu`; torch's default is the erf form, some 5e-4 away."""
 
+    @jax.checkpoint  # as LayerNorm
     def __call__(self, x: Array) -> Array:
         return 0.5 * x * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 

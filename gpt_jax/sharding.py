@@ -6,6 +6,7 @@ divided along D, gathered where they are used; the batch is divided along it too
 vocabulary divided, activations summed.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from parity import weights
+from parity import taps, weights
 from parity.config import GPTConfig
 from parity.errors import InputError
 from parity.weights import Row
@@ -106,6 +107,23 @@ def shardings(tree: Any, config: GPTConfig, mesh: Mesh, name_of: Callable[[tuple
         return NamedSharding(mesh, found[0] if found else P())
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def dividing(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
+    """Within it, models that are traced have their activations divided: rows, heads and the MLP, but never D.
+
+    Left to itself, XLA may follow the parameters' `fsdp` into D and gather the batch instead: right, but with
+    all activations of all rows on each device.
+    """
+    if mesh is None:
+        return contextlib.nullcontext()
+    along = {"B": BATCH, "N": RULES["N"], "F": RULES["F"]}
+
+    def constrain(axes: str, x: Array) -> Array:
+        divided = NamedSharding(mesh, P(*[along.get(letter) for letter in axes.split()]))
+        return jax.lax.with_sharding_constraint(x, divided)
+
+    return taps.placing(constrain)
 
 
 def place(tree: Any, placed: Any) -> Any:

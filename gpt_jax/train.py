@@ -49,7 +49,7 @@ def make_optimizer(settings: TrainSettings, config: GPTConfig) -> optax.Gradient
 
     def mask(model: GPTModel) -> GPTModel:
         # The table decides, not the rank: stacking gives biases a second axis.
-        return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) in decayed, model)
+        return jax.tree_util.tree_map_with_path(lambda path, _: parameter_name(path) in decayed, model)
 
     return optax.chain(
         optax.scale_by_adam(settings.beta1, settings.beta2, settings.eps),
@@ -57,7 +57,7 @@ def make_optimizer(settings: TrainSettings, config: GPTConfig) -> optax.Gradient
     )
 
 
-def _name(path: tuple) -> str:
+def parameter_name(path: tuple) -> str:
     """The table's flax name of a leaf, `trf_blocks.norm1.scale`, say."""
     return jax.tree_util.keystr(path).strip(".").removesuffix(".value")
 
@@ -73,15 +73,18 @@ def make_train_step(
     clip: float,
     dtype: Any,
     dropout_seed: int | None = None,
+    mesh: Mesh | None = None,
     out_shardings: Any = None,
 ):
     """train_step(state, inputs [A, B, T], targets, lr, step) -> (state, {loss, grad_norm}), jitted, state donated.
 
-    Dropout, where it has a seed, is a function of it and the step.
+    Dropout, where it has a seed, is a function of it and the step. Over a mesh, the state comes out as
+    `out_shardings` say.
     """
 
     def one_sum(model, inputs, targets, key):
-        return loss_sum(cast(model, dtype), inputs, targets, key)
+        with sharding.dividing(mesh):
+            return loss_sum(cast(model, dtype), inputs, targets, key)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
     def train_step(state: TrainState, inputs: Array, targets: Array, lr: Array, step: Array):
@@ -144,15 +147,15 @@ class Trainer:
             self.state = TrainState(model, self._optimizer.init(model))
         else:
             state = jax.eval_shape(lambda: TrainState(model, self._optimizer.init(model)))
-            self._placed = sharding.shardings(state, config, mesh, _name)
+            self._placed = sharding.shardings(state, config, mesh, parameter_name)
             whole = NamedSharding(mesh, PartitionSpec())
             model = sharding.place(model, self._placed.model)
             # The moments are made divided: no device ever holds all of them.
             self.state = TrainState(model, jax.jit(self._optimizer.init, out_shardings=self._placed.opt_state)(model))
         dropout_seed = settings.seed if config.drop_rate else None
         outputs = None if mesh is None else (self._placed, whole)
-        self._train_step = make_train_step(self._optimizer, settings.clip, self._dtype, dropout_seed, outputs)
-        self._loss_sum = jax.jit(lambda model, *batch: loss_sum(cast(model, self._dtype), *batch), out_shardings=whole)
+        self._train_step = make_train_step(self._optimizer, settings.clip, self._dtype, dropout_seed, mesh, outputs)
+        self._loss_sum = jax.jit(self._traced_loss_sum, out_shardings=whole)
 
     def part(self, size: int) -> slice:
         return slice(0, size) if self._mesh is None else sharding.rows(size, self._mesh)
@@ -168,6 +171,10 @@ class Trainer:
 
     def loss_sum(self, inputs: Array, targets: Array) -> Array:
         return self._in_turn(self._loss_sum(self.state.model, inputs, targets))
+
+    def _traced_loss_sum(self, model: GPTModel, inputs: Array, targets: Array) -> Array:
+        with sharding.dividing(self._mesh):
+            return loss_sum(cast(model, self._dtype), inputs, targets)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> list[list[int]]:
         top_k = min(50, self.config.n_vocab)
@@ -209,13 +216,15 @@ def _to_arrays(state: TrainState) -> dict[str, Array]:
     """{"step", "parameters.NAME", "exp_avg.NAME", "exp_avg_sq.NAME": array}, NAME as in the table's flax column."""
     arrays: dict[str, Array] = {"step": otu.tree_get(state.opt_state, "count")}
     for part, tree in _parts(state).items():
-        arrays |= {f"{part}.{_name(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        arrays |= {f"{part}.{parameter_name(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     return arrays
 
 
 def _from_arrays(state: TrainState, arrays: dict[str, Array]) -> TrainState:
     parts = {
-        part: jax.tree_util.tree_map_with_path(lambda path, _, part=part: arrays[f"{part}.{_name(path)}"], tree)
+        part: jax.tree_util.tree_map_with_path(
+            lambda path, _, part=part: arrays[f"{part}.{parameter_name(path)}"], tree
+        )
         for part, tree in _parts(state).items()
     }
     opt_state = otu.tree_set(state.opt_state, count=arrays["step"], mu=parts["exp_avg"], nu=parts["exp_avg_sq"])

@@ -1,228 +1,307 @@
-"""Measure gpt_jax against what else one could run, alternating in one process.
+"""Measure gpt_jax against what else one could run: peers take turns, each in a process of its own.
 
-python scripts/benchmark.py train       # a training step; peers: gpt_torch
+python scripts/benchmark.py train       # a training step; peers: gpt_torch eager and compiled, transformers
 python scripts/benchmark.py generate    # greedy decoding at 124M; peers: transformers, gpt_torch
-python scripts/benchmark.py prepare --vocab-bpe vocab.bpe   # text to token shards; peers: tiktoken, used plainly
+python scripts/benchmark.py load        # OpenAI's and transformers' files into a model; peer: transformers
+python scripts/benchmark.py compile     # from nothing to the first step, without and with a compilation cache
+python scripts/benchmark.py options --preset small   # what unroll, remat and accumulate do to a preset's step
+python scripts/benchmark.py prepare     # text to token shards; peers: tiktoken, used plainly
+python scripts/benchmark.py all         # train, generate, load and compile
+python scripts/benchmark.py all --gpu   # the same on a GPU: 124M, 355M and 1558M, 1,024 tokens, bfloat16
+
+Each leaves results.json, results.md and results.png in --out.
 """
 
 import dataclasses
 import json
 import os
-import shutil
-import statistics
+import platform
+import shlex
+import sys
 import tempfile
-import time
 from collections.abc import Callable
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, Literal
 
-import jax
 import numpy as np
-import torch
 import tyro
+from measure import peers, report
+from measure.report import Measurement
+from measure.turns import Figures, Make, alternate, once
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from transformers import GPT2Config, GPT2LMHeadModel
 
-import gpt_jax
-import gpt_torch
-from gpt_jax.train import Trainer
-from gpt_torch import GPTModel
-from gpt_torch.train import Trainer as TorchTrainer
-from parity import prepare
+from parity import huggingface, openai_checkpoint, weights
 from parity.config import PRESETS, GPTConfig
-from parity.errors import exit_with_message
-from parity.settings import recipe
-from parity.tokenizer import load_tokenizer
-from parity.weights import n_params
+from parity.errors import InputError, exit_with_message
+from parity.flops import flops_a_token, peak_flops
+from parity.settings import TrainSettings, recipe
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    what: tyro.conf.Positional[Literal["train", "generate", "prepare"]] = "train"
-    n_layer: int = 6
-    n_embd: int = 384
-    n_head: int = 6
-    n_vocab: int = 50304
-    n_ctx: int = 256
-    batch_size: int = 4
+    what: tyro.conf.Positional[Literal["train", "generate", "load", "compile", "options", "prepare", "all"]] = "train"
+    gpu: bool = False
+    """Measure on a GPU, with sizes to match; by default on the CPU."""
+    preset: str | None = None
+    """Of train, compile and options: this preset's model and batch in place of the benchmark's own."""
+    batch_size: int | None = None
+    """Of train, compile and options: windows in a step, in one micro-batch."""
+    size: Literal["124M", "355M", "774M", "1558M"] = "124M"
+    """Of generate and load."""
     rounds: int = 5
-    steps: int = 3
-    """Training steps of each peer in a round; the first round warms up and does not count."""
+    calls: int = 3
+    """Steps of each peer in a round; one round before them warms up and does not count."""
     threads: int = 0
     """Threads of torch; by default as many as this process has cores. XLA takes them all."""
-    cases: tuple[Literal["one", "eight", "first"], ...] = ("one", "eight", "first")
-    """Of generate: one row, eight rows, the first token after a long prompt."""
+    peers: tuple[str, ...] = ()
+    """Measure only those with one of these in their name, and the first."""
     vocab_bpe: Path | None = None
     """Of prepare: OpenAI's vocab.bpe; by default the one in the cache."""
     out: Path | None = None
-    """Where to write the figures as JSON."""
+    """Folder for the results; by default a new one in runs/."""
 
-
-def jax_stepper(config: GPTConfig, inputs: np.ndarray, targets: np.ndarray) -> Callable[[], None]:
-    trainer = Trainer(config, recipe("small").settings, unroll=config.n_layer)
-
-    def step() -> None:
-        jax.block_until_ready(trainer.train_step(inputs[None], targets[None], 1e-3, 0))
-
-    return step
-
-
-def torch_stepper(config: GPTConfig, inputs: np.ndarray, targets: np.ndarray, compile: bool) -> Callable[[], None]:
-    """The same step in torch: its fused attention and its fused AdamW, eager or compiled."""
-    trainer = TorchTrainer(config, recipe("small").settings, attention="sdpa", compile=compile)
-
-    def step() -> None:
-        trainer.train_step(*trainer.put(inputs[None], targets[None]), 1e-3, 0)
-
-    return step
-
-
-def alternate(peers: dict[str, Callable[[], Any]], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Seconds of each call, the peers taking turns; the first round warms up and does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in peers}
-    for round_number in track(range(rounds + 1), "measuring", transient=True):
-        for name, call in peers.items():
-            for _ in range(steps):
-                begin = time.perf_counter()
-                call()
-                if round_number:
-                    seconds[name].append(time.perf_counter() - begin)
-    return seconds
-
-
-def compare(title: str, seconds: dict[str, list[float]], tokens: int, unit: str) -> dict[str, dict[str, float]]:
-    """Print medians beside those of the first peer, which is ours; the same figures by name."""
-    ours = statistics.median(next(iter(seconds.values())))
-    table = Table("peer", f"ms a {unit}", "spread", "tokens/s", "speed of the first over it", title=title)
-    figures = {}
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        figures[name] = {
-            "median_s": median,
-            "min_s": min(times),
-            "max_s": max(times),
-            "tokens_per_s": tokens / median,
-            "ratio": median / ours,
+    def environment(self, cache: Path | None = None) -> dict[str, str]:
+        """Of a peer's process. `cache`: where compiled programs are kept, and looked for."""
+        if self.gpu:
+            found = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # the peers share the GPU's memory
+        else:
+            found = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        if cache is None:
+            return found
+        return {
+            **found,
+            "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch"),
+            "TRITON_CACHE_DIR": str(cache / "triton"),
         }
-        spread = f"{min(times) * 1e3:.0f}..{max(times) * 1e3:.0f}"
-        table.add_row(name, f"{median * 1e3:.0f}", spread, f"{tokens / median:,.1f}", f"{median / ours:.2f}")
-    Console().print(table)
-    return figures
+
+    def make(self, maker: Callable, *arguments: Any, cache: Path | None = None) -> Make:
+        return maker, arguments, self.environment(cache)
+
+    def wanted(self, makers: dict[str, Make]) -> dict[str, Make]:
+        first = next(iter(makers))
+        chosen = {
+            name: make
+            for name, make in makers.items()
+            if name == first or not self.peers or any(part in name for part in self.peers)
+        }
+        if unknown := [part for part in self.peers if not any(part in name for name in makers)]:
+            raise InputError(f"--peers: no {', '.join(unknown)} among {'; '.join(makers)}")
+        return chosen
 
 
-def train(args: Args) -> dict[str, Any]:
-    config = GPTConfig(args.n_vocab, args.n_ctx, args.n_embd, args.n_head, args.n_layer)
-    ids = np.random.default_rng(0).integers(0, args.n_vocab, (args.batch_size, args.n_ctx + 1), dtype=np.int32)
-    inputs, targets = ids[:, :-1].copy(), ids[:, 1:].copy()
-    peers = {
-        "gpt_jax": jax_stepper(config, inputs, targets),
-        "gpt_torch eager, SDPA": torch_stepper(config, inputs, targets, compile=False),
-        "gpt_torch compiled, SDPA": torch_stepper(config, inputs, targets, compile=True),
+def job(args: Args, name: str = "124M") -> tuple[str, GPTConfig, TrainSettings]:
+    """Title, model and settings of a step, its vocabulary padded as nanoGPT's."""
+    if args.preset is not None:
+        config, settings = recipe(args.preset).model, recipe(args.preset).settings
+        title = args.preset
+    elif args.gpu:
+        config = dataclasses.replace(PRESETS[name], n_vocab=50304)
+        size = {"124M": 32, "355M": 16, "774M": 8, "1558M": 8}[name]
+        title, settings = name, TrainSettings(batch_size=size, accumulate=1)
+    else:
+        config = GPTConfig(n_vocab=50304, n_ctx=256, n_embd=384, n_head=6, n_layer=6)
+        title, settings = "6 layers", TrainSettings(batch_size=4, accumulate=1, dtype="float32")
+    if args.batch_size is not None:
+        settings = dataclasses.replace(settings, batch_size=args.batch_size, accumulate=1)
+    told = f"{title}, {weights.n_params(config):,} parameters, V={config.n_vocab}, "
+    told += f"B={settings.batch_size}, T={config.n_ctx}, {settings.dtype}"
+    return told, config, settings
+
+
+def train(args: Args) -> list[Measurement]:
+    measurements = [_steps(args, "124M", with_peers=True)]
+    if args.gpu and args.preset is None:
+        measurements += [_steps(args, name, with_peers=False) for name in ("355M", "1558M")]
+    return measurements
+
+
+def _steps(args: Args, name: str, with_peers: bool) -> Measurement:
+    told, config, settings = job(args, name)
+    deep = config.n_layer > 12  # compiled as one layer, repeated, and remembering less of it
+    ours: dict[str, Make] = {
+        "gpt_jax": args.make(
+            peers.jax_step, config, settings, 1 if deep else config.n_layer, "products" * deep or "none"
+        )
     }
-    title = (
-        f"training step, float32, {jax.devices()[0].platform}, {torch.get_num_threads()} threads: "
-        f"{n_params(config):,} parameters, B={args.batch_size} T={args.n_ctx}"
+    theirs: dict[str, Make] = {
+        "gpt_torch, eager": args.make(peers.torch_step, config, settings, False, args.threads),
+        "gpt_torch, compiled": args.make(peers.torch_step, config, settings, True, args.threads),
+        "transformers, eager": args.make(peers.transformers_step, config, settings, args.threads),
+    }
+    chosen = {**ours, **(theirs if with_peers else {})}
+    found, meter = alternate(
+        args.wanted(chosen), args.rounds, args.calls, None if args.gpu else args.make(peers.products)
     )
-    seconds = alternate(peers, args.rounds, args.steps)
-    return {"config": config.to_dict(), "peers": compare(title, seconds, inputs.size, "step")}
+    tokens = settings.batch_size * config.n_ctx
+    flops = flops_a_token(config) * tokens / found["gpt_jax"].median
+    if meter:
+        most = peers.PRODUCT_FLOPS / meter.median
+        source = f"that a product of two {peers.PRODUCT_SIZE} x {peers.PRODUCT_SIZE} matrices reaches"
+    else:
+        most, source = peak_flops(found["gpt_jax"].device), f"of an {found['gpt_jax'].device}"
+    fact = f"Model FLOPs, 6N + 12LDT a token: {flops / 1e12:.3f} TFLOP/s"
+    if most is not None:
+        fact += f", {flops / most:.1%} of the {most / 1e12:,.2f} {source}"
+    return Measurement(f"A training step: {told}", "step", tokens, "tokens", found, [fact])
 
 
-def generate(args: Args) -> dict[str, Any]:
-    """Greedy decoding of 124M's shape: one row, eight rows, and the first token after a long prompt."""
-    config = PRESETS["124M"]
-    model = gpt_jax.GPTModel(config)
-    ours, half = gpt_jax.for_decoding(model), gpt_jax.for_decoding(gpt_jax.cast(model, "bfloat16"))
-    reference = GPTModel(config)
-    theirs = GPT2LMHeadModel(GPT2Config()).eval()  # the same shape and sizes; its own random weights
-    threads = torch.get_num_threads()
-    memory = torch.ones(2**27)
-    reads: list[float] = []
-
-    def read_memory() -> None:
-        """Ten sums of 512 MiB on all threads: of what torch and NumPy have, the fastest way to read memory."""
-        for _ in range(10):
-            begin = time.perf_counter()
-            memory.sum()
-            reads.append(memory.nbytes / (time.perf_counter() - begin))
-
-    results: dict[str, Any] = {}
-    cases = {"one": (1, 16, 64), "eight": (8, 16, 64), "first": (1, 512, 1)}
-    for case in args.cases:
-        B, P, new = cases[case]
-        ids = np.random.default_rng(0).integers(0, config.n_vocab, (B, P))
-        rows, tensor = ids.tolist(), torch.from_numpy(ids)
-
-        def by_transformers(tensor: torch.Tensor = tensor, new: int = new) -> None:
-            mask = torch.ones_like(tensor)
-            limits = {"max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 50256}
-            theirs.generate(tensor, attention_mask=mask, do_sample=False, **limits)
-
-        def by(package: Any, model: Any, rows: list = rows, new: int = new) -> Callable[[], Any]:
-            return lambda: package.generate(model, rows, new, temperature=0)
-
-        peers = {
-            "gpt_jax": by(gpt_jax, ours),
-            "transformers": by_transformers,
-            "gpt_torch": by(gpt_torch, reference),
-            "gpt_jax, bfloat16 weights": by(gpt_jax, half),
-            "reading memory": read_memory,
-        }
-        seconds = alternate(peers, args.rounds, 1)
-        del seconds["reading memory"]
-        bandwidth = statistics.median(reads)
-        title = f"greedy, float32, cpu, {threads} threads: batch {B}, prompt {P}, {new} new tokens"
-        figures = compare(title, seconds, B * new, "call")
+def generate(args: Args) -> list[Measurement]:
+    """One row, several rows, and the first token after a long prompt."""
+    config = PRESETS[args.size]
+    dtype = "bfloat16" if args.gpu else "float32"
+    many = 32 if args.gpu else 8
+    half = {} if args.gpu else {"gpt_jax, bfloat16": "bfloat16"}
+    measurements = []
+    for B, P, new in ((1, 16, 64), (many, 16, 64), (1, 512, 1)):
+        rows = np.random.default_rng(0).integers(0, config.n_vocab, (B, P)).tolist()
+        makers = args.wanted(
+            {
+                "gpt_jax": args.make(peers.jax_generation, config, rows, new, dtype),
+                "transformers": args.make(peers.transformers_generation, config, rows, new, dtype, args.threads),
+                "gpt_torch": args.make(peers.torch_generation, config, rows, new, dtype, args.threads),
+                **{name: args.make(peers.jax_generation, config, rows, new, other) for name, other in half.items()},
+            }
+        )
+        found, meter = alternate(makers, args.rounds, 1, args.make(peers.memory_reads, args.threads))
+        bandwidth = peers.READ_BYTES / meter.median
         # Every weight but the position table's is read once a step; the cache comes on top and is not counted.
-        read = 4 * (n_params(config) - config.n_ctx * config.n_embd)
-        share = read * figures["gpt_jax"]["tokens_per_s"] / B / bandwidth
-        if new > 1:
-            Console().print(f"memory reads {bandwidth / 1e9:.1f} GB/s; gpt_jax's weights alone {share:.0%} of it\n")
-        results[f"B={B} P={P} new={new}"] = {"peers": figures, "read_bandwidth": bandwidth, "share": share}
-    return results
+        itemsize = 2 if args.gpu else 4
+        read = itemsize * (weights.n_params(config) - config.n_ctx * config.n_embd) * new / found["gpt_jax"].median
+        told = f"{args.size}, {dtype}, batch {B}, prompt {P}, {new} new"
+        facts = [f"Memory reads {bandwidth / 1e9:.1f} GB/s; gpt_jax's weights alone are {read / bandwidth:.0%} of that"]
+        measurements.append(
+            Measurement(f"Greedy decoding: {told}", "call", B * new, "tokens", found, facts if new > 1 else [])
+        )
+    return measurements
 
 
-def prepare_shards(args: Args) -> dict[str, Any]:
+def load(args: Args) -> list[Measurement]:
+    """Random weights of a full shape, in the page cache; each load in a new process, imports not counted."""
+    config = PRESETS[args.size]
+    size = 4 * weights.n_params(config)
+    measurements = []
+    with tempfile.TemporaryDirectory() as name:
+        folders = {"openai": Path(name) / "openai", "huggingface": Path(name) / "huggingface"}
+        arrays = weights.initial_weights(config, seed=0)
+        for folder in folders.values():
+            folder.mkdir()
+        openai_checkpoint.write(
+            folders["openai"], config, dict(weights.convert(arrays, "huggingface", "openai", config))
+        )
+        huggingface.write(folders["huggingface"], config, arrays)
+        del arrays
+        for kind, theirs in (
+            ("openai", {}),
+            ("huggingface", {"transformers": args.make(peers.transformers_loaded, folders["huggingface"])}),
+        ):
+            ours = {
+                package: args.make(peers.ours_loaded, package, folders[kind]) for package in ("gpt_jax", "gpt_torch")
+            }
+            found = once(args.wanted({**ours, **theirs}), args.rounds)
+            told = f"{args.size} from {kind}'s files, {size / 1e6:,.0f} MB"
+            measurements.append(Measurement(f"Loading: {told}", "load", size / 1e6, "MB", found))
+    return measurements
+
+
+def compile(args: Args) -> list[Measurement]:
+    """Weights drawn, program compiled, one step done: without a compilation cache, and with what the first left."""
+    told, config, settings = job(args)
+    seconds: dict[str, list[Figures]] = {}
+    rounds = 1 if args.gpu else min(args.rounds, 2)
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as name:
+            makers: dict[str, tuple] = {
+                "gpt_jax, unrolled": (peers.jax_step, config, settings, config.n_layer, "none"),
+                "gpt_jax, scanned": (peers.jax_step, config, settings, 1, "none"),
+                "gpt_torch, compiled": (peers.torch_step, config, settings, True, args.threads),
+            }
+            for cache in ("cold", "warm"):
+                turn = {f"{peer}, {cache}": args.make(*made, cache=Path(name)) for peer, made in makers.items()}
+                for peer, figures in once(args.wanted(turn), 1).items():
+                    seconds.setdefault(peer, []).append(figures)
+    found = {
+        peer: Figures([f.seconds[0] for f in runs], max(f.peak for f in runs), runs[0].device)
+        for peer, runs in seconds.items()
+    }
+    return [Measurement(f"From nothing to the first step: {told}", "start", 1, "starts", found)]
+
+
+def options(args: Args) -> list[Measurement]:
+    """A preset's step with each of its options, by the one that it has by default."""
+    told, config, settings = job(args)
+    cases: dict[str, tuple] = {}
+    for unroll in sorted({1, 2, config.n_layer}):
+        for remat in ("none", "products", "all"):
+            if remat == "none" or unroll in (1, config.n_layer):
+                cases[f"unroll {unroll}, remat {remat}"] = (settings, unroll, remat)
+    for accumulate in (1, 2, 4):
+        if accumulate != settings.accumulate and settings.batch_size % accumulate == 0:
+            parts = dataclasses.replace(settings, accumulate=accumulate)
+            cases[f"unroll 1, accumulate {accumulate}"] = (parts, 1, "none")
+    makers = {name: args.make(peers.jax_step, config, *case) for name, case in cases.items()}
+    found, _ = alternate(args.wanted(makers), args.rounds, args.calls)
+    return [Measurement(f"Options: {told}", "step", settings.batch_size * config.n_ctx, "tokens", found)]
+
+
+def prepare(args: Args) -> list[Measurement]:
     """Python's documentation, twenty times over, as JSONL: to shards on the disk, or to arrays in memory."""
-    tokenizer = load_tokenizer("gpt2", args.vocab_bpe)
     texts = [topics[name] for name in sorted(topics)] * 20
-    threads = torch.get_num_threads()
+    threads = args.threads
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "topics.jsonl"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-
-        def ours() -> int:
-            shutil.rmtree(out, ignore_errors=True)
-            index = prepare.prepare([source], out, tokenizer, workers=threads)
-            return sum(shard["tokens"] for split in index["splits"].values() for shard in split["done"])
-
-        def lines() -> list[str]:
-            return [json.loads(line)["text"] for line in source.open(encoding="utf-8")]
-
-        out = Path(folder) / "out"
-        tokens = ours()
-        peers = {
-            f"prepare_data.py, {threads} workers": ours,
-            "tiktoken, one text after another": lambda: [
-                np.array(tokenizer.encoding.encode_ordinary(text), np.uint16) for text in lines()
-            ],
-            f"tiktoken encode_ordinary_batch, {threads} threads": lambda: [
-                np.array(ids, np.uint16)
-                for ids in tokenizer.encoding.encode_ordinary_batch(lines(), num_threads=threads)
-            ],
-        }
-        seconds = alternate(peers, args.rounds, 1)
-    return {"peers": compare(f"tokenizing {tokens:,} tokens of JSONL", seconds, tokens, "pass")}
+        makers = args.wanted(
+            {
+                f"prepare_data.py, {threads} workers": args.make(
+                    peers.prepared, source, Path(folder) / "out", args.vocab_bpe, threads
+                ),
+                "tiktoken, one text after another": args.make(peers.tokenized, source, args.vocab_bpe, 1),
+                f"tiktoken, its batches on {threads} threads": args.make(
+                    peers.tokenized, source, args.vocab_bpe, threads
+                ),
+            }
+        )
+        found, _ = alternate(makers, args.rounds, 1)
+        index = json.loads((Path(folder) / "out" / "index.json").read_text())
+    tokens = sum(shard["tokens"] for split in index["splits"].values() for shard in split["done"])
+    return [Measurement(f"Tokenizing {tokens:,} tokens of JSONL", "pass", tokens, "tokens", found)]
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
-    figures = {"train": train, "generate": generate, "prepare": prepare_shards}[args.what](args)
-    if args.out is not None:
-        args.out.write_text(json.dumps(figures, indent=2) + "\n")
+    args, console = tyro.cli(Args, description=__doc__), Console()
+    if not console.is_terminal:
+        console.width = 110
+    args = dataclasses.replace(args, threads=args.threads or len(os.sched_getaffinity(0)))
+    for name in ("rounds", "calls", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    kinds = {"train": train, "generate": generate, "load": load, "compile": compile}
+    kinds |= {"options": options, "prepare": prepare}
+    chosen = ["train", "generate", "load", "compile"] if args.what == "all" else [args.what]
+    out = args.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-benchmark-{args.what}"
+    command = shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]])
+    measurements: list[Measurement] = []
+    for kind in chosen:
+        for measurement in kinds[kind](args):
+            measurement.show(console)
+            measurements.append(measurement)
+            report.write(out, command, machine(), measurements)
+    console.print(f"written to {out}", highlight=False)
+
+
+def machine() -> str:
+    model = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            model = line.partition(": ")[2]
+            break
+    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers"))
+    return f"{len(os.sched_getaffinity(0))} cores of {model}, Python {platform.python_version()}, {packages}"
 
 
 if __name__ == "__main__":
