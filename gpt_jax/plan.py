@@ -19,10 +19,11 @@ from parity.settings import TrainSettings
 # that `tensor` divides, and so many times N T, of explicit attention, divided too. Fitted to XLA's accounts of
 # 48 compiled steps (2 and 12 layers, T 256 and 1024, B 2 and 8, 124M's and 1558M's widths), which they meet within
 # 17 %, and of meshes.
-_KEPT = {"none": (12, 31, 1.7), "products": (4, 7, 0.0), "all": (2, 0, 0.0)}
+_KEPT = {"none": (11, 11, 1.8), "products": (4, 7, 0.0), "all": (2, 0, 0.0)}
 # And those of the one layer that is being computed.
-_WORKING = {"none": (8, 17, 1.9), "products": (11, 23, 1.6), "all": (18, 34, 1.4)}
+_WORKING = {"none": (12, 12, 1.9), "products": (12, 19, 1.6), "all": (18, 33, 1.2)}
 _LOSS = 1.4  # times the logits of a chunk
+_GATHERED = 2  # times the head, and one layer, where fsdp divides them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Memory:
     activations: int
     """Kept of every layer for the gradient"""
     working: int
-    """Of one layer and of one chunk of the loss"""
+    """Of one layer, of one chunk of the loss, and what fsdp gathers for them"""
 
     @property
     def total(self) -> int:
@@ -59,14 +60,40 @@ def memory(
 
     logits = min(LARGEST_CHUNK, micro_size * config.n_ctx * config.n_vocab) // (shape.data * shape.fsdp)
     loss = int(_LOSS * logits * wide)
+    gathered = 0
+    if shape.fsdp > 1:
+        head = config.n_vocab * config.n_embd
+        layer = 12 * config.n_embd**2 // shape.tensor
+        gathered = _GATHERED * (head + layer) * wide
     return Memory(
         parameters=parameters,
         moments=2 * parameters,
         gradients=parameters,
         narrow=parameters * itemsize // wide if itemsize < wide else 0,
         activations=config.n_layer * numbers(*_KEPT[remat]) * itemsize,
-        working=numbers(*_WORKING[remat]) * itemsize + loss,
+        working=numbers(*_WORKING[remat]) * itemsize + loss + gathered,
     )
+
+
+def messages(config: GPTConfig, shape: MeshShape, micro_size: int, accumulate: int, dtype: str) -> dict[str, int]:
+    """Bytes that a device sends in a step of `accumulate` micro-batches, by what for.
+
+    Parameters are gathered in the dtype that is computed in; gradients are counted in the parameters'. A ring of n
+    devices sends (n - 1) / n of an array to gather or to scatter it, and twice that to sum it.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    wide = max(4, itemsize)
+    one = bytes_a_device(config, dataclasses.replace(shape, fsdp=1), 1)  # parameters, divided by tensor alone
+    tokens = micro_size * config.n_ctx // (shape.data * shape.fsdp)
+    data, fsdp, tensor = ((n - 1) / n for n in (shape.data, shape.fsdp, shape.tensor))
+    passes = 4 * config.n_layer  # after both branches, forward and backward
+    found = {
+        "data: gradients summed": 2 * data * one / shape.fsdp * wide,
+        "fsdp: parameters gathered, forward and backward": 2 * fsdp * one * itemsize * accumulate,
+        "fsdp: gradients scattered": fsdp * one * wide * accumulate,
+        "tensor: activations summed": 2 * tensor * passes * tokens * config.n_embd * itemsize * accumulate,
+    }
+    return {name: int(size) for name, size in found.items() if size}
 
 
 def compiled_memory(

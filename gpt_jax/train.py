@@ -63,8 +63,13 @@ def parameter_name(path: tuple) -> str:
 
 
 def clip_by_global_norm(gradients: GPTModel, largest: float) -> tuple[GPTModel, Array]:
-    """(gradients scaled to a global norm of at most `largest`, their norm before that)."""
-    norm = optax.global_norm(gradients)
+    """(gradients scaled to a global norm of at most `largest`, their norm before that).
+
+    Norms of rows first, as in gpt_torch. XLA would add up a whole matrix at once, which on a CPU takes a
+    transposed one of the notebook's head 1.6 s.
+    """
+    rows = [jnp.square(g).sum(axis=-1) for g in jax.tree.leaves(gradients)]
+    norm = jnp.sqrt(sum(row.sum() for row in jax.lax.optimization_barrier(rows)))
     return jax.tree.map(lambda g: g * (largest / jnp.maximum(norm, largest)), gradients), norm
 
 

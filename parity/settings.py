@@ -85,6 +85,10 @@ class Recipe:
 
     model: GPTConfig
     settings: TrainSettings
+    remat: Literal["none", "products", "all"] = "none"
+    """Of gpt_jax: what a gradient computes again instead of keeping it."""
+    unroll: int = 1
+    """Of gpt_jax: layers written out in the compiled program. Both as measured, where docs/performance.md has it."""
 
 
 # For two CPU cores.
@@ -101,12 +105,16 @@ _SHAKESPEARE = dataclasses.replace(
 _BYTES = GPTConfig(n_vocab=257)
 RECIPES: dict[str, Recipe] = {
     # nanoGPT's config/train_gpt2.py: 491,520 tokens a step on OpenWebText; so for every size.
-    **{name: Recipe(PRESETS[name], TrainSettings()) for name in ("124M", "355M", "774M", "1558M")},
-    "124M-openwebtext": Recipe(PRESETS["124M"], TrainSettings()),
+    "124M": Recipe(PRESETS["124M"], TrainSettings(), unroll=12),
+    "355M": Recipe(PRESETS["355M"], TrainSettings()),
+    "774M": Recipe(PRESETS["774M"], TrainSettings()),
+    "1558M": Recipe(PRESETS["1558M"], TrainSettings(), remat="products"),  # else its 12 windows take 70 GB
+    "124M-openwebtext": Recipe(PRESETS["124M"], TrainSettings(), unroll=12),
     # llm.c's scripts/run_gpt2_124M.sh: 524,288 tokens a step, decay to zero, 10 billion tokens of FineWeb-Edu.
     "124M-fineweb-edu": Recipe(
         PRESETS["124M"],
         TrainSettings(steps=19_073, batch_size=512, accumulate=8, min_lr=0.0, warmup=700, eval_every=250),
+        unroll=12,
     ),
     "shakespeare-char": Recipe(
         dataclasses.replace(_BYTES, n_ctx=256, n_embd=384, n_head=6, n_layer=6, drop_rate=0.2),
@@ -115,8 +123,9 @@ RECIPES: dict[str, Recipe] = {
     "shakespeare-char-cpu": Recipe(  # with twice nanoGPT's learning rate: 1.82 nats instead of 1.89
         dataclasses.replace(_BYTES, n_ctx=64, n_embd=128, n_head=4, n_layer=4),
         dataclasses.replace(_SHAKESPEARE, lr=2e-3),
+        remat="products",
     ),
-    "small": Recipe(PRESETS["small"], _CPU),
+    "small": Recipe(PRESETS["small"], _CPU, remat="products"),
     "tiny": Recipe(
         PRESETS["tiny"],
         dataclasses.replace(_CPU, steps=60, batch_size=8, warmup=5, eval_every=20, sample_tokens=16),

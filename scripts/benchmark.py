@@ -122,24 +122,20 @@ def train(args: Args) -> list[Measurement]:
 
 def _steps(args: Args, name: str, with_peers: bool) -> Measurement:
     told, config, settings = job(args, name)
-    deep = config.n_layer > 12  # compiled as one layer, repeated, and remembering less of it
-    ours: dict[str, Make] = {
-        "gpt_jax": args.make(
-            peers.jax_step, config, settings, 1 if deep else config.n_layer, "products" * deep or "none"
-        )
-    }
+    options = recipe(args.preset or name)
+    unroll, remat = (options.unroll, options.remat) if args.gpu or args.preset else (1, "none")
+    ours: dict[str, Make] = {"gpt_jax": args.make(peers.jax_step, config, settings, unroll, remat)}
     theirs: dict[str, Make] = {
         "gpt_torch, eager": args.make(peers.torch_step, config, settings, False, args.threads),
         "gpt_torch, compiled": args.make(peers.torch_step, config, settings, True, args.threads),
         "transformers, eager": args.make(peers.transformers_step, config, settings, args.threads),
     }
-    chosen = {**ours, **(theirs if with_peers else {})}
-    found, meter = alternate(
-        args.wanted(chosen), args.rounds, args.calls, None if args.gpu else args.make(peers.products)
-    )
+    makers = args.wanted({**ours, **(theirs if with_peers else {})})
+    products = None if args.gpu else args.make(peers.products)
+    found, meter = alternate(makers, args.rounds, args.calls, products)
     tokens = settings.batch_size * config.n_ctx
     flops = flops_a_token(config) * tokens / found["gpt_jax"].median
-    if meter:
+    if meter.seconds:
         most = peers.PRODUCT_FLOPS / meter.median
         source = f"that a product of two {peers.PRODUCT_SIZE} x {peers.PRODUCT_SIZE} matrices reaches"
     else:
@@ -195,14 +191,14 @@ def load(args: Args) -> list[Measurement]:
         )
         huggingface.write(folders["huggingface"], config, arrays)
         del arrays
-        for kind, theirs in (
-            ("openai", {}),
-            ("huggingface", {"transformers": args.make(peers.transformers_loaded, folders["huggingface"])}),
-        ):
-            ours = {
-                package: args.make(peers.ours_loaded, package, folders[kind]) for package in ("gpt_jax", "gpt_torch")
+        for kind, folder in folders.items():
+            makers = {
+                "gpt_jax": args.make(peers.jax_loaded, folder),
+                "gpt_torch": args.make(peers.torch_loaded, folder),
             }
-            found = once(args.wanted({**ours, **theirs}), args.rounds)
+            if kind == "huggingface":
+                makers["transformers"] = args.make(peers.transformers_loaded, folder)
+            found = once(args.wanted(makers), args.rounds)
             told = f"{args.size} from {kind}'s files, {size / 1e6:,.0f} MB"
             measurements.append(Measurement(f"Loading: {told}", "load", size / 1e6, "MB", found))
     return measurements

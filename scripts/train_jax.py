@@ -17,20 +17,22 @@ from gpt_jax.devices import choose_attention, choose_device, describe
 from gpt_jax.distributed import processes
 from gpt_jax.sharding import MeshShape, make_mesh
 from gpt_jax.train import Trainer
-from parity.errors import exit_with_message
+from parity.errors import InputError, exit_with_message
 from parity.fit import run
 from parity.job import JobArgs, begin, load, parse
 from parity.processes import Processes
+from parity.settings import recipe
 
 
 @dataclasses.dataclass(frozen=True)
 class Args(JobArgs):
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     attention: Literal["auto", "explicit", "cudnn"] = "auto"
-    unroll: int = 1
-    """Layers written out in the compiled program; more compiles longer and may run faster."""
-    remat: Literal["none", "products", "all"] = "none"
-    """What a gradient computes again instead of keeping it in memory: all but matrix products, or all."""
+    unroll: int | None = None
+    """Layers written out in the compiled program, by default as the preset has it; more compile longer."""
+    remat: Literal["none", "products", "all"] | None = None
+    """What a gradient computes again instead of keeping it in memory: all but matrix products, or all; by default
+    as the preset has it."""
     mesh: str | None = None
     """Devices to divide model and batches over, data=2,fsdp=2,tensor=2 say; by default one device, or for several
     processes data=ALL."""
@@ -52,6 +54,8 @@ def main() -> int:
 
 def train(args: Args, these: Processes) -> int:
     console, dtype = Console(quiet=not these.first), args.settings.dtype
+    if args.unroll is not None and args.unroll < 1:
+        raise InputError(f"--unroll must be at least 1, got {args.unroll}")
 
     # Device
     device = choose_device(args.device)
@@ -73,11 +77,14 @@ def train(args: Args, these: Processes) -> int:
     # Run folder
     wide = "float64" if dtype == "float64" else "float32"
     precision = f"computes in {dtype}, parameters {wide}; attention {attention}"
-    job = begin(job, "jax", {"device": describe(device) + over, "precision": precision}, console)
+    unroll = min(args.unroll or recipe(args.preset).unroll, job.config.n_layer)
+    remat = args.remat or recipe(args.preset).remat
+    program = f"layers written out {unroll}, computed again for gradients: {remat}"
+    about = {"device": describe(device) + over, "precision": precision, "program": program}
+    job = begin(job, "jax", about, console)
 
     # Train
-    unroll = min(args.unroll, job.config.n_layer)
-    trainer = Trainer(job.config, job.settings, job.init, attention, unroll, mesh, args.remat)
+    trainer = Trainer(job.config, job.settings, job.init, attention, unroll, mesh, remat)
     return run(trainer, job, console)
 
 

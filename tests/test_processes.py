@@ -223,6 +223,21 @@ def test_incomplete_options_are_told(options, message, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+def test_slurm_tells_who_is_who(tmp_path):
+    """What srun sets for each of two tasks on a node; JAX makes the coordinator's port of the job's number."""
+    job = str(free_port() - (65535 - 2**12 + 1))
+    if int(job) < 0:
+        job = str(int(job) % 2**12)
+    these = {"SLURM_JOB_ID": job, "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1"}
+    options = ("--preset", "tiny", "--steps", "1", "--run", tmp_path / "run", "--distributed")
+    started = [
+        spawn(command("train_jax.py", *options), **these, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)
+    ]
+    done = finish(started)
+    assert [status for status, *_ in done] == [0, 0], done
+    assert "in 2 processes" in done[0][1]
+
+
 def test_torch_refuses_batches_that_cannot_be_divided(tmp_path):
     result = torchrun(2, *OPTIONS, "--batch-size", "3", "--run", tmp_path / "run")
     assert result.returncode != 0

@@ -115,19 +115,22 @@ def transformers_generation(config: GPTConfig, rows: list[list[int]], new: int, 
     return _in_torch(call)
 
 
-# Loading
+# Loading, until every number has been read once: transformers maps a file and reads it later
 
 
-def ours_loaded(package: str, folder: Path) -> Subject:
-    import importlib
+def jax_loaded(folder: Path) -> Subject:
+    import jax
 
-    module = importlib.import_module(package)
-    if package == "gpt_jax":
-        import jax
+    import gpt_jax
 
-        jax.devices()
-        return _in_jax(lambda: jax.block_until_ready(module.load_pretrained(folder)))
-    return _in_torch(lambda: module.load_pretrained(folder))
+    jax.devices()
+    return _in_jax(lambda: [np.asarray(leaf).sum() for leaf in jax.tree.leaves(gpt_jax.load_pretrained(folder))])
+
+
+def torch_loaded(folder: Path) -> Subject:
+    import gpt_torch
+
+    return _in_torch(lambda: _add_up(gpt_torch.load_pretrained(folder)))
 
 
 def transformers_loaded(folder: Path) -> Subject:
@@ -135,7 +138,12 @@ def transformers_loaded(folder: Path) -> Subject:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return _in_torch(lambda: GPT2LMHeadModel.from_pretrained(folder))
+    return _in_torch(lambda: _add_up(GPT2LMHeadModel.from_pretrained(folder)))
+
+
+def _add_up(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.detach().numpy().sum()
 
 
 # Tokenizing

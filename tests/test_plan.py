@@ -1,0 +1,96 @@
+"""What plan.py promises: arithmetic by hand, and XLA's own account of compiled steps."""
+
+import re
+
+import pytest
+from conftest import run_script
+
+from gpt_jax.plan import memory, messages
+from gpt_jax.sharding import MeshShape
+from parity.config import PRESETS, GPTConfig
+from parity.flops import flops_a_token, peak_flops
+
+
+def test_model_flops_by_hand():
+    """6N + 12LDT, N without the position table, and without an embedding that is only looked up."""
+    config = GPTConfig(n_vocab=100, n_ctx=8, n_embd=4, n_head=2, n_layer=3)
+    block = 12 * 4 * 4 + 13 * 4
+    N = 100 * 4 + 3 * block + 2 * 4
+    assert flops_a_token(config) == 6 * N + 12 * 3 * 4 * 8
+    untied = GPTConfig(n_vocab=100, n_ctx=8, n_embd=4, n_head=2, n_layer=3, tied_head=False)
+    assert flops_a_token(untied) == flops_a_token(config)
+    assert flops_a_token(GPTConfig(50304, 1024, 768, 12, 12)) == pytest.approx(0.855e9, rel=1e-3)
+
+
+def test_peaks_by_the_names_that_gpus_give_themselves():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA L40S") == 362e12
+    assert peak_flops("NVIDIA L4") == 121e12
+    assert peak_flops("a toaster") is None
+
+
+def test_messages_by_hand():
+    config = PRESETS["124M"]
+    parameters = 124_439_808
+    assert messages(config, MeshShape(), 8, 1, "float32") == {}
+    [size] = messages(config, MeshShape(data=8), 8, 4, "float32").values()
+    assert size == int(2 * 7 / 8 * parameters * 4)
+    gathered, scattered = messages(config, MeshShape(fsdp=8), 8, 4, "bfloat16").values()
+    assert gathered == int(2 * 7 / 8 * parameters * 2 * 4)
+    assert scattered == int(7 / 8 * parameters * 4 * 4)
+    # Two sums forward and two backward in each of 12 layers, of [4, 1024, 768] in two bytes.
+    [size] = messages(config, MeshShape(tensor=2), 4, 1, "bfloat16").values()
+    assert size == 2 * 1 / 2 * 4 * 12 * 4 * 1024 * 768 * 2
+
+
+def test_memory_shrinks_as_it_should():
+    config = PRESETS["1558M"]
+    one, eight = (memory(config, MeshShape(fsdp=size), 8, "bfloat16") for size in (1, 8))
+    assert one.moments == 2 * one.parameters == 2 * 4 * 1_557_611_200
+    assert one.narrow == one.parameters // 2
+    assert one.parameters / eight.parameters == pytest.approx(8, rel=0.01)
+    assert one.activations == 8 * eight.activations
+    kinds = [memory(config, MeshShape(), 8, "bfloat16", kind).activations for kind in ("none", "products", "all")]
+    assert kinds == sorted(kinds, reverse=True)
+    fused = memory(config, MeshShape(), 8, "bfloat16", attention="cudnn")
+    assert fused.activations < memory(config, MeshShape(), 8, "bfloat16").activations / 2
+
+
+@pytest.mark.parametrize(
+    ("preset", "mesh", "more"),
+    [
+        ("124M", "data=1", ()),
+        ("124M", "fsdp=8", ()),
+        pytest.param("1558M", "fsdp=8", ("--remat", "products"), marks=pytest.mark.slow),
+        pytest.param("124M", "data=2,fsdp=2,tensor=2", ("--remat", "all"), marks=pytest.mark.slow),
+        pytest.param("355M", "data=8", ("--remat", "products"), marks=pytest.mark.slow),
+    ],
+)
+def test_the_memory_model_against_xla(preset, mesh, more):
+    """A mesh on which XLA gathers a batch, or keeps what it should compute again, is far off."""
+    options = ("--preset", preset, "--mesh", mesh, "--dtype", "float32", "--accumulate", "30", "--compile")
+    result = run_script("plan.py", *options, *more)
+    assert result.returncode == 0, result.stderr
+    found = re.search(r"attention: ([\d.]+) GB each; the model says ([\d.]+) GB", result.stdout)
+    xla, model = map(float, found.groups())
+    print(f"{preset} over {mesh} {' '.join(more)}: XLA {xla} GB, model {model} GB")
+    assert 0.8 < model / xla < 1.25
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--device", "toaster"), "--device toaster: its peak is not known here; give --tokens-per-s"),
+        (("--mesh", "fsdp=8"), "micro-batches of 12 windows are not divisible by data x fsdp = 8"),
+        (("--mfu", "0"), "--mfu must be positive"),
+        (("--preset", "9B"), "unknown preset '9B'"),
+        (("--accumulate", "7"), "batch_size=480 is not divisible by accumulate=7"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_told(options, message):
+    result = run_script("plan.py", *options)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

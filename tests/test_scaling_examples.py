@@ -1,0 +1,48 @@
+"""The SLURM script and the JobSet: readable by those who read them, with options that exist and fit each other."""
+
+import re
+import subprocess
+
+import pytest
+import yaml
+from conftest import ROOT, run_script
+
+from gpt_jax.sharding import MeshShape
+from parity.settings import recipe
+
+
+def script_in(name):
+    text = (ROOT / "docs" / name).read_text()
+    if name.endswith(".yaml"):
+        [job] = yaml.safe_load(text)["spec"]["replicatedJobs"]
+        [container] = job["template"]["spec"]["template"]["spec"]["containers"]
+        return container["command"][2]
+    return text
+
+
+@pytest.mark.parametrize("name", ["train.slurm", "jobset.yaml"])
+def test_examples(name):
+    script = script_in(name)
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    script = script.replace("\\\n", " ")
+    [line] = [line for line in script.splitlines() if "train_jax.py" in line]
+    known = run_script("train_jax.py", "--help").stdout
+    for option in re.findall(r"(?<=\s)--[a-z-]+", line.split("train_jax.py")[1]):
+        assert re.search(rf"{option}\b", known), option
+    preset, mesh, accumulate = (
+        re.search(rf"{option} (\S+)", line)[1] for option in ("--preset", "--mesh", "--accumulate")
+    )
+    shape, settings = MeshShape.parse(mesh), recipe(preset).settings
+    assert shape.size == 16
+    shape.check(recipe(preset).model, settings.batch_size // int(accumulate))
+
+
+def test_jobset_counts_its_pods_as_the_command_does():
+    spec = yaml.safe_load((ROOT / "docs" / "jobset.yaml").read_text())
+    [job] = spec["spec"]["replicatedJobs"]
+    pods = job["template"]["spec"]["completions"]
+    assert pods == job["template"]["spec"]["parallelism"]
+    assert f"--num-processes {pods} " in script_in("jobset.yaml")
+    assert f"--coordinator {spec['metadata']['name']}-{job['name']}-0-0.{spec['metadata']['name']}:" in script_in(
+        "jobset.yaml"
+    )
