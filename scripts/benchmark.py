@@ -6,12 +6,13 @@ python scripts/benchmark.py load        # OpenAI's and transformers' files into 
 python scripts/benchmark.py compile     # from nothing to the first step, without and with a compilation cache
 python scripts/benchmark.py options --preset small   # what unroll, remat and accumulate do to a preset's step
 python scripts/benchmark.py prepare     # text to token shards; peers: tiktoken, used plainly
-python scripts/benchmark.py all         # train, generate, load and compile
+python scripts/benchmark.py all         # compile, train, generate and load
 python scripts/benchmark.py all --gpu   # the same on a GPU: 124M, 355M and 1558M, 1,024 tokens, bfloat16
 
 Each leaves results.json, results.md and results.png in --out.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -62,15 +63,16 @@ class Args:
     """Of prepare: OpenAI's vocab.bpe; by default the one in the cache."""
     out: Path | None = None
     """Folder for the results; by default a new one in runs/."""
+    cache: tyro.conf.Suppress[Path] = Path()
+    """Compiled programs, for the time of a benchmark."""
 
     def environment(self, cache: Path | None = None) -> dict[str, str]:
-        """Of a peer's process. `cache`: where compiled programs are kept, and looked for."""
+        """Of a peer's process. `cache`: where compiled programs are kept and looked for; by default one for all."""
+        cache = cache or self.cache
         if self.gpu:
-            found = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # the peers share the GPU's memory
+            found = {"MEASURE_ON": "gpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # the peers share its memory
         else:
-            found = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        if cache is None:
-            return found
+            found = {"MEASURE_ON": "cpu", "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         return {
             **found,
             "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
@@ -207,17 +209,20 @@ def load(args: Args) -> list[Measurement]:
 def compile(args: Args) -> list[Measurement]:
     """Weights drawn, program compiled, one step done: without a compilation cache, and with what the first left."""
     told, config, settings = job(args)
+    makers: dict[str, tuple] = {
+        "gpt_jax, unrolled": (peers.jax_step, config, settings, config.n_layer, "none"),
+        "gpt_jax, scanned": (peers.jax_step, config, settings, 1, "none"),
+        "gpt_torch, compiled": (peers.torch_step, config, settings, True, args.threads),
+    }
+    if args.gpu:
+        del makers["gpt_jax, scanned"]  # a cold start takes minutes there
     seconds: dict[str, list[Figures]] = {}
-    rounds = 1 if args.gpu else min(args.rounds, 2)
-    for _ in range(rounds):
-        with tempfile.TemporaryDirectory() as name:
-            makers: dict[str, tuple] = {
-                "gpt_jax, unrolled": (peers.jax_step, config, settings, config.n_layer, "none"),
-                "gpt_jax, scanned": (peers.jax_step, config, settings, 1, "none"),
-                "gpt_torch, compiled": (peers.torch_step, config, settings, True, args.threads),
-            }
+    for number in range(1 if args.gpu else min(args.rounds, 2)):
+        with contextlib.ExitStack() as stack:
+            # The first one's cache also serves what is measured afterwards.
+            folder = stack.enter_context(tempfile.TemporaryDirectory()) if number else args.cache
             for cache in ("cold", "warm"):
-                turn = {f"{peer}, {cache}": args.make(*made, cache=Path(name)) for peer, made in makers.items()}
+                turn = {f"{peer}, {cache}": args.make(*made, cache=Path(folder)) for peer, made in makers.items()}
                 for peer, figures in once(args.wanted(turn), 1).items():
                     seconds.setdefault(peer, []).append(figures)
     found = {
@@ -278,15 +283,16 @@ def main() -> None:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     kinds = {"train": train, "generate": generate, "load": load, "compile": compile}
     kinds |= {"options": options, "prepare": prepare}
-    chosen = ["train", "generate", "load", "compile"] if args.what == "all" else [args.what]
+    chosen = ["compile", "train", "generate", "load"] if args.what == "all" else [args.what]
     out = args.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-benchmark-{args.what}"
     command = shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]])
     measurements: list[Measurement] = []
-    for kind in chosen:
-        for measurement in kinds[kind](args):
-            measurement.show(console)
-            measurements.append(measurement)
-            report.write(out, command, machine(), measurements)
+    with tempfile.TemporaryDirectory() as cache:
+        for kind in chosen:
+            for measurement in kinds[kind](dataclasses.replace(args, cache=Path(cache))):
+                measurement.show(console)
+                measurements.append(measurement)
+                report.write(out, command, machine(), measurements)
     console.print(f"written to {out}", highlight=False)
 
 

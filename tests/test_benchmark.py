@@ -66,3 +66,10 @@ def test_the_script_measures_a_small_model(tmp_path):
     result = run_script("benchmark.py", "train", "--peers", "nobody")
     assert result.returncode == 2
     assert "--peers: no nobody among gpt_jax; gpt_torch, eager" in result.stderr
+
+
+def test_a_gpu_that_is_not_there_is_told(tmp_path):
+    result = run_script("benchmark.py", "train", "--preset", "tiny", "--gpu", "--out", tmp_path / "out")
+    assert result.returncode == 2
+    assert "sees only cpu devices here" in result.stderr
+    assert "Traceback" not in result.stderr

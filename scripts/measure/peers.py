@@ -30,7 +30,7 @@ def jax_step(config: GPTConfig, settings: TrainSettings, unroll: int, remat: str
     from gpt_jax.devices import choose_attention
     from gpt_jax.train import Trainer
 
-    attention = choose_attention("auto", jax.devices()[0], settings.dtype, config.drop_rate)
+    attention = choose_attention("auto", _jax_device(), settings.dtype, config.drop_rate)
     made: list[Trainer] = []
     host = batch(config, settings)
 
@@ -123,7 +123,7 @@ def jax_loaded(folder: Path) -> Subject:
 
     import gpt_jax
 
-    jax.devices()
+    _jax_device()
     return _in_jax(lambda: [np.asarray(leaf).sum() for leaf in jax.tree.leaves(gpt_jax.load_pretrained(folder))])
 
 
@@ -218,17 +218,27 @@ PRODUCT_FLOPS = 2 * PRODUCT_SIZE**3
 
 
 def _torch(threads: int) -> tuple[Any, Any]:
+    """torch, set up, and its device; raises InputError where a GPU is wanted and missing."""
     import torch
+
+    from gpt_torch.devices import choose_device
 
     if threads:
         torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("high" if torch.cuda.is_available() else "highest")
-    if not torch.cuda.is_available():
-        return torch, torch.device("cpu")
-    kernels = torch.nn.attention.SDPBackend
-    fastest = [kernels.CUDNN_ATTENTION, kernels.FLASH_ATTENTION, kernels.EFFICIENT_ATTENTION, kernels.MATH]
-    torch.nn.attention.sdpa_kernel(fastest, set_priority=True).__enter__()  # for this process's whole life
-    return torch, torch.device("cuda")
+    device = choose_device("cuda" if os.environ["MEASURE_ON"] == "gpu" else "cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        kernels = torch.nn.attention.SDPBackend
+        fastest = [kernels.CUDNN_ATTENTION, kernels.FLASH_ATTENTION, kernels.EFFICIENT_ATTENTION, kernels.MATH]
+        torch.nn.attention.sdpa_kernel(fastest, set_priority=True).__enter__()  # for this process's whole life
+    return torch, device
+
+
+def _jax_device() -> Any:
+    """Raises InputError where a GPU is wanted and missing."""
+    from gpt_jax.devices import choose_device
+
+    return choose_device(os.environ["MEASURE_ON"])
 
 
 def _transformers(config: GPTConfig) -> Any:
@@ -240,22 +250,20 @@ def _transformers(config: GPTConfig) -> Any:
 
 
 def _wait(torch: Any) -> None:
-    if torch.cuda.is_available():
+    if os.environ["MEASURE_ON"] == "gpu":
         torch.cuda.synchronize()
 
 
 def _in_torch(call: Callable[[], Any]) -> Subject:
-    import torch
+    if os.environ["MEASURE_ON"] == "gpu":
+        import torch
 
-    if torch.cuda.is_available():
         return Subject(call, torch.cuda.max_memory_allocated, torch.cuda.get_device_name())
     return Subject(call, _resident, "cpu")
 
 
 def _in_jax(call: Callable[[], Any]) -> Subject:
-    import jax
-
-    device = jax.devices()[0]
+    device = _jax_device()
     if device.platform == "cpu":
         return Subject(call, _resident, "cpu")
     return Subject(call, lambda: (device.memory_stats() or {}).get("peak_bytes_in_use", 0), device.device_kind)
