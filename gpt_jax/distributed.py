@@ -47,11 +47,15 @@ def processes(
             coordinator,
             count,
             index,
+            cluster_detection_method=None if detect else "deactivate",
             initialization_timeout=_START_SECONDS,
             heartbeat_timeout_seconds=_SILENT_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
-        raise InputError(f"the processes of the run do not find each other: {str(error).splitlines()[0]}") from None
+        raise InputError(
+            f"the processes of the run do not find each other ({str(error).splitlines()[0]}). --distributed is for "
+            f"SLURM, Open MPI and, with the package kubernetes, Kubernetes; elsewhere give {', '.join(given)}"
+        ) from None
     this = Processes(jax.process_index(), jax.process_count(), _largest)
     try:
         yield this
