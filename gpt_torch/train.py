@@ -134,9 +134,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         count = all_sum((targets != NO_TARGET).sum())
         loss = torch.zeros((), device=self.device)
-        for left, micro_batch in zip(reversed(range(len(inputs))), zip(inputs, targets, strict=True), strict=True):
+        for number, micro_batch in enumerate(zip(inputs, targets, strict=True), 1):
             # The processes exchange gradients once a step; DistributedDataParallel takes their mean.
-            with self._exchanging(left == 0):
+            with self._exchanging(number == len(inputs)):
                 part = self._loss(*micro_batch, self._narrow) / count
                 (part * self.processes.count).backward()
             loss = loss + part.detach()
