@@ -72,14 +72,10 @@ def _largest(number: int) -> int:
 
 
 def _tell(error: BaseException, this: Processes) -> int:
-    name = f"process {this.index} of {this.count}"
     reason = (str(error).splitlines() or [""])[0]
     # XLA's errors come as RuntimeError or ValueError, whatever they are about.
     if isinstance(error, RuntimeError | ValueError) and _LOST.search(reason):
-        error = InputError(
-            f"{name} lost another one, whose own output may say why ({reason}). Checkpoints saved before are intact: "
-            "start all processes again with --resume"
-        )
+        error = this.lost(reason)
     try:
         return tell(error)
     except BaseException:

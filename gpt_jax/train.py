@@ -38,6 +38,16 @@ def loss_sum(model: GPTModel, inputs: Array, targets: Array, key: Array | None =
     return head_loss(model.hidden(inputs, key), head, targets)
 
 
+def make_loss_sum(dtype: Any, mesh: Mesh | None = None):
+    """loss_sum() for jax.jit and jax.grad: computed in `dtype`, its activations divided over a mesh."""
+
+    def in_dtype(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
+        with sharding.dividing(mesh):
+            return loss_sum(cast(model, dtype), inputs, targets, key)
+
+    return in_dtype
+
+
 def calc_loss(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
     """Cross-entropy in nats, the mean over the targets [B, T] that are not NO_TARGET."""
     return loss_sum(model, inputs, targets, key) / (targets != NO_TARGET).sum()
@@ -87,9 +97,7 @@ def make_train_step(
     `out_shardings` say.
     """
 
-    def one_sum(model, inputs, targets, key):
-        with sharding.dividing(mesh):
-            return loss_sum(cast(model, dtype), inputs, targets, key)
+    one_sum = make_loss_sum(dtype, mesh)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
     def train_step(state: TrainState, inputs: Array, targets: Array, lr: Array, step: Array):
@@ -147,20 +155,20 @@ class Trainer:
         else:
             load_weights(model, initial_weights(config, settings.seed, scheme=settings.initial))
         model = cast(model, self._wide)
-        self._placed = whole = None
+        self._placed = whole = outputs = None
         if mesh is None:
             self.state = TrainState(model, self._optimizer.init(model))
         else:
             state = jax.eval_shape(lambda: TrainState(model, self._optimizer.init(model)))
             self._placed = sharding.shardings(state, config, mesh, parameter_name)
             whole = NamedSharding(mesh, PartitionSpec())
+            outputs = (self._placed, whole)
             model = sharding.place(model, self._placed.model)
             # The moments are made divided: no device ever holds all of them.
             self.state = TrainState(model, jax.jit(self._optimizer.init, out_shardings=self._placed.opt_state)(model))
         dropout_seed = settings.seed if config.drop_rate else None
-        outputs = None if mesh is None else (self._placed, whole)
         self._train_step = make_train_step(self._optimizer, settings.clip, self._dtype, dropout_seed, mesh, outputs)
-        self._loss_sum = jax.jit(self._traced_loss_sum, out_shardings=whole)
+        self._loss_sum = jax.jit(make_loss_sum(self._dtype, mesh), out_shardings=whole)
 
     def part(self, size: int) -> slice:
         return slice(0, size) if self._mesh is None else sharding.rows(size, self._mesh)
@@ -176,10 +184,6 @@ class Trainer:
 
     def loss_sum(self, inputs: Array, targets: Array) -> Array:
         return self._in_turn(self._loss_sum(self.state.model, inputs, targets))
-
-    def _traced_loss_sum(self, model: GPTModel, inputs: Array, targets: Array) -> Array:
-        with sharding.dividing(self._mesh):
-            return loss_sum(cast(model, self._dtype), inputs, targets)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> list[list[int]]:
         top_k = min(50, self.config.n_vocab)

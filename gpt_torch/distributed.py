@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 from torch import distributed
 
-from parity.errors import InputError
 from parity.processes import ALONE, Processes
 
 _SILENT = datetime.timedelta(minutes=10)
@@ -34,10 +33,7 @@ def processes() -> Iterator[Processes]:
         reason = str(error).splitlines()[0]
         if not isinstance(error, distributed.DistError) and "gloo" not in reason:
             raise
-        raise InputError(
-            f"process {this.index} of {this.count} lost another one, whose own output may say why ({reason}). "
-            "Checkpoints saved before are intact: start all processes again with --resume"
-        ) from None
+        raise this.lost(reason) from None
     distributed.destroy_process_group()
 
 

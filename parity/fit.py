@@ -165,9 +165,10 @@ def _batches(trainer: Trainer, job: Job, done: int) -> Generator[tuple[Any, Any]
     settings, n_ctx = job.settings, job.train.n_ctx
     places = np.arange(settings.batch_size).reshape(settings.accumulate, job.micro_size)  # [A, B]
     ours = places[:, trainer.part(job.micro_size)]
+    flat = ours.flatten().tolist()
 
     def load(step: int) -> tuple[Any, Any]:
-        parts = job.train.batch(settings.seed, step, settings.batch_size, ours.flatten().tolist())
+        parts = job.train.batch(settings.seed, step, settings.batch_size, flat)
         return trainer.put(*(part.reshape(*ours.shape, n_ctx) for part in parts))
 
     return ahead(load, range(done, settings.steps))
@@ -191,9 +192,7 @@ def _evaluate_and_save(trainer: Trainer, job: Job, step: int, console: Console) 
 
 
 def _save(trainer: Trainer, job: Job, step: int) -> None:
-    settings = job.settings
-    best = job.run.best_step()
-    folder = job.run.checkpoints
+    settings, folder, best = job.settings, job.run.checkpoints, job.run.best_step()
     checkpoints.save(folder, step, trainer.save, settings.keep, settings.keep_every, best, job.processes)
 
 

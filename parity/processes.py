@@ -4,6 +4,8 @@ import dataclasses
 import zlib
 from collections.abc import Callable
 
+from parity.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
@@ -21,6 +23,13 @@ class Processes:
     def wait(self) -> None:
         """Until every process has come to this line."""
         self.largest(0)
+
+    def lost(self, reason: str) -> InputError:
+        """What a process says that cannot reach another one any more; `reason`: the library's words."""
+        return InputError(
+            f"process {self.index} of {self.count} lost another one, whose own output may say why ({reason}). "
+            "Checkpoints saved before are intact: start all processes again with --resume"
+        )
 
     def agree_on(self, text: str) -> bool:
         """Whether all processes give the same text."""

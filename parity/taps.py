@@ -121,8 +121,6 @@ class Probe:
 
 
 _probe: Probe | None = None
-
-
 _place: Callable[[str, Any], Any] | None = None
 
 

@@ -12,7 +12,6 @@ python scripts/benchmark.py all --gpu   # the same on a GPU: 124M, 355M and 1558
 Each leaves results.json, results.md and results.png in --out.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -64,11 +63,11 @@ class Args:
     out: Path | None = None
     """Folder for the results; by default a new one in runs/."""
     cache: tyro.conf.Suppress[Path] = Path()
-    """Compiled programs, for the time of a benchmark."""
+    """Folder of caches of compiled programs, for the time of a benchmark."""
 
     def environment(self, cache: Path | None = None) -> dict[str, str]:
         """Of a peer's process. `cache`: where compiled programs are kept and looked for; by default one for all."""
-        cache = cache or self.cache
+        cache = cache or self.cache / "0"
         if self.gpu:
             found = {"MEASURE_ON": "gpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # the peers share its memory
         else:
@@ -153,19 +152,18 @@ def generate(args: Args) -> list[Measurement]:
     config = PRESETS[args.size]
     dtype = "bfloat16" if args.gpu else "float32"
     many = 32 if args.gpu else 8
-    half = {} if args.gpu else {"gpt_jax, bfloat16": "bfloat16"}
     measurements = []
     for B, P, new in ((1, 16, 64), (many, 16, 64), (1, 512, 1)):
         rows = np.random.default_rng(0).integers(0, config.n_vocab, (B, P)).tolist()
-        makers = args.wanted(
-            {
-                "gpt_jax": args.make(peers.jax_generation, config, rows, new, dtype),
-                "transformers": args.make(peers.transformers_generation, config, rows, new, dtype, args.threads),
-                "gpt_torch": args.make(peers.torch_generation, config, rows, new, dtype, args.threads),
-                **{name: args.make(peers.jax_generation, config, rows, new, other) for name, other in half.items()},
-            }
-        )
-        found, meter = alternate(makers, args.rounds, 1, args.make(peers.memory_reads, args.threads))
+        makers = {
+            "gpt_jax": args.make(peers.jax_generation, config, rows, new, dtype),
+            "transformers": args.make(peers.transformers_generation, config, rows, new, dtype, args.threads),
+            "gpt_torch": args.make(peers.torch_generation, config, rows, new, dtype, args.threads),
+        }
+        if not args.gpu:
+            makers["gpt_jax, bfloat16"] = args.make(peers.jax_generation, config, rows, new, "bfloat16")
+        reads = args.make(peers.memory_reads, args.threads)
+        found, meter = alternate(args.wanted(makers), args.rounds, 1, reads)
         bandwidth = peers.READ_BYTES / meter.median
         # Every weight but the position table's is read once a step; the cache comes on top and is not counted.
         itemsize = 2 if args.gpu else 4
@@ -216,20 +214,15 @@ def compile(args: Args) -> list[Measurement]:
     }
     if args.gpu:
         del makers["gpt_jax, scanned"]  # a cold start takes minutes there
-    seconds: dict[str, list[Figures]] = {}
+    found: dict[str, list[Figures]] = {}
     for number in range(1 if args.gpu else min(args.rounds, 2)):
-        with contextlib.ExitStack() as stack:
-            # The first one's cache also serves what is measured afterwards.
-            folder = stack.enter_context(tempfile.TemporaryDirectory()) if number else args.cache
-            for cache in ("cold", "warm"):
-                turn = {f"{peer}, {cache}": args.make(*made, cache=Path(folder)) for peer, made in makers.items()}
-                for peer, figures in once(args.wanted(turn), 1).items():
-                    seconds.setdefault(peer, []).append(figures)
-    found = {
-        peer: Figures([f.seconds[0] for f in runs], max(f.peak for f in runs), runs[0].device)
-        for peer, runs in seconds.items()
-    }
-    return [Measurement(f"From nothing to the first step: {told}", "start", 1, "starts", found)]
+        for state in ("cold", "warm"):  # the first cache also serves what is measured afterwards
+            cache = args.cache / str(number)
+            turn = {f"{peer}, {state}": args.make(*made, cache=cache) for peer, made in makers.items()}
+            for peer, figures in once(args.wanted(turn), 1).items():
+                found.setdefault(peer, []).append(figures)
+    figures_of = {peer: Figures.of(runs) for peer, runs in found.items()}
+    return [Measurement(f"From nothing to the first step: {told}", "start", 1, "starts", figures_of)]
 
 
 def options(args: Args) -> list[Measurement]:

@@ -35,7 +35,10 @@ def test_warming_up_does_not_count_but_the_first_call_can_be_had():
 
 
 def test_a_peer_that_dies_is_named():
-    with Peer("the other one", deserter) as peer, pytest.raises(InputError, match="the other one: its process died"):
+    with (
+        Peer("the other one", (deserter, (), {})) as peer,
+        pytest.raises(InputError, match="the other one: its process died"),
+    ):
         peer.calls(1)
 
 

@@ -75,6 +75,13 @@ def finish(started, timeout=200):
     return [(process.returncode, *output) for process, output in zip(started, outputs, strict=True)]
 
 
+def wait_for_step(step, run, started):
+    """Until the first process has logged it, or is gone."""
+    log = run / "metrics.jsonl"
+    while not (log.exists() and f'"step": {step},' in log.read_text()) and started[0].poll() is None:
+        time.sleep(0.02)
+
+
 def torchrun(count, *arguments):
     """train_torch.py in so many processes on this machine."""
     run = [sys.executable, "-m", "torch.distributed.run", "--master-port", str(free_port())]
@@ -145,9 +152,7 @@ def test_a_stopped_run_goes_on_in_another_number_of_processes(alone, tmp_path):
     """SIGTERM reaches one of two; both stop after the same step. Then one goes on."""
     options = (*OPTIONS, "--dtype", "float64", "--log-every", "1", "--run", tmp_path / "run")
     started = start(2, *options)
-    log = tmp_path / "run" / "metrics.jsonl"
-    while not (log.exists() and '"step": 3' in log.read_text()) and started[0].poll() is None:
-        time.sleep(0.02)
+    wait_for_step(3, tmp_path / "run", started)
     started[1].send_signal(signal.SIGTERM)
     done = finish(started)
     assert [status for status, *_ in done] == [143, 143], done
@@ -181,9 +186,7 @@ def test_more_processes_go_on_from_a_checkpoint(by, alone, tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_others(victim, tmp_path):
     started = start(2, "--preset", "tiny", "--steps", "100000", "--run", tmp_path / "run")
-    log = tmp_path / "run" / "metrics.jsonl"
-    while not (log.exists() and '"step": 30,' in log.read_text()) and started[0].poll() is None:
-        time.sleep(0.05)
+    wait_for_step(30, tmp_path / "run", started)
     started[victim].kill()
     done = finish(started, timeout=60)
     status, _, errors = done[1 - victim]
@@ -225,10 +228,8 @@ def test_incomplete_options_are_told(options, message, tmp_path):
 
 def test_slurm_tells_who_is_who(tmp_path):
     """What srun sets for each of two tasks on a node; JAX makes the coordinator's port of the job's number."""
-    job = str(free_port() - (65535 - 2**12 + 1))
-    if int(job) < 0:
-        job = str(int(job) % 2**12)
-    these = {"SLURM_JOB_ID": job, "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1"}
+    these = {"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1"}
+    these["SLURM_JOB_ID"] = str(free_port())  # some number
     options = ("--preset", "tiny", "--steps", "1", "--run", tmp_path / "run", "--distributed")
     started = [
         spawn(command("train_jax.py", *options), **these, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)

@@ -75,7 +75,15 @@ def test_killed_again_and_again(uninterrupted, tmp_path, name):
     assert not list((run / "checkpoints").glob(".unfinished-*"))
 
 
-@pytest.mark.parametrize(("name", "number"), [("jax", signal.SIGTERM), ("torch", signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("jax", signal.SIGTERM),
+        ("torch", signal.SIGINT),
+        pytest.param("jax", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("torch", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
 def test_asked_to_stop(uninterrupted, tmp_path, name, number):
     run = tmp_path / "run"
     status, output = start_and_signal(name, OPTIONS, run, number, has(10))

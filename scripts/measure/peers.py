@@ -171,8 +171,7 @@ def tokenized(source: Path, vocab_bpe: Path | None, threads: int) -> Subject:
 
     from parity.tokenizer import load_tokenizer
 
-    encoding: Any = load_tokenizer("gpt2", vocab_bpe)
-    encoding = encoding.encoding
+    encoding = load_tokenizer("gpt2", vocab_bpe).encoding
 
     def call() -> None:
         texts = [json.loads(line)["text"] for line in source.open(encoding="utf-8")]

@@ -25,13 +25,17 @@ class Subject(NamedTuple):
     device: str
 
 
+Make = tuple[Callable[..., Subject], tuple[Any, ...], Mapping[str, str]]
+"""A subject's maker, its arguments, and the environment of its process"""
+
+
 class Peer:
     """A subject in a process of its own, which stands still while others have their turn."""
 
-    def __init__(self, name: str, make: Callable[..., Subject], *arguments: Any, environment: Mapping[str, str] = {}):
+    def __init__(self, name: str, make: Make):
         self.name = name
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        self.device = self._ask(_make, dict(environment), make, arguments)
+        self.device = self._ask(_make, *make)
 
     def __enter__(self) -> "Peer":
         return self
@@ -63,31 +67,33 @@ class Figures(NamedTuple):
     def median(self) -> float:
         return statistics.median(self.seconds)
 
+    @classmethod
+    def of(cls, runs: Sequence["Figures"]) -> "Figures":
+        """One peer's, of several processes."""
+        return cls([s for run in runs for s in run.seconds], max(run.peak for run in runs), runs[0].device)
 
-_METER = "the meter"
-Make = tuple[Callable[..., Subject], tuple[Any, ...], Mapping[str, str]]
-"""A subject's maker, its arguments, and the environment of its process"""
+
+_METER, _METER_CALLS = "the meter", 10
 
 
 def alternate(
     peers: Mapping[str, Make], rounds: int, calls: int, meter: Make | None = None
 ) -> tuple[dict[str, Figures], Figures]:
     """Calls of all peers, in turns of so many, and ten of a meter; the first round warms up and does not count."""
+    counts = dict.fromkeys(peers, calls)
+    if meter is not None:
+        peers, counts = {**peers, _METER: meter}, {**counts, _METER: _METER_CALLS}
     with contextlib.ExitStack() as stack:
         started = [
-            (stack.enter_context(Peer(name, make, *arguments, environment=environment)), calls)
-            for name, (make, arguments, environment) in track(peers.items(), "starting", transient=True)
+            stack.enter_context(Peer(name, make)) for name, make in track(peers.items(), "starting", transient=True)
         ]
-        if meter is not None:
-            make, arguments, environment = meter
-            started.append((stack.enter_context(Peer(_METER, make, *arguments, environment=environment)), 10))
-        seconds: dict[str, list[float]] = {peer.name: [] for peer, _ in started}
-        for counts in track([False] + [True] * rounds, "measuring", transient=True):
-            for peer, count in started:
-                found = peer.calls(count)
-                if counts:
+        seconds: dict[str, list[float]] = {name: [] for name in peers}
+        for counting in track([False] + [True] * rounds, "measuring", transient=True):
+            for peer in started:
+                found = peer.calls(counts[peer.name])
+                if counting:
                     seconds[peer.name] += found
-        figures = {peer.name: Figures(seconds[peer.name], peer.peak(), peer.device) for peer, _ in started}
+        figures = {peer.name: Figures(seconds[peer.name], peer.peak(), peer.device) for peer in started}
         return figures, figures.pop(_METER, Figures([], 0, ""))
 
 
@@ -95,13 +101,10 @@ def once(peers: Mapping[str, Make], rounds: int) -> dict[str, Figures]:
     """The first call of each peer, in a new process each time, in turns."""
     found: dict[str, list[Figures]] = {name: [] for name in peers}
     for _ in track(range(rounds), "measuring", transient=True):
-        for name, (make, arguments, environment) in peers.items():
-            with Peer(name, make, *arguments, environment=environment) as peer:
+        for name, make in peers.items():
+            with Peer(name, make) as peer:
                 found[name].append(Figures(peer.calls(1), peer.peak(), peer.device))
-    return {
-        name: Figures([f.seconds[0] for f in figures], max(f.peak for f in figures), figures[0].device)
-        for name, figures in found.items()
-    }
+    return {name: Figures.of(runs) for name, runs in found.items()}
 
 
 # In the peer's process
@@ -109,7 +112,7 @@ def once(peers: Mapping[str, Make], rounds: int) -> dict[str, Figures]:
 _subject: Subject
 
 
-def _make(environment: dict[str, str], make: Callable[..., Subject], arguments: Sequence[Any]) -> str:
+def _make(make: Callable[..., Subject], arguments: Sequence[Any], environment: Mapping[str, str]) -> str:
     global _subject
     os.environ.update(environment)  # before a framework is imported
     _subject = make(*arguments)
