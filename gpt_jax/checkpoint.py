@@ -9,9 +9,9 @@ from jax import Array
 
 from gpt_jax.model import GPTModel
 from gpt_jax.pretrained import save_pretrained
-from parity import checkpoints
 from parity.errors import InputError
-from parity.train_state import ORBAX_FOLDER
+from parity.training import checkpoints
+from parity.training.optimizer_state import ORBAX_FOLDER
 
 
 def save(folder: Path, model: GPTModel, arrays: dict[str, Array]) -> None:

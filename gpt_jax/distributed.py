@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from parity.errors import InputError, tell
-from parity.processes import ALONE, Processes
+from parity.training.processes import ALONE, Processes
 
 _START_SECONDS = 300
 _SILENT_SECONDS = 60

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from gpt_jax.model import at_least_float32
-from parity.data import NO_TARGET
+from parity.config import IGNORE_INDEX
 
 LARGEST_CHUNK = 2**25
 """Logits of a chunk, 128 MiB in float32"""
 
 
 def head_loss(x: Array, head: Array, targets: Array, largest_chunk: int = LARGEST_CHUNK) -> Array:
-    """Cross-entropy in nats, summed over the targets that are not NO_TARGET.
+    """Cross-entropy in nats, summed over the targets that are not IGNORE_INDEX.
 
     x [B, T, D], head [V, D], targets int [B, T] -> float32 (or float64). `largest_chunk`: most logits at a time.
     """
@@ -52,7 +52,7 @@ def _chunk(x: Array, head: Array, targets: Array) -> tuple[Array, Array]:
     largest = logits.max(axis=-1, keepdims=True)
     raised = jnp.exp(logits - largest)
     total = raised.sum(axis=-1, keepdims=True)
-    counted = (targets != NO_TARGET)[:, None]
+    counted = (targets != IGNORE_INDEX)[:, None]
     right = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)
     loss = jnp.where(counted, jnp.log(total) + largest - right, 0).sum()
     return loss, (raised * (counted / total)).astype(x.dtype)
@@ -74,7 +74,7 @@ def _forward(x: Array, head: Array, targets: Array, chunks: int) -> tuple[Array,
         (total, head_gradient), (x, targets) = carry, part
         loss, pattern = _chunk(x, head, targets)
         # The gradient of the logits is the softmax less one at the target; the one is taken off afterwards.
-        wanted, counted = jnp.maximum(targets, 0), (targets != NO_TARGET)[:, None]
+        wanted, counted = jnp.maximum(targets, 0), (targets != IGNORE_INDEX)[:, None]
         more = jnp.einsum("RV,RD->VD", pattern, x, preferred_element_type=wide)
         more = more.at[wanted].add(-jnp.where(counted, x, 0).astype(wide))
         return (total + loss, head_gradient + more), pattern @ head - jnp.where(counted, head[wanted], 0)

@@ -16,11 +16,10 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from gpt_jax.pretrained import load_weights
+from gpt_jax.weights import load_weights
 from parity import taps
 from parity.config import LAYER_NORM_EPS, GPTConfig, as_config
 from parity.taps import tap
-from parity.tokens import check_tokens
 from parity.weights import initial_weights
 
 # For each layer keys and values, both [BN, S, H]. Rows and heads are one axis, or XLA would copy the
@@ -184,7 +183,7 @@ class GPTModel(nnx.Module):
 
     def hidden(self, tokens: Array, key: Array | None = None) -> Array:
         """What the head reads: tokens int [B, T] -> [B, T, D]. Raises as a call does."""
-        check_tokens(tokens.shape, self.config)
+        self.config.check_tokens(tokens.shape)
         check_ids(tokens, self.config)
         T = tokens.shape[1]
         slots = jnp.arange(T)
@@ -263,4 +262,4 @@ def check_ids(tokens: Array, config: GPTConfig) -> None:
     """Raise InputError for an id outside the vocabulary; a traced array has no ids yet."""
     if not isinstance(tokens, jax.core.Tracer):
         ids = np.asarray(tokens)
-        check_tokens(ids.shape, config, int(ids.min(initial=0)), int(ids.max(initial=0)))
+        config.check_tokens(ids.shape, int(ids.min(initial=0)), int(ids.max(initial=0)))

@@ -17,13 +17,13 @@ from gpt_jax import checkpoint, sharding
 from gpt_jax.generate import generate
 from gpt_jax.loss import head_loss
 from gpt_jax.model import GPTModel, cast
-from gpt_jax.pretrained import load_weights
-from parity import pretrained, train_state
-from parity.config import GPTConfig
-from parity.data import NO_TARGET
+from gpt_jax.weights import load_weights
+from parity.config import IGNORE_INDEX, GPTConfig
 from parity.errors import InputError
-from parity.settings import TrainSettings
+from parity.training import optimizer_state as train_state
+from parity.training.settings import TrainSettings
 from parity.weights import initial_weights, rows
+from parity.weights import load as pretrained
 
 
 class TrainState(NamedTuple):
@@ -33,7 +33,7 @@ class TrainState(NamedTuple):
 
 
 def loss_sum(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
-    """Cross-entropy in nats, summed over the targets [B, T] that are not NO_TARGET."""
+    """Cross-entropy in nats, summed over the targets [B, T] that are not IGNORE_INDEX."""
     head = model.tok_emb.embedding[...] if model.config.tied_head else model.out_head.kernel[...].T  # [V, D]
     return head_loss(model.hidden(inputs, key), head, targets)
 
@@ -49,8 +49,8 @@ def make_loss_sum(dtype: Any, mesh: Mesh | None = None):
 
 
 def calc_loss(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
-    """Cross-entropy in nats, the mean over the targets [B, T] that are not NO_TARGET."""
-    return loss_sum(model, inputs, targets, key) / (targets != NO_TARGET).sum()
+    """Cross-entropy in nats, the mean over the targets [B, T] that are not IGNORE_INDEX."""
+    return loss_sum(model, inputs, targets, key) / (targets != IGNORE_INDEX).sum()
 
 
 def make_optimizer(settings: TrainSettings, config: GPTConfig) -> optax.GradientTransformation:
@@ -114,7 +114,7 @@ def make_train_step(
         else:
             zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.model))
             total, _ = jax.lax.scan(micro_batch, zeros, (inputs, targets, keys))
-        loss, grads = jax.tree.map(lambda a: a / (targets != NO_TARGET).sum(), total)
+        loss, grads = jax.tree.map(lambda a: a / (targets != IGNORE_INDEX).sum(), total)
         grads, norm = clip_by_global_norm(grads, clip)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
         model = jax.tree.map(lambda p, u: p - lr * u, state.model, updates)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import distributed
 
-from parity.processes import ALONE, Processes
+from parity.training.processes import ALONE, Processes
 
 _SILENT = datetime.timedelta(minutes=10)
 """How long a process waits for the others."""

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt_torch.pretrained import load_weights
+from gpt_torch.weights import load_weights
 from parity import taps
 from parity.config import LAYER_NORM_EPS, GPTConfig, as_config
 from parity.taps import tap
-from parity.tokens import check_tokens
 from parity.weights import initial_weights
 
 Cache = list[tuple[Tensor, Tensor]]  # for each layer keys and values, both [B, S, N, H]
@@ -150,7 +149,7 @@ class GPTModel(nn.Module):
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """What the head reads: tokens int [B, T] -> [B, T, D]. Raises as a call does."""
-        check_tokens(tokens.shape, self.config)
+        self.config.check_tokens(tokens.shape)
         check_ids(tokens, self.config)
         T = tokens.shape[1]
         slots = torch.arange(T, device=tokens.device)
@@ -203,4 +202,4 @@ def check_ids(tokens: Tensor, config: GPTConfig) -> None:
     if tokens.device.type == "meta" or torch.compiler.is_compiling():
         return
     low, high = tokens.aminmax()
-    check_tokens(tokens.shape, config, int(low), int(high))
+    config.check_tokens(tokens.shape, int(low), int(high))

@@ -1,31 +1,18 @@
 """Weights into and out of the torch model, through the table in parity/weights.py."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from parity import huggingface, notebook, pretrained, weights
+from parity import notebook, weights
 from parity.config import as_tied
+from parity.weights import huggingface
+from parity.weights import load as pretrained
 
 if TYPE_CHECKING:
     from gpt_torch.model import GPTModel
-
-
-def load_weights(
-    model: "GPTModel", arrays: Mapping[str, Any], source: str = "huggingface", origin: str = "weights"
-) -> None:
-    """Copy arrays, named as in `source`, over the model's parameters, in the parameters' dtype.
-
-    Raises InputError that lists every missing, unknown or wrongly shaped name.
-    """
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, array in weights.convert(arrays, source, "torch", model.config, origin=origin):
-            weights.warn_if_not_finite(name, array, origin)
-            parameters[name].copy_(torch.from_numpy(np.require(array, requirements=["C", "W"])))
+from gpt_torch.weights import export_weights, load_weights
 
 
 def load_weights_into_gpt(model: "GPTModel", params: dict[str, Any]) -> None:
@@ -37,12 +24,6 @@ def load_weights_into_gpt(model: "GPTModel", params: dict[str, Any]) -> None:
     if not model.config.tied_head:
         arrays["lm_head.weight"] = arrays["wte.weight"]
     load_weights(model, arrays, origin="params")
-
-
-def export_weights(model: "GPTModel", target: str = "huggingface") -> dict[str, np.ndarray]:
-    """The model's parameters as NumPy arrays, named and oriented as in `target`."""
-    arrays = {name: parameter.detach().cpu().numpy() for name, parameter in model.named_parameters()}
-    return dict(weights.convert(arrays, "torch", target, model.config))
 
 
 def save_pretrained(model: "GPTModel", folder: str | Path) -> None:

@@ -18,28 +18,31 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt_torch.distributed import all_sum
 from gpt_torch.generate import generate
 from gpt_torch.model import GPTModel
-from gpt_torch.pretrained import load_weights, save_pretrained
-from parity import checkpoints, pretrained, train_state, weights
-from parity.config import GPTConfig
-from parity.data import NO_TARGET
-from parity.processes import ALONE, Processes
-from parity.settings import TrainSettings
+from gpt_torch.pretrained import save_pretrained
+from gpt_torch.weights import load_weights
+from parity import weights
+from parity.config import IGNORE_INDEX, GPTConfig
+from parity.training import checkpoints
+from parity.training import optimizer_state as train_state
+from parity.training.processes import ALONE, Processes
+from parity.training.settings import TrainSettings
 from parity.weights import initial_weights, rows
+from parity.weights import load as pretrained
 
 
 def loss_sum(model: GPTModel, inputs: Tensor, targets: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Cross-entropy in nats, summed over the targets [B, T] that are not NO_TARGET.
+    """Cross-entropy in nats, summed over the targets [B, T] that are not IGNORE_INDEX.
 
     `dtype`: computes in it, from parameters that stay as they are.
     """
     narrow = {} if dtype is None else {name: p.to(dtype) for name, p in model.named_parameters()}
     logits = torch.func.functional_call(model, narrow, inputs)  # [B, T, V]
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET, reduction="sum")
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def calc_loss(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats, the mean over the targets [B, T] that are not NO_TARGET."""
-    return loss_sum(model, inputs, targets) / (targets != NO_TARGET).sum()
+    """Cross-entropy in nats, the mean over the targets [B, T] that are not IGNORE_INDEX."""
+    return loss_sum(model, inputs, targets) / (targets != IGNORE_INDEX).sum()
 
 
 def make_optimizer(model: GPTModel, settings: TrainSettings) -> torch.optim.AdamW:
@@ -132,7 +135,7 @@ class Trainer:
             torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        count = all_sum((targets != NO_TARGET).sum())
+        count = all_sum((targets != IGNORE_INDEX).sum())
         loss = torch.zeros((), device=self.device)
         for number, micro_batch in enumerate(zip(inputs, targets, strict=True), 1):
             # The processes exchange gradients once a step; DistributedDataParallel takes their mean.

@@ -18,6 +18,9 @@ from parity.errors import InputError
 # openai/gpt-2 src/model.py, `norm`; torch's default is the same, Flax's is 1e-6.
 LAYER_NORM_EPS = 1e-5
 
+IGNORE_INDEX = -1
+"""Target of a padded position: it counts in no loss."""
+
 # The notebook's configuration keys -> ours.
 NOTEBOOK_NAMES = {
     "vocab_size": "n_vocab",
@@ -81,6 +84,20 @@ class GPTConfig:
             "F": 4 * self.n_embd,
             "L": self.n_layer,
         }
+
+    def check_tokens(self, shape: tuple[int, ...], low: int = 0, high: int = 0) -> None:
+        """Raise InputError unless tokens of `shape` [B, T], with ids low..high, fit the model."""
+        if len(shape) != 2:
+            raise InputError(f"tokens must have axes [B, T], got shape {list(shape)}")
+        if 0 in shape:
+            raise InputError(f"tokens are empty: shape {list(shape)}")
+        if shape[1] > self.n_ctx:
+            raise InputError(f"{shape[1]} tokens are more than the model's context, n_ctx={self.n_ctx}; shorten them")
+        if low < 0 or high >= self.n_vocab:
+            bad = low if low < 0 else high
+            raise InputError(
+                f"token id {bad} is outside the vocabulary 0..{self.n_vocab - 1}; was the text encoded for this model?"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

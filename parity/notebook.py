@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from parity import openai_checkpoint
 from parity.config import GPTConfig
-from parity.data import order
-from parity.download import download_model
+from parity.data.tokenizer import END_OF_TEXT, load_tokenizer
+from parity.data.windows import order
 from parity.errors import InputError
-from parity.tokenizer import END_OF_TEXT, load_tokenizer
+from parity.weights import openai as openai_checkpoint
+from parity.weights.openai_files import download_model
 
 
 def download_and_load_gpt2(model_size: str, models_dir: str | Path) -> tuple[dict[str, int], dict[str, Any]]:

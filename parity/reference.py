@@ -5,19 +5,19 @@ Weights are in the huggingface format, of any float or complex dtype: with a com
 weights widened at a time, for little memory. Sources: as in gpt_torch/model.py.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from parity import taps
-from parity.backend import FULL, Compute, Weights
-from parity.config import LAYER_NORM_EPS, GPTConfig
-from parity.data import NO_TARGET
+from parity.config import IGNORE_INDEX, LAYER_NORM_EPS, GPTConfig
 from parity.taps import tap
 
+Weights = Mapping[str, np.ndarray]  # in the huggingface format
 
-def logits(config: GPTConfig, weights: Weights, tokens: np.ndarray, compute: Compute = FULL) -> np.ndarray:
+
+def logits(config: GPTConfig, weights: Weights, tokens: np.ndarray, compute: Any = None) -> np.ndarray:
     """tokens int [B, T] -> [B, T, V], in float64 or complex128 whatever `compute` says."""
     T = tokens.shape[1]
     x = tap("embed", wide(weights["wte.weight"][tokens]) + wide(weights["wpe.weight"][:T]))  # [B, T, D]
@@ -39,7 +39,7 @@ def activations(
     weights: Weights,
     tokens: np.ndarray,
     names: Iterable[str] | None = None,
-    compute: Compute = FULL,
+    compute: Any = None,
 ) -> dict[str, np.ndarray]:
     """{name of parity/taps.py: activation}, in float64."""
     with taps.probe(config, names) as cache:
@@ -80,12 +80,12 @@ def attention(config: GPTConfig, w: Weights, p: str, x: np.ndarray) -> np.ndarra
 
 
 def loss(config: GPTConfig, weights: Weights, inputs: np.ndarray, targets: np.ndarray) -> Any:
-    """Mean cross-entropy in nats over the targets [B, T] that are not NO_TARGET."""
+    """Mean cross-entropy in nats over the targets [B, T] that are not IGNORE_INDEX."""
     z = logits(config, weights, inputs)
     top = z.real.max(-1, keepdims=True)
     log_total = np.log(np.exp(z - top).sum(-1)) + top[..., 0]
     chosen = np.take_along_axis(z, np.maximum(targets, 0)[..., None], -1)[..., 0]
-    return (log_total - chosen)[targets != NO_TARGET].mean()
+    return (log_total - chosen)[targets != IGNORE_INDEX].mean()
 
 
 def directional_derivative(

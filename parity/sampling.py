@@ -1,6 +1,6 @@
 """What a generator is asked for, checked and laid out once for both backends.
 
-From logits to a token, the rules that both follow (tests/numpy_oracle.py has them in float64). The
+From logits to a token, the rules that both follow (tests/support/numpy_oracle.py has them in float64). The
 order, and what each step keeps, is that of Hugging Face's logits processors; equals at a limit all stay:
 
 1. repetition_penalty (Keskar et al. 2019): logits of tokens already in the row, prompt included, are
@@ -27,8 +27,6 @@ import numpy as np
 
 from parity.config import GPTConfig
 from parity.errors import InputError
-from parity.noise import uniforms
-from parity.tokens import check_tokens
 
 SMALLEST_BUCKET = 16
 
@@ -160,7 +158,7 @@ def prepare(
                 f"prompt {number // samples} is empty; start with the end-of-text token to generate from nothing"
             )
         seen_length = min(len(prompt), context_size or len(prompt))
-        check_tokens((1, seen_length), config, min(prompt), max(prompt))
+        config.check_tokens((1, seen_length), min(prompt), max(prompt))
     cropped = [prompt[-context:] for prompt in as_lists]
     lengths = np.array([len(prompt) for prompt in cropped], np.int32)
     limits = np.full(len(cropped), max_new_tokens, np.int32)
@@ -196,3 +194,17 @@ def check_finite(failed_at: int) -> None:
             f"the model's logits are not finite at new token {failed_at} (counted from 0): "
             "its weights hold NaN or infinity, or overflow in their dtype"
         )
+
+
+def uniforms(seed: int, rows: np.ndarray, starts: np.ndarray, count: int) -> np.ndarray:
+    """Uniforms float32 [len(rows), count] in [0, 1): row r's are for positions starts[r] onwards.
+
+    Multiples of 2**-24, so that float32 and float64 models compare against the same numbers. The
+    number for (seed, row, position) does not depend on what else is asked for.
+    """
+    drawn = np.empty((len(rows), count), np.float32)
+    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        generator = np.random.Generator(np.random.Philox(key=[seed, int(row)]))
+        stream = generator.integers(0, 2**24, size=int(start) + count, dtype=np.uint32)
+        drawn[i] = stream[int(start) :].astype(np.float32) * np.float32(2**-24)
+    return drawn

@@ -33,11 +33,13 @@ from measure.report import Measurement
 from measure.turns import Figures, Make, alternate, once
 from rich.console import Console
 
-from parity import huggingface, openai_checkpoint, weights
+from parity import weights
 from parity.config import PRESETS, GPTConfig
 from parity.errors import InputError, exit_with_message
-from parity.flops import flops_a_token, peak_flops
-from parity.settings import TrainSettings, recipe
+from parity.training.flops import flops_a_token, peak_flops
+from parity.training.settings import TrainSettings, recipe
+from parity.weights import huggingface
+from parity.weights import openai as openai_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,12 +26,14 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Column, Table
 
-from parity import budget, report, taps
-from parity.backend import Compute
+from parity import taps
+from parity.comparison import error_bounds as budget
+from parity.comparison import report
+from parity.comparison.implementations import open_side, read_weights, sharp_weights
+from parity.comparison.protocol import Compute
 from parity.config import as_config
 from parity.errors import InputError, exit_with_message
-from parity.settings import recipe
-from parity.sides import open_side, read_weights, sharp_weights
+from parity.training.settings import recipe
 from parity.weights import initial_weights
 
 _LONG = 24  # rows of a section that are printed whole

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from parity import sources
+from parity import loading as sources
+from parity.data.tokenizer import encode_prompt
 from parity.errors import InputError, exit_with_message
-from parity.tokenizer import encode_prompt
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

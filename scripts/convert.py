@@ -17,10 +17,13 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from parity import huggingface, openai_checkpoint, pretrained, weights
-from parity.compare import compare
+from parity import weights
+from parity.comparison.compare import compare
 from parity.config import GPTConfig
 from parity.errors import InputError, exit_with_message
+from parity.weights import huggingface
+from parity.weights import load as pretrained
+from parity.weights import openai as openai_checkpoint
 
 # The same two files of the tokenizer go by other names.
 _VOCABULARY = {"openai": ("encoder.json", "vocab.bpe"), "huggingface": ("vocab.json", "merges.txt")}

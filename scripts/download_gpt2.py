@@ -10,8 +10,8 @@ from typing import Literal
 
 import tyro
 
-from parity.download import download_model
 from parity.errors import exit_with_message
+from parity.weights.openai_files import download_model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import tyro
 
-from parity import sources
+from parity import loading as sources
+from parity.data.tokenizer import Tokenizer, encode_prompt, stream_text
 from parity.errors import InputError, exit_with_message
-from parity.tokenizer import Tokenizer, encode_prompt, stream_text
 
 
 @dataclasses.dataclass(frozen=True)

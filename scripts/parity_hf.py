@@ -10,10 +10,10 @@ import numpy as np
 import torch
 import transformers
 
-from parity import huggingface, taps
-from parity.backend import FULL, Compute, Weights
-from parity.config import GPTConfig
-from parity.data import NO_TARGET
+from parity import taps
+from parity.comparison.protocol import FULL, Compute, Weights
+from parity.config import IGNORE_INDEX, GPTConfig
+from parity.weights import huggingface
 
 
 def build(config: GPTConfig, weights: Weights, compute: Compute = FULL) -> transformers.GPT2LMHeadModel:
@@ -99,7 +99,7 @@ def loss_and_gradients(
     logits = model(torch.from_numpy(inputs).long()).logits.flatten(0, 1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     wanted = torch.from_numpy(targets).long().flatten()
-    loss = torch.nn.functional.cross_entropy(logits, wanted, ignore_index=NO_TARGET)
+    loss = torch.nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORE_INDEX)
     loss.backward()
     gradients = {name.removeprefix("transformer."): to_numpy(p.grad) for name, p in model.named_parameters()}
     return loss.item(), gradients

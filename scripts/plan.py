@@ -17,11 +17,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from gpt_jax.plan import compiled_memory, memory, messages
+from gpt_jax.memory import compiled_memory, memory, messages
 from gpt_jax.sharding import MeshShape
 from parity.errors import InputError, exit_with_message
-from parity.flops import flops_a_token, peak_flops
-from parity.settings import recipe
+from parity.training.flops import flops_a_token, peak_flops
+from parity.training.settings import recipe
 from parity.weights import n_params
 
 

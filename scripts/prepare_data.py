@@ -17,9 +17,9 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from parity import prepare
+from parity.data import shards as prepare
+from parity.data.tokenizer import load_tokenizer
 from parity.errors import InputError, exit_with_message
-from parity.tokenizer import load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

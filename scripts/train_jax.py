@@ -18,10 +18,10 @@ from gpt_jax.distributed import processes
 from gpt_jax.sharding import MeshShape, make_mesh
 from gpt_jax.train import Trainer
 from parity.errors import InputError, exit_with_message
-from parity.fit import run
-from parity.job import JobArgs, begin, load, parse
-from parity.processes import Processes
-from parity.settings import recipe
+from parity.training.job import JobArgs, begin, load, parse
+from parity.training.loop import run
+from parity.training.processes import Processes
+from parity.training.settings import recipe
 
 
 @dataclasses.dataclass(frozen=True)

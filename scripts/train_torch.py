@@ -17,9 +17,9 @@ from gpt_torch.devices import choose_device, describe
 from gpt_torch.distributed import processes
 from gpt_torch.train import Trainer
 from parity.errors import InputError, exit_with_message
-from parity.fit import run
-from parity.job import JobArgs, begin, load, parse
-from parity.processes import Processes
+from parity.training.job import JobArgs, begin, load, parse
+from parity.training.loop import run
+from parity.training.processes import Processes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS, TINY, probing_weights, random_batch
+from support.models import BACKENDS, TINY, probing_weights, random_batch
 
 import gpt_jax
 import gpt_torch
-from parity import budget, reference, taps
-from parity.backend import Compute
-from parity.compare import compare
+from parity import reference, taps
+from parity.comparison import error_bounds as budget
+from parity.comparison.compare import compare
+from parity.comparison.protocol import Compute
 from parity.errors import InputError
 
 NAMES = taps.activation_names(TINY)

@@ -2,18 +2,14 @@
 
 import json
 import os
-import sys
 
 import pytest
-from conftest import ROOT, run_script
-
-from parity.errors import InputError
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
 from measure.report import Measurement, write
 from measure.turns import Figures, Peer, alternate, once
-from subjects import deserter, first_slow, sleeper
+from support.runs import run_script
+from support.workloads import deserter, first_slow, sleeper
+
+from parity.errors import InputError
 
 
 def test_peers_take_turns_in_processes_of_their_own():

@@ -6,16 +6,18 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import TINY, command, metrics, random_batch, run_script
+from support.models import TINY, random_batch
+from support.runs import command, metrics, run_script
 
-import gpt_jax.backend
+import gpt_jax.adapter
 import gpt_jax.train
 import gpt_torch.train
-from parity import checkpoints, train_state
-from parity.data import NO_TARGET
+from parity.config import IGNORE_INDEX
 from parity.errors import InputError
-from parity.runs import RunFolder
-from parity.settings import recipe
+from parity.training import checkpoints
+from parity.training import optimizer_state as train_state
+from parity.training.runs import RunFolder
+from parity.training.settings import recipe
 
 SETTINGS = recipe("tiny").settings
 TRAINERS = {"torch": gpt_torch.train.Trainer, "jax": gpt_jax.train.Trainer}
@@ -76,7 +78,7 @@ def test_another_models_checkpoint_is_refused_with_names(make, tmp_path, config,
 def test_another_dtype_is_refused(tmp_path):
     """orbax would cast it and say nothing."""
     folder = checkpoints.save(tmp_path, 0, gpt_jax.train.Trainer(TINY, SETTINGS).save, keep=2)
-    with gpt_jax.backend.jax.enable_x64(True):
+    with gpt_jax.adapter.jax.enable_x64(True):
         other = gpt_jax.train.Trainer(TINY, dataclasses.replace(SETTINGS, dtype="float64"))
         with pytest.raises(InputError, match=r"parameters.tok_emb.embedding is .*float32.* there, .*float64.* here"):
             other.restore(folder)
@@ -88,7 +90,7 @@ def test_the_other_framework_goes_on(tmp_path, writer, dtype):
     """Optimizer state included: the losses go on as the writer's own do."""
     [reader] = TRAINERS.keys() - {writer}
     settings = dataclasses.replace(SETTINGS, dtype=dtype)
-    with gpt_jax.backend.jax.enable_x64(dtype == "float64"):
+    with gpt_jax.adapter.jax.enable_x64(dtype == "float64"):
         first = TRAINERS[writer](TINY, settings)
         steps(first, 0, 10)
         folder = checkpoints.save(tmp_path / writer, 10, first.save, keep=2)
@@ -108,7 +110,7 @@ def test_a_step_that_is_not_finite_changes_nothing(make, tmp_path):
     assert steps(trainer, 0, 3) == steps(undisturbed, 0, 3)
     before = stored(checkpoints.save(tmp_path, 3, trainer.save, keep=2))
     inputs, _ = random_batch(TINY, 4)
-    bad = trainer.train_step(*trainer.put(inputs[None], np.full_like(inputs[None], NO_TARGET)), 1e-3, 3)
+    bad = trainer.train_step(*trainer.put(inputs[None], np.full_like(inputs[None], IGNORE_INDEX)), 1e-3, 3)
     assert np.isnan(float(bad["loss"]))
     assert_same(stored(checkpoints.save(tmp_path, 4, trainer.save, keep=2)), before)
     assert steps(trainer, 3, 6) == steps(undisturbed, 3, 6)

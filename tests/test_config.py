@@ -1,14 +1,14 @@
 import json
 
 import pytest
-from conftest import TINY
+from support.models import TINY
 
 import gpt_jax
 import gpt_torch
 from parity.config import PRESETS, GPTConfig, as_config
 from parity.errors import InputError
-from parity.runs import RunFolder, run_config
-from parity.settings import TrainSettings, recipe
+from parity.training.runs import RunFolder, run_config
+from parity.training.settings import TrainSettings, recipe
 
 # The dict of the notebook, as it stands there.
 NOTEBOOK = {

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CONFIGS, TINY, probing_weights
+from support.models import CONFIGS, TINY, probing_weights
 
-from parity import huggingface, openai_checkpoint
 from parity import weights as table
+from parity.weights import huggingface
+from parity.weights import openai as openai_checkpoint
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "convert.py"
 

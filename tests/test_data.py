@@ -5,14 +5,16 @@ import math
 import numpy as np
 import pytest
 
-from parity import corpora
-from parity.bigram import bigram_loss
-from parity.corpora import load_corpus
-from parity.data import NO_TARGET, Windows, read_bin
-from parity.download import Wanted
+from parity.config import IGNORE_INDEX
+from parity.data import corpora
+from parity.data.corpora import load_corpus
+from parity.data.token_files import read_bin
+from parity.data.tokenizer import ByteTokenizer
+from parity.data.windows import Windows
 from parity.errors import InputError
-from parity.schedule import learning_rate
-from parity.tokenizer import ByteTokenizer
+from parity.storage.download import Wanted
+from parity.training.bigram import bigram_loss
+from parity.training.schedule import learning_rate
 
 
 def windows(lengths=(100, 57), n_ctx=8, **options):
@@ -58,7 +60,7 @@ def test_batch_is_a_pure_function():
 @pytest.mark.parametrize("lengths", [(100, 57), (9,), (17, 2, 30)])
 def test_in_order_has_every_target_once(lengths):
     data = windows(lengths)
-    targets = [t for _, batch in data.in_order(3) for t in batch.flatten() if t != NO_TARGET]
+    targets = [t for _, batch in data.in_order(3) for t in batch.flatten() if t != IGNORE_INDEX]
     first = np.cumsum([0, *lengths[:-1]])
     assert targets == [i for i in range(sum(lengths)) if i not in first]
 

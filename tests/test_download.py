@@ -9,9 +9,11 @@ import time
 
 import pytest
 
-from parity import download
-from parity.download import Wanted, fetch, model_files
 from parity.errors import InputError
+from parity.storage import download
+from parity.storage.download import Wanted, fetch
+from parity.weights import openai_files
+from parity.weights.openai_files import model_files
 
 CONTENT = bytes(range(256)) * 5000  # 1.28 MB, many chunks
 WANTED = Wanted("file", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
@@ -201,9 +203,9 @@ def test_the_seven_files():
 
 def test_a_whole_model_from_a_base_url(server, tmp_path, monkeypatch):
     files = [Wanted(f"part{n}", WANTED.size, WANTED.sha256) for n in range(3)]
-    monkeypatch.setattr(download, "model_files", lambda size: files)
+    monkeypatch.setattr(openai_files, "model_files", lambda size: files)
     monkeypatch.setenv("GPT_PARITY_CACHE", str(tmp_path))
-    folder = download.download_model("124M", base_urls=[f"{server.url}/models/"])
+    folder = openai_files.download_model("124M", base_urls=[f"{server.url}/models/"])
     assert folder == tmp_path / "models" / "124M"
     assert sorted(p.name for p in folder.iterdir() if p.suffix != ".lock") == ["part0", "part1", "part2"]
     assert [path for path, _ in server.requests] == [f"/models/124M/part{n}" for n in range(3)]

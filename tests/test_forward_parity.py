@@ -3,19 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_oracle as oracle
 import pytest
 import torch
-from conftest import probing_weights, random_batch
+from support import numpy_oracle as oracle
+from support.models import probing_weights, random_batch
+from support.tolerances import LOGITS_ATOL
 
-import gpt_jax.backend
-import gpt_torch.backend
-from parity.compare import compare
+import gpt_jax.adapter
+import gpt_torch.adapter
+from parity.comparison.compare import compare
 
-# float64: products of at most 388 terms of size 1, three layers deep: rounding of some 1e-13.
-# float32: the same at 2**29 times the rounding, some 5e-5 of a logit of size 10 in the worst case;
-# measured below 1e-5 (test prints). Planted errors are shown to exceed both in test_planted_errors.
-LOGITS_ATOL = {np.float64: 1e-12, np.float32: 2e-5}
 OP_TOLERANCE = {np.float64: 1e-13, np.float32: 4e-6}  # of the largest element: 32 roundings and more
 DTYPES = pytest.mark.parametrize("dtype", LOGITS_ATOL)
 
@@ -39,9 +36,9 @@ def test_logits(backend, config, dtype):
 def both(config, weights, x, run):
     """run(model, x) by torch and by jax, as NumPy."""
     with torch.inference_mode():
-        ours_torch = run(gpt_torch.backend.build(config, weights), torch.from_numpy(x)).numpy()
+        ours_torch = run(gpt_torch.adapter.build(config, weights), torch.from_numpy(x)).numpy()
     with jax.enable_x64(True):
-        ours_jax = np.asarray(run(gpt_jax.backend.build(config, weights), jnp.asarray(x)))
+        ours_jax = np.asarray(run(gpt_jax.adapter.build(config, weights), jnp.asarray(x)))
     return {"torch": ours_torch, "jax": ours_jax}
 
 

@@ -2,18 +2,18 @@
 
 import jax
 import numpy as np
-import numpy_oracle as oracle
 import pytest
 import torch
 import transformers
-from conftest import BACKENDS, CONFIGS, probing_weights, random_batch
+from support import numpy_oracle as oracle
+from support.models import BACKENDS, CONFIGS, probing_weights, random_batch
 
-from parity import huggingface, openai_checkpoint
 from parity import weights as table
-from parity.compare import compare
+from parity.comparison.compare import compare
+from parity.comparison.implementations import sharp_weights
 from parity.config import PRESETS
-from parity.sides import sharp_weights
-from parity.weights import initial_weights
+from parity.weights import huggingface, initial_weights
+from parity.weights import openai as openai_checkpoint
 
 FLOOR = 1e-4  # worst absolute difference of logits; measured figures are in docs/parity.md
 

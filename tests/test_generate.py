@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_oracle as oracle
 import pytest
 import torch
-from conftest import TINY, probing_weights
+from support import numpy_oracle as oracle
+from support.models import TINY, probing_weights
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -26,8 +26,7 @@ from gpt_torch.generate import choose as choose_torch
 from gpt_torch.generate import kept as kept_torch
 from gpt_torch.generate import penalised as penalised_torch
 from parity.errors import InputError
-from parity.noise import uniforms
-from parity.sampling import Sampling
+from parity.sampling import Sampling, uniforms
 
 PROMPTS = [[5], [1, 2, 3], [90, 0, 7, 7, 31, 2, 4]]
 OPTIONS = [
@@ -207,7 +206,7 @@ def test_float64_equals_exactly_cached_and_cropped(options):
     weights = probing_weights(TINY)
     with jax.enable_x64(True):
         rows = [
-            package.generate(package.backend.build(TINY, weights), PROMPTS, 40, seed=8, **options)
+            package.generate(package.adapter.build(TINY, weights), PROMPTS, 40, seed=8, **options)
             for package in (gpt_torch, gpt_jax)
         ]
     want = [by_oracle(prompt, row, 40, options, 8) for row, prompt in enumerate(PROMPTS)]
@@ -241,7 +240,7 @@ def test_logits_that_are_not_finite_name_the_step():
         weights = probing_weights(TINY, np.float32)
         weights["wpe.weight"][5] = np.nan
         with pytest.warns(UserWarning, match="not finite"):
-            model = package.backend.build(TINY, weights)
+            model = package.adapter.build(TINY, weights)
         with pytest.raises(InputError, match="not finite at new token 4"):
             package.generate(model, [[1, 2]], 10)
         with pytest.raises(InputError, match="not finite at new token 0"):

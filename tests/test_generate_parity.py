@@ -7,13 +7,13 @@ choose the neighbour. Such a place is named, proved to be one in float64, and co
 import dataclasses
 
 import numpy as np
-import numpy_oracle as oracle
 import pytest
+from support import numpy_oracle as oracle
 
 import gpt_jax
 import gpt_torch
 from parity.config import PRESETS
-from parity.noise import uniforms
+from parity.sampling import uniforms
 from parity.weights import initial_weights
 
 GRID = [
@@ -57,7 +57,7 @@ def is_boundary(config, weights, row, at, seed, number, options):
 def build(config):
     """(weights, the models of both packages)"""
     weights = peaked(config)
-    models = [(package, package.backend.build(config, weights)) for package in (gpt_torch, gpt_jax)]
+    models = [(package, package.adapter.build(config, weights)) for package in (gpt_torch, gpt_jax)]
     return weights, [models[0], (gpt_jax, gpt_jax.for_decoding(models[1][1]))]
 
 

@@ -3,17 +3,13 @@
 import dataclasses
 
 import numpy as np
-import numpy_oracle as oracle
 import pytest
-from conftest import BACKENDS, CONFIGS, probing_weights, random_batch
+from support import numpy_oracle as oracle
+from support.models import BACKENDS, CONFIGS, probing_weights, random_batch
+from support.tolerances import GRADIENT_RTOL, LOSS_RTOL
 
-from parity.compare import compare
+from parity.comparison.compare import compare
 from parity.weights import shapes
-
-# Relative to the largest gradient of the same parameter. float64: rounding, some 1e-14 a layer;
-# float32: 2**29 times that, measured 2e-6. A planted error exceeds both (test_planted_errors).
-GRADIENT_RTOL = {np.float64: 1e-10, np.float32: 2e-5}
-LOSS_RTOL = {np.float64: 1e-12, np.float32: 5e-7}
 
 
 @pytest.mark.parametrize("dtype", GRADIENT_RTOL)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TINY, probing_weights
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
+from support.models import TINY, probing_weights
 
 import gpt_jax
 import gpt_torch
-from parity import huggingface
 from parity.errors import InputError
+from parity.weights import huggingface
 
 WEIGHTS = probing_weights(TINY, np.float32)
 

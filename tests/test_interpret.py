@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS, TINY, probing_weights, random_batch
+from support.models import BACKENDS, TINY, probing_weights, random_batch
 
 import gpt_torch
 from parity import interpret, reference
@@ -103,7 +103,7 @@ def test_patching_finds_the_path_of_a_token():
     clean, corrupted = TOKENS, TOKENS.copy()
     corrupted[0, 4] = 0
     caches = [reference.activations(CONFIG, weights, tokens) for tokens in (clean, corrupted)]
-    model = gpt_torch.backend.build(CONFIG, weights)
+    model = gpt_torch.adapter.build(CONFIG, weights)
     ids = torch.from_numpy(corrupted)
 
     def run(patches):

@@ -7,27 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import TINY, probing_weights, random_batch
+from support.models import TINY, probing_weights, random_batch
 
-import gpt_jax.backend
+import gpt_jax.adapter
 from gpt_jax.loss import _chunks, head_loss
 from gpt_jax.train import loss_sum
-from parity.compare import compare
-from parity.config import GPTConfig
-from parity.data import NO_TARGET
+from parity.comparison.compare import compare
+from parity.config import IGNORE_INDEX, GPTConfig
 
 
 def plain(x, head, targets):
     logits = jnp.einsum("BTD,VD->BTV", x, head)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
-    return jnp.where(targets == NO_TARGET, 0, losses).sum()
+    return jnp.where(targets == IGNORE_INDEX, 0, losses).sum()
 
 
 def inputs(B=3, T=12, D=10, V=31, dtype=np.float64):
     generator = np.random.default_rng(0)
     x, head = generator.normal(size=(B, T, D)).astype(dtype), generator.normal(size=(V, D)).astype(dtype)
     targets = generator.integers(0, V, (B, T))
-    targets[0, :5] = targets[2] = NO_TARGET
+    targets[0, :5] = targets[2] = IGNORE_INDEX
     return x, head, targets
 
 
@@ -56,12 +55,12 @@ def test_chunks_divide_the_positions():
 def test_a_models_gradients(tied_head):
     config = dataclasses.replace(TINY, tied_head=tied_head)
     with jax.enable_x64(True):
-        model = gpt_jax.backend.build(config, probing_weights(config))
+        model = gpt_jax.adapter.build(config, probing_weights(config))
         tokens, targets = random_batch(config)
 
         def by_logits(model):
             losses = optax.softmax_cross_entropy_with_integer_labels(model(tokens), jnp.maximum(targets, 0))
-            return jnp.where(targets == NO_TARGET, 0, losses).sum()
+            return jnp.where(targets == IGNORE_INDEX, 0, losses).sum()
 
         got = jax.grad(loss_sum)(model, tokens, targets)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(jax.grad(by_logits)(model)), strict=True):

@@ -6,18 +6,20 @@ import numpy as np
 import optax
 import pytest
 import torch
-from conftest import BACKENDS, TINY, probing_weights, random_batch
+from support.models import BACKENDS, TINY, probing_weights, random_batch
 
 import gpt_jax
 import gpt_jax.notebook as gpt_jax_notebook
 import gpt_torch
 import gpt_torch.notebook as gpt_torch_notebook
-from parity import download, notebook, openai_checkpoint
+from parity import notebook
 from parity import weights as table
-from parity.compare import compare
-from parity.download import Wanted
+from parity.comparison.compare import compare
+from parity.data.tokenizer import ByteTokenizer
 from parity.errors import InputError
-from parity.tokenizer import ByteTokenizer
+from parity.storage.download import Wanted
+from parity.weights import openai as openai_checkpoint
+from parity.weights import openai_files
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def models_dir(tmp_path, monkeypatch):
     openai_checkpoint.write(tmp_path / "124M", TINY, arrays)
     monkeypatch.setenv("GPT_PARITY_OFFLINE", "1")
     names = [path.name for path in (tmp_path / "124M").iterdir()]
-    monkeypatch.setattr(download, "model_files", lambda size: [Wanted(name) for name in names])
+    monkeypatch.setattr(openai_files, "model_files", lambda size: [Wanted(name) for name in names])
     return tmp_path
 
 

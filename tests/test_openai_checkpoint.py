@@ -7,15 +7,16 @@ import sys
 import google_crc32c
 import numpy as np
 import pytest
-from conftest import BACKENDS, TINY, probing_weights, random_batch
+from support.models import BACKENDS, TINY, probing_weights, random_batch
 
 import gpt_jax
 import gpt_torch
-from parity import leveldb
-from parity import openai_checkpoint as bundle
 from parity import weights as table
-from parity.compare import compare
+from parity.comparison.compare import compare
+from parity.config import PRESETS
 from parity.errors import InputError
+from parity.weights import leveldb
+from parity.weights import openai as bundle
 
 
 def openai_weights(config=TINY):
@@ -55,7 +56,7 @@ def test_round_trip_is_exact(folder):
 
 
 def test_names_of_124m_share_prefixes_and_restarts():
-    entries = [(name.encode(), b"v" * 40) for name in sorted(table.shapes(table.GPTConfig(), "openai"))]
+    entries = [(name.encode(), b"v" * 40) for name in sorted(table.shapes(PRESETS["124M"], "openai"))]
     assert len(entries) == 148
     written = leveldb.write_table(entries)
     assert list(leveldb.read_table(written)) == entries

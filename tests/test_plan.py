@@ -3,12 +3,12 @@
 import re
 
 import pytest
-from conftest import run_script
+from support.runs import run_script
 
-from gpt_jax.plan import memory, messages
+from gpt_jax.memory import memory, messages
 from gpt_jax.sharding import MeshShape
 from parity.config import PRESETS, GPTConfig
-from parity.flops import flops_a_token, peak_flops
+from parity.training.flops import flops_a_token, peak_flops
 
 
 def test_model_flops_by_hand():

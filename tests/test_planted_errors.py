@@ -4,14 +4,13 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS, TINY, probing_weights, random_batch
 from einops import rearrange
-from test_forward_parity import LOGITS_ATOL
-from test_gradient_parity import GRADIENT_RTOL, LOSS_RTOL
+from support.models import BACKENDS, TINY, probing_weights, random_batch
+from support.tolerances import GRADIENT_RTOL, LOGITS_ATOL, LOSS_RTOL
 
 import gpt_jax.model
 import gpt_torch.model
-from parity.compare import compare
+from parity.comparison.compare import compare
 
 N, H = TINY.n_head, TINY.head_width
 QKV, OUT = "h.1.attn.c_attn.weight", "h.1.attn.c_proj.weight"

@@ -13,13 +13,14 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import command, run_script
+from support.runs import command, run_script
 
-from parity import documents, prepare
-from parity.corpora import load_corpus
-from parity.data import read_bin
+from parity.data import documents
+from parity.data import shards as prepare
+from parity.data.corpora import load_corpus
+from parity.data.token_files import read_bin
+from parity.data.tokenizer import END_OF_TEXT, ByteTokenizer, GPT2Tokenizer
 from parity.errors import InputError
-from parity.tokenizer import END_OF_TEXT, ByteTokenizer, GPT2Tokenizer
 
 BYTES = ByteTokenizer()
 TEXTS = ["first\n\ndocument", "zweites Dokument: äöü", "", "third  \n \n with white space \n", "4", "fünf"]

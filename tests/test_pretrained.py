@@ -12,9 +12,10 @@ import pytest
 import gpt_jax
 import gpt_torch
 from gpt_jax.train import loss_sum
-from parity.data import Windows
-from parity.download import cache_folder, model_files
-from parity.tokenizer import GPT2Tokenizer
+from parity.data.tokenizer import GPT2Tokenizer
+from parity.data.windows import Windows
+from parity.storage.download import cache_folder
+from parity.weights.openai_files import model_files
 
 FOLDER = cache_folder() / "models" / "124M"
 pytestmark = [

@@ -14,13 +14,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import command, metrics, run_script
+from support.runs import command, metrics, run_script
 
-from parity import fit
-from parity.data import Windows
-from parity.processes import ALONE, Processes
-from parity.runs import FollowedRun, RunFolder
-from parity.settings import recipe
+from parity.data.windows import Windows
+from parity.training import loop as fit
+from parity.training.processes import ALONE, Processes
+from parity.training.runs import FollowedRun, RunFolder
+from parity.training.settings import recipe
 
 OPTIONS = ("--preset", "tiny", "--steps", "20", "--eval-every", "10")
 RTOL = {"float32": 1e-5, "float64": 1e-12}
@@ -31,7 +31,7 @@ from gpt_jax.distributed import processes
 from gpt_jax.sharding import MeshShape, make_mesh
 from gpt_jax.train import Trainer
 from parity.config import GPTConfig
-from parity.settings import recipe
+from parity.training.settings import recipe
 with processes(False, sys.argv[1], 2, int(sys.argv[2])):
     config = GPTConfig(n_vocab=96, n_ctx=16, n_embd=64, n_head=8, n_layer=2)
     for shape in (4,), (1, 4), (2, 1, 2), (1, 2, 2), (1, 1, 4):

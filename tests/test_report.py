@@ -8,16 +8,18 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS, ROOT, TINY, probing_weights, run_script
 from einops import rearrange
+from support.models import BACKENDS, TINY, probing_weights
+from support.runs import ROOT, run_script
 
-import gpt_torch.backend
+import gpt_torch.adapter
 import gpt_torch.model
-from parity import report, taps
-from parity.backend import Compute
+from parity import taps
+from parity.comparison import report
+from parity.comparison.implementations import open_side, sharp_weights
+from parity.comparison.protocol import Compute
 from parity.errors import InputError
-from parity.settings import recipe
-from parity.sides import open_side, sharp_weights
+from parity.training.settings import recipe
 
 HF = ROOT / "scripts" / "parity_hf.py"
 
@@ -34,7 +36,7 @@ def changed(**changes):
     def activations(config, weights, tokens, names, compute):
         wrong = {name.replace("__", "."): change for name, change in changes.items()}
         new = {name: wrong.get(name, lambda w: w)(array.copy()) for name, array in weights.items()}
-        return gpt_torch.backend.activations(config, new, tokens, names, compute)
+        return gpt_torch.adapter.activations(config, new, tokens, names, compute)
 
     return types.SimpleNamespace(activations=activations)
 
@@ -202,7 +204,7 @@ def test_the_script_writes_its_report_and_exits_with_0_or_1(tmp_path):
 
     mine = tmp_path / "mine.py"
     mine.write_text(
-        "from gpt_torch import backend\n"
+        "from gpt_torch import adapter as backend\n"
         "def activations(config, weights, tokens, names, compute):\n"
         "    wrong = {**weights, 'h.1.ln_2.bias': weights['h.1.ln_2.bias'] + 1e-3}\n"
         "    return backend.activations(config, wrong, tokens, names, compute)\n"
@@ -213,8 +215,8 @@ def test_the_script_writes_its_report_and_exits_with_0_or_1(tmp_path):
 
 
 def test_two_copies_of_weights(tmp_path):
-    gpt_torch.save_pretrained(gpt_torch.backend.build(TINY, sharp_weights(TINY, 0)), tmp_path / "one")
-    gpt_torch.save_pretrained(gpt_torch.backend.build(TINY, sharp_weights(TINY, 1)), tmp_path / "two")
+    gpt_torch.save_pretrained(gpt_torch.adapter.build(TINY, sharp_weights(TINY, 0)), tmp_path / "one")
+    gpt_torch.save_pretrained(gpt_torch.adapter.build(TINY, sharp_weights(TINY, 1)), tmp_path / "two")
     for other, status in (("one", 0), ("two", 1)):
         result = run_script(
             "check_parity.py", f"torch:{tmp_path / 'one'}", f"numpy:{tmp_path / other}", "--weights", tmp_path / "one",

@@ -5,9 +5,10 @@ import subprocess
 import time
 
 import pytest
-from conftest import BACKENDS, command, metrics, run_script
+from support.models import BACKENDS
+from support.runs import command, metrics, run_script
 
-from parity import checkpoints
+from parity.training import checkpoints
 
 OPTIONS = ("--preset", "tiny", "--eval-every", 10, "--drop-rate", 0.1)
 

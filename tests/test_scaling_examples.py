@@ -5,10 +5,10 @@ import subprocess
 
 import pytest
 import yaml
-from conftest import ROOT, run_script
+from support.runs import ROOT, run_script
 
 from gpt_jax.sharding import MeshShape
-from parity.settings import recipe
+from parity.training.settings import recipe
 
 
 def script_in(name):

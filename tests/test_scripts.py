@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from conftest import BACKENDS, metrics, run_script
+from support.models import BACKENDS
+from support.runs import metrics, run_script
 
-from parity import checkpoints
+from parity.training import checkpoints
 
 
 @pytest.mark.parametrize("name", BACKENDS)

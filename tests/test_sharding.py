@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, metrics, run_script
-from sharded_runs import ALL, CONFIG, FEW
+from support.runs import ROOT, metrics, run_script
+from support.sharded_runs import ALL, CONFIG, FEW
 
 from gpt_jax.sharding import MeshShape, bytes_a_device
 from parity.config import PRESETS
@@ -31,7 +31,7 @@ RTOL = {"float32": 2e-6, "float64": 1e-12}
 def runs(request):
     """(dtype, shapes, what sharded_runs.py says)"""
     dtype, which = request.param
-    program = str(ROOT / "tests" / "sharded_runs.py")
+    program = str(ROOT / "tests" / "support" / "sharded_runs.py")
     done = subprocess.run(
         [sys.executable, program, dtype, which], capture_output=True, text=True, timeout=500, env=EIGHT
     )

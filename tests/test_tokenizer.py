@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tiktoken
 
+from parity.data.tokenizer import END_OF_TEXT, ByteTokenizer, GPT2Tokenizer, encode_prompt, load_tokenizer, stream_text
 from parity.errors import InputError
-from parity.tokenizer import END_OF_TEXT, ByteTokenizer, GPT2Tokenizer, encode_prompt, load_tokenizer, stream_text
 
 # From OpenAI's own encoder, as published in many places.
 KNOWN = {

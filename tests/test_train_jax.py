@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, random_batch
+from support.models import TINY, random_batch
 
 import gpt_jax
 from gpt_jax.train import Trainer, cast, loss_sum
-from parity.compare import compare
-from parity.settings import recipe
+from parity.comparison.compare import compare
+from parity.training.settings import recipe
 from parity.weights import rows
 
 SETTINGS = recipe("tiny").settings
@@ -29,9 +29,9 @@ def test_decay_reaches_matrices_only():
     """With no gradient to speak of, a step is the decay alone: p - lr * wd * p."""
     settings = dataclasses.replace(SETTINGS, weight_decay=0.5, eps=1e6)
     trainer = Trainer(TINY, settings)
-    before = {n: np.asarray(p.get_value()) for n, p in gpt_jax.pretrained.parameters(trainer.state.model).items()}
+    before = {n: np.asarray(p.get_value()) for n, p in gpt_jax.weights.parameters(trainer.state.model).items()}
     trainer.train_step(*batches(1, 2), 0.1, 0)
-    after = {n: np.asarray(p.get_value()) for n, p in gpt_jax.pretrained.parameters(trainer.state.model).items()}
+    after = {n: np.asarray(p.get_value()) for n, p in gpt_jax.weights.parameters(trainer.state.model).items()}
     for row in rows(TINY):
         factor = 0.95 if row.decayed else 1.0
         result = compare(row.flax, after[row.flax], before[row.flax] * factor, 1e-6)
@@ -51,7 +51,7 @@ def test_clip_and_adam_by_hand():
     assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
     assert norm > settings.clip
     decayed = {row.flax for row in rows(TINY) if row.decayed}
-    parts = (gpt_jax.pretrained.parameters(m) for m in (model, gradient, trainer.state.model))
+    parts = (gpt_jax.weights.parameters(m) for m in (model, gradient, trainer.state.model))
     before, grads, after = ({n: np.asarray(p.get_value(), np.float64) for n, p in part.items()} for part in parts)
     for name, g in grads.items():
         g = g * settings.clip / norm

@@ -4,19 +4,18 @@ import dataclasses
 
 import jax
 import numpy as np
-import numpy_oracle as oracle
 import optax
 import pytest
 import torch
-from conftest import BACKENDS, CONFIGS, TINY, random_batch
+from support import numpy_oracle as oracle
+from support.models import BACKENDS, CONFIGS, TINY, random_batch
 
 import gpt_torch.train
-from parity.backend import Batch
-from parity.compare import compare
-from parity.config import PRESETS
-from parity.data import NO_TARGET
-from parity.schedule import learning_rate
-from parity.settings import recipe
+from parity.comparison.compare import compare
+from parity.comparison.protocol import Batch
+from parity.config import IGNORE_INDEX, PRESETS
+from parity.training.schedule import learning_rate
+from parity.training.settings import recipe
 from parity.weights import Row, initial_weights, rows
 
 # The clip is at work in some steps and not in others; decay and learning rate are large enough to show.
@@ -34,7 +33,7 @@ def batches(config, steps=100, A=2, B=2, seed=0, T=None, settings=SETTINGS):
     for step in range(steps):
         inputs, targets = (part[:, :T] for part in random_batch(config, A * B, seed=(seed, step)))
         targets = targets.copy()
-        targets[0, : (step * 5) % inputs.shape[1]] = NO_TARGET
+        targets[0, : (step * 5) % inputs.shape[1]] = IGNORE_INDEX
         lr = learning_rate(step, settings.lr, settings.min_lr, settings.warmup, settings.steps)
         yield Batch(inputs.reshape(A, B, -1), targets.reshape(A, B, -1), lr)
 
@@ -213,7 +212,7 @@ def mean_of_means(monkeypatch):
     right = gpt_torch.train.loss_sum
 
     def wrong(model, inputs, targets, dtype=None):
-        count = (targets != NO_TARGET).sum()
+        count = (targets != IGNORE_INDEX).sum()
         return right(model, inputs, targets, dtype) * (targets.numel() / count)
 
     monkeypatch.setattr(gpt_torch.train, "loss_sum", wrong)

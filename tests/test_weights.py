@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, TINY, probing_weights
 from flax import nnx
+from support.models import CONFIGS, TINY, probing_weights
 
 import gpt_jax
 import gpt_torch
-from gpt_jax.pretrained import parameters
+from gpt_jax.weights import parameters
 from parity import weights as table
 from parity.config import PRESETS, GPTConfig
 from parity.errors import InputError

@@ -10,7 +10,7 @@ import numpy as np
 
 from measure.turns import Subject
 from parity.config import GPTConfig
-from parity.settings import TrainSettings
+from parity.training.settings import TrainSettings
 
 
 def batch(config: GPTConfig, settings: TrainSettings) -> tuple[np.ndarray, np.ndarray]:
@@ -153,8 +153,8 @@ def prepared(source: Path, out: Path, vocab_bpe: Path | None, workers: int) -> S
     """prepare_data.py's work, to shards on the disk."""
     import shutil
 
-    from parity import prepare
-    from parity.tokenizer import load_tokenizer
+    from parity.data import shards as prepare
+    from parity.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer("gpt2", vocab_bpe)
 
@@ -169,7 +169,7 @@ def tokenized(source: Path, vocab_bpe: Path | None, threads: int) -> Subject:
     """tiktoken used plainly, to arrays in memory: one text after another, or its own batches."""
     import json
 
-    from parity.tokenizer import load_tokenizer
+    from parity.data.tokenizer import load_tokenizer
 
     encoding = load_tokenizer("gpt2", vocab_bpe).encoding
 

@@ -1,0 +1,248 @@
+"""A training job as the scripts are given it: what to train, on which text, into which run folder."""
+
+import dataclasses
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+from rich.console import Console
+
+from parity import weights
+from parity.config import GPTConfig
+from parity.data.corpora import Corpus, load_corpus
+from parity.data.tokenizer import Tokenizer, encode_prompt, load_tokenizer
+from parity.data.windows import Windows
+from parity.errors import InputError
+from parity.training import checkpoints
+from parity.training.bigram import bigram_loss
+from parity.training.loggers import Logger, open_loggers
+from parity.training.processes import ALONE, Processes
+from parity.training.runs import FollowedRun, RunFolder, run_config
+from parity.training.settings import CHANGEABLE, TrainSettings, recipe
+from parity.weights import load as pretrained
+
+_MOST_BIGRAM_TOKENS = 50_000_000  # a bigram of more takes long and much memory
+
+
+@dataclasses.dataclass(frozen=True)
+class JobArgs:
+    """Options that every training script has."""
+
+    preset: str = "small"
+    """What to train and how: small, tiny, notebook, shakespeare-char, shakespeare-char-cpu, 124M,
+    124M-openwebtext, 124M-fineweb-edu, 355M, 774M or 1558M; the other options replace parts of it."""
+    n_ctx: int | None = None
+    """Another context length than the preset's."""
+    drop_rate: float | None = None
+    """Another dropout than the preset's."""
+    init: str | None = None
+    """Weights to start from, which also give the model's shape: 124M, ..., 1558M, or a folder."""
+    run: Path | None = None
+    """Run folder; by default a new one in runs/."""
+    resume: bool = False
+    """Continue the run in --run from its newest intact checkpoint, whichever backend wrote it."""
+    vocab_bpe: Path | None = None
+    """OpenAI's vocab.bpe, for the gpt2 tokenizer."""
+    tensorboard: bool = False
+    """Write event files into the run folder too (extra: tensorboard)."""
+    wandb: bool = False
+    """Log to Weights & Biases too (extra: wandb; WANDB_MODE=offline keeps it local)."""
+    settings: tyro.conf.OmitArgPrefixes[TrainSettings] = dataclasses.field(default_factory=TrainSettings)
+
+
+Args = TypeVar("Args", bound=JobArgs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _First:
+    """The options that decide the other ones' defaults."""
+
+    preset: str = JobArgs.preset
+    run: Path | None = None
+    resume: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything about a run that does not depend on the framework."""
+
+    args: JobArgs
+    config: GPTConfig
+    settings: TrainSettings
+    run: RunFolder
+    processes: Processes
+    tokenizer: Tokenizer
+    corpus: Corpus
+    train: Windows
+    validation: Windows
+    prompts: Sequence[Sequence[int]]
+    """Continued at each evaluation."""
+    bigram: float | None = None
+    """Validation loss of the baseline."""
+    loggers: Sequence[Logger] = ()
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there are checkpoints to resume from; a run killed before its first begins anew."""
+        return self.args.resume and bool(checkpoints.steps(self.run.checkpoints))
+
+    @property
+    def init(self) -> str | None:
+        """Weights to start from; a run that goes on has its own."""
+        return None if self.goes_on else self.args.init
+
+    @property
+    def micro_size(self) -> int:
+        """Windows in a micro-batch."""
+        return self.settings.batch_size // self.settings.accumulate
+
+    def log(self, entries: Mapping[str, Any]) -> None:
+        """One line for metrics.jsonl and the other loggers."""
+        self.run.log(entries)
+        for logger in self.loggers:
+            logger(entries)
+
+
+def parse(kind: type[Args], description: str | None) -> Args:
+    """The flags over the preset's settings or, when resuming, over the run's own."""
+    first, _ = tyro.cli(_First, return_unknown_args=True, add_help=False)
+    if first.resume and first.run is None:
+        raise InputError("--resume continues the run in --run; name its folder")
+    if first.resume and first.run is not None:
+        config, settings, saved = _saved(RunFolder(first.run))
+        default = dataclasses.replace(
+            kind(),
+            preset=saved["preset"],
+            n_ctx=config.n_ctx,
+            drop_rate=config.drop_rate,
+            init=saved["init"],
+            settings=settings,
+        )
+    else:
+        default = dataclasses.replace(kind(), preset=first.preset, settings=recipe(first.preset).settings)
+    return tyro.cli(kind, description=description, default=default)
+
+
+def load(args: JobArgs, processes: Processes = ALONE) -> Job:
+    """Tokenizer, data and configuration of a job that one process or several do; nothing is written yet.
+
+    Raises InputError for whatever is missing or does not fit.
+    """
+    settings = args.settings
+    started = datetime.fromtimestamp(processes.largest(int(time.time())))
+    folder = args.run or Path("runs") / f"{started:%Y%m%d-%H%M%S}-{args.preset}"
+    tokenizer = load_tokenizer(settings.tokenizer, args.vocab_bpe)
+    config = _config(args, tokenizer)
+    corpus = load_corpus(settings.corpus, tokenizer, settings.validation_part)
+    return Job(
+        args=args,
+        config=config,
+        settings=settings,
+        run=RunFolder(folder) if processes.first else FollowedRun(folder),
+        processes=processes,
+        tokenizer=tokenizer,
+        corpus=corpus,
+        train=Windows(corpus.train, config.n_ctx, config.n_vocab, settings.stride, name=f"{corpus.name} (training)"),
+        validation=Windows(corpus.validation, config.n_ctx, config.n_vocab, name=f"{corpus.name} (validation)"),
+        prompts=_prompts(settings, tokenizer, config),
+    )
+
+
+def begin(job: Job, backend: str, about: Mapping[str, str], console: Console) -> Job:
+    """Make or reopen the run folder, and say what runs; `about`: what the script says of its device.
+
+    Raises InputError for a folder that holds another run.
+    """
+    args, run = job.args, job.run
+    entries = run_config(args.preset, job.config, job.settings, job.corpus.sha256, args.init)
+    if not job.processes.agree_on(json.dumps([entries, str(run.path), args.resume])):
+        raise InputError("the processes of this run were given different options or data; start all of them alike")
+    changed = []
+    if args.resume:
+        changed = run.update(entries, [f"train.{name}" for name in CHANGEABLE])
+    else:
+        run.create(entries)
+    run.write("env.json", {"backend": backend, **about, **_environment()})
+    job.processes.wait()
+    if not run.config_file.exists():
+        raise InputError(f"{run.path}: this process does not see what the first one wrote; --run must be shared")
+
+    said = {
+        **about,
+        "model": f"{args.preset}: {weights.n_params(job.config):,} parameters, context {job.config.n_ctx}",
+        "weights": f"from {args.init}" if args.init else f"initial, seed {job.settings.seed}",
+        "corpus": f"{job.corpus.name}: {job.train.n_tokens:,} + {job.validation.n_tokens:,} tokens "
+        f"({job.tokenizer.name})",
+        "run": str(run.path),
+        "changed": "; ".join(changed),
+    }
+    for name, text in said.items():
+        if text:
+            console.print(f"{name:<10} {text}", highlight=False, soft_wrap=True)
+    bigram = None
+    if job.processes.first and job.train.n_tokens <= _MOST_BIGRAM_TOKENS:
+        bigram = bigram_loss(job.corpus.train, job.corpus.validation, job.config.n_vocab)
+        console.print(f"baseline   bigram model, validation loss {bigram:.4f}  perplexity {math.exp(bigram):.2f}")
+    loggers = open_loggers(run, args.tensorboard, args.wandb) if job.processes.first else ()
+    return dataclasses.replace(job, bigram=bigram, loggers=loggers)
+
+
+def _config(args: JobArgs, tokenizer: Tokenizer) -> GPTConfig:
+    changes: dict[str, Any] = {
+        name: getattr(args, name) for name in ("n_ctx", "drop_rate") if getattr(args, name) is not None
+    }
+    if args.resume and args.run is not None:
+        return dataclasses.replace(_saved(RunFolder(args.run))[0], **changes)
+    if args.init is None:
+        return dataclasses.replace(recipe(args.preset).model, n_vocab=tokenizer.n_vocab, **changes)
+    config = pretrained.read(args.init)[0]
+    if changes.get("n_ctx", config.n_ctx) != config.n_ctx:
+        raise InputError(f"--n-ctx: the model in --init {args.init} has a context of {config.n_ctx}")
+    if tokenizer.n_vocab > config.n_vocab:
+        sizes = f"{tokenizer.n_vocab} tokens, the model in --init {args.init} {config.n_vocab}"
+        raise InputError(f"--tokenizer {tokenizer.name} has {sizes}; they do not belong together")
+    return dataclasses.replace(config, **changes)
+
+
+def _saved(run: RunFolder) -> tuple[GPTConfig, TrainSettings, dict[str, Any]]:
+    """Configuration and settings in a run's config.json, and all of it."""
+    saved = run.config()
+    try:
+        return GPTConfig(**saved["model"]), TrainSettings(**saved["train"]), {"init": None, **saved}
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{run.config_file} was not written by this version of the scripts ({error})") from None
+
+
+def _prompts(settings: TrainSettings, tokenizer: Tokenizer, config: GPTConfig) -> list[Sequence[int]]:
+    texts, origin = [settings.sample_prompt], "--sample-prompt"
+    if settings.eval_prompts is not None:
+        origin = f"--eval-prompts {settings.eval_prompts}"
+        try:
+            texts = [line for line in Path(settings.eval_prompts).read_text(encoding="utf-8").splitlines() if line]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{origin} cannot be read ({error})") from None
+        if not texts:
+            raise InputError(f"{origin} holds no prompt; write one a line")
+    prompts = [encode_prompt(tokenizer, text) for text in texts]
+    for text, prompt in zip(texts, prompts, strict=True):
+        if len(prompt) >= config.n_ctx:
+            raise InputError(f"{origin}: {text!r} has {len(prompt)} tokens, the context is {config.n_ctx}; shorten it")
+    return prompts
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("jax", "jaxlib", "flax", "optax", "torch", "numpy", "orbax-checkpoint", "tiktoken")
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "versions": {name: version(name) for name in packages},
+    }

@@ -1,0 +1,36 @@
+"""Weights from a folder of any known kind."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from parity.config import GPTConfig
+from parity.errors import InputError
+from parity.weights import huggingface
+from parity.weights import openai as openai_checkpoint
+from parity.weights.openai_files import SIZES, download_model
+
+
+def find(path: str | Path) -> Path:
+    """The folder at `path`, or that of one of OpenAI's models by its size ("124M", ...), downloaded if need be.
+
+    Raises InputError where there is none.
+    """
+    folder = download_model(str(path)) if str(path) in SIZES else Path(path)
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is no folder with OpenAI's or Hugging Face's files, and not one of {', '.join(SIZES)}"
+        )
+    return folder
+
+
+def read(path: str | Path) -> tuple[GPTConfig, Mapping[str, Any], str]:
+    """(configuration, weights, their format) of what find() finds.
+
+    OpenAI's folders have hparams.json and model.ckpt.*; Hugging Face's and our checkpoints config.json and
+    model.safetensors. Raises InputError where the folder is neither, or damaged.
+    """
+    folder = find(path)
+    if (folder / "hparams.json").exists() or (folder / f"{openai_checkpoint.PREFIX}.index").exists():
+        return *openai_checkpoint.read(folder), "openai"
+    return huggingface.read(folder)

@@ -1,0 +1,82 @@
+"""OpenAI's seven files of each size: names, lengths, hashes, mirrors."""
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from parity.config import PRESETS
+from parity.errors import InputError
+from parity.storage.download import Wanted, cache_folder, fetch
+from parity.weights import n_params
+
+# openai/gpt-2 download_model.py; the second is the mirror of rasbt/LLMs-from-scratch.
+MIRRORS = (
+    "https://openaipublic.blob.core.windows.net/gpt-2/models",
+    "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2",
+)
+SIZES = ("124M", "355M", "774M", "1558M")
+DATA = "model.ckpt.data-00000-of-00001"
+
+
+# OpenAI publishes no hashes. encoder.json and vocab.bpe are pinned by tiktoken too; `checkpoint` and
+# hparams.json follow from their content; the others were seen in public repositories.
+_SHA256 = {
+    "checkpoint": "dd1b025d2e155283f5e300ce95bf6d5b6bc0f7fe010db73daa6975eb896ab9cb",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "hparams.json": "d9d56e4121c427164e0c55c6f03c08e1daf9002b9b672825112d19097b680318",
+    DATA: "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118",
+    "model.ckpt.index": "71916f763f9746f9b2a06b12d91996cf1084ae008d0424543d39391c5f2dc687",
+    "model.ckpt.meta": "4668c448fa11531fd6700460487f73e82d3272960cea942252f8744bf225c77b",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+_SAME_FOR_ALL = {"checkpoint": 77, "encoder.json": 1_042_301, "vocab.bpe": 456_318}
+_LENGTHS = {
+    "124M": {"hparams.json": 90, "model.ckpt.index": 5_215, "model.ckpt.meta": 471_155},
+    "355M": {"hparams.json": 91, "model.ckpt.index": 10_399, "model.ckpt.meta": 926_519},
+}
+
+
+def model_files(size: str) -> list[Wanted]:
+    """The seven files of one of OpenAI's models; raises InputError for an unknown size."""
+    if size not in SIZES:
+        raise InputError(f"unknown model {size!r}; OpenAI published {', '.join(SIZES)}")
+    lengths = {**_SAME_FOR_ALL, **_LENGTHS.get(size, {}), DATA: 4 * n_params(PRESETS[size])}
+    known = _SHA256 if size == "124M" else {name: _SHA256[name] for name in _SAME_FOR_ALL}
+    return [Wanted(name, lengths.get(name), known.get(name)) for name in _SHA256]
+
+
+def download_model(
+    size: str, folder: Path | None = None, base_urls: Sequence[str] = (), offline: bool | None = None
+) -> Path:
+    """The folder with OpenAI's files of a model, fetched where they are missing.
+
+    `folder`: by default models/SIZE in the cache. `base_urls`: addresses of folders that hold SIZE/NAME, in the
+    order to try. Raises InputError that lists every address and why it failed.
+    """
+    folder = folder or cache_folder() / "models" / size
+    if not base_urls:
+        own = os.environ.get("GPT_PARITY_BASE_URL")
+        base_urls = (own,) if own else MIRRORS
+    columns = (TextColumn("{task.description:32}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    files = model_files(size)
+    with Progress(*columns, TimeRemainingColumn()) as progress:
+        for wanted in files:
+            bar = progress.add_task(wanted.name, total=wanted.size)
+            addresses = [f"{base.rstrip('/')}/{size}/{wanted.name}" for base in base_urls]
+            fetch(wanted, folder / wanted.name, addresses, offline, functools.partial(_show, progress, bar))
+    return folder
+
+
+def _show(progress: Progress, bar: TaskID, done: int) -> None:
+    progress.update(bar, completed=done)

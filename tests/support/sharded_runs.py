@@ -1,0 +1,77 @@
+"""Run by test_sharding.py in a process with eight CPU devices: losses and facts of each mesh, as JSON."""
+
+import dataclasses
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from gpt_jax.sharding import MeshShape, make_mesh
+from gpt_jax.train import Trainer
+from parity.config import GPTConfig
+from parity.training import checkpoints
+from parity.training.settings import recipe
+
+CONFIG = GPTConfig(n_vocab=96, n_ctx=16, n_embd=64, n_head=8, n_layer=2)
+SETTINGS = recipe("tiny").settings
+ALL = [(d, f, t) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) for t in (1, 2, 4, 8) if d * f * t == 8]
+FEW = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
+
+
+def batch(step):
+    ids = np.random.default_rng(step).integers(0, CONFIG.n_vocab, (2, 8, CONFIG.n_ctx + 1), dtype=np.int32)
+    return ids[..., :-1], ids[..., 1:]
+
+
+def make(settings, shape=None):
+    return Trainer(CONFIG, settings, mesh=None if shape is None else make_mesh(MeshShape(*shape)))
+
+
+def losses(trainer, first, last):
+    return [float(trainer.train_step(*trainer.put(*batch(s)), 1e-3, s)["loss"]) for s in range(first, last)]
+
+
+def facts(trainer):
+    """Bytes of parameters and moments on each device, and the collectives of the compiled step."""
+    held = {}
+    for leaf in jax.tree.leaves(trainer.state):
+        for shard in leaf.addressable_shards:
+            held[shard.device.id] = held.get(shard.device.id, 0) + shard.data.nbytes
+    step = trainer._train_step.lower(
+        trainer.state, *trainer.put(*batch(0)), np.asarray(1e-3, trainer._wide), np.int32(0)
+    )
+    program = step.compile().as_text()
+    return {
+        "bytes": sorted(set(held.values())),
+        "devices": len(held),
+        "collectives": {name: len(re.findall(rf" {name}(?:-start)?\(", program)) for name in COLLECTIVES},
+    }
+
+
+def main(dtype, shapes):
+    jax.config.update("jax_enable_x64", dtype == "float64")
+    settings = dataclasses.replace(SETTINGS, dtype=dtype)
+    found = {}
+    single = make(settings)
+    found["single"] = {"losses": losses(single, 0, 20), **facts(single)}
+    with tempfile.TemporaryDirectory() as folder:
+        for shape in shapes:
+            trainer = make(settings, shape)
+            first = losses(trainer, 0, 10)
+            saved = checkpoints.save(Path(folder) / str(shape), 10, trainer.save, keep=1)
+            found[str(shape)] = {"losses": first + losses(trainer, 10, 20), **facts(trainer)}
+        # Saved on one mesh, restored on another, and on one device.
+        for shape in (shapes[0], (1, 2, 4), None):
+            trainer = make(settings, shape)
+            trainer.restore(saved)
+            found[f"restored {shape}"] = {"losses": losses(trainer, 10, 20)}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], {"all": ALL, "few": FEW}[sys.argv[2]])
