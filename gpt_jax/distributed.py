@@ -56,7 +56,7 @@ def processes(
             f"the processes of the run do not find each other ({str(error).splitlines()[0]}). --distributed is for "
             f"SLURM, Open MPI and, with the package kubernetes, Kubernetes; elsewhere give {', '.join(given)}"
         ) from None
-    this = Processes(jax.process_index(), jax.process_count(), _largest)
+    this = Processes(jax.process_index(), jax.process_count(), _all_reduce_max)
     try:
         yield this
     except BaseException as error:
@@ -67,7 +67,7 @@ def processes(
     jax.distributed.shutdown()
 
 
-def _largest(number: int) -> int:
+def _all_reduce_max(number: int) -> int:
     return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
@@ -75,7 +75,7 @@ def _tell(error: BaseException, this: Processes) -> int:
     reason = (str(error).splitlines() or [""])[0]
     # XLA's errors come as RuntimeError or ValueError, whatever they are about.
     if isinstance(error, RuntimeError | ValueError) and _LOST.search(reason):
-        error = this.lost(reason)
+        error = this.lost_peer_error(reason)
     try:
         return tell(error)
     except BaseException:

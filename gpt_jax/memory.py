@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gpt_jax import sharding
 from gpt_jax.loss import LARGEST_CHUNK
 from gpt_jax.model import GPTModel, cast
-from gpt_jax.sharding import MeshShape, bytes_a_device, make_mesh
+from gpt_jax.sharding import MeshShape, bytes_per_device, make_mesh
 from gpt_jax.train import TrainState, make_optimizer, make_train_step, parameter_name
 from parity.config import GPTConfig
 from parity.training.settings import TrainSettings
@@ -33,7 +33,7 @@ class Memory:
     parameters: int
     moments: int
     gradients: int
-    narrow: int
+    compute_copy: int
     """The parameters in the dtype that is computed in, where it is another"""
     activations: int
     """Kept of every layer for the gradient"""
@@ -51,7 +51,7 @@ def memory(
     """Of a step over a mesh; `micro_size`: windows of a micro-batch, on all devices together."""
     itemsize = jnp.dtype(dtype).itemsize
     wide = max(4, itemsize)
-    parameters = bytes_a_device(config, shape, wide)
+    parameters = bytes_per_device(config, shape, wide)
     tokens = micro_size * config.n_ctx // (shape.data * shape.fsdp)
     scores = config.n_head * config.n_ctx if attention == "explicit" else 0
 
@@ -69,13 +69,15 @@ def memory(
         parameters=parameters,
         moments=2 * parameters,
         gradients=parameters,
-        narrow=parameters * itemsize // wide if itemsize < wide else 0,
+        compute_copy=parameters * itemsize // wide if itemsize < wide else 0,
         activations=config.n_layer * numbers(*_KEPT[remat]) * itemsize,
         working=numbers(*_WORKING[remat]) * itemsize + loss + gathered,
     )
 
 
-def messages(config: GPTConfig, shape: MeshShape, micro_size: int, accumulate: int, dtype: str) -> dict[str, int]:
+def communication_bytes(
+    config: GPTConfig, shape: MeshShape, micro_size: int, accumulate: int, dtype: str
+) -> dict[str, int]:
     """Bytes that a device sends in a step of `accumulate` micro-batches, by what for.
 
     Parameters are gathered in the dtype that is computed in; gradients are counted in the parameters'. A ring of n
@@ -83,7 +85,7 @@ def messages(config: GPTConfig, shape: MeshShape, micro_size: int, accumulate: i
     """
     itemsize = jnp.dtype(dtype).itemsize
     wide = max(4, itemsize)
-    one = bytes_a_device(config, dataclasses.replace(shape, fsdp=1), 1)  # parameters, divided by tensor alone
+    one = bytes_per_device(config, dataclasses.replace(shape, fsdp=1), 1)  # parameters, divided by tensor alone
     tokens = micro_size * config.n_ctx // (shape.data * shape.fsdp)
     data, fsdp, tensor = ((n - 1) / n for n in (shape.data, shape.fsdp, shape.tensor))
     passes = 4 * config.n_layer  # after both branches, forward and backward

@@ -82,7 +82,7 @@ def make_mesh(shape: MeshShape, device_kind: str | None = None) -> Mesh:
     return Mesh(np.asarray(devices[: shape.size]).reshape(sizes), ("data", "fsdp", "tensor"))
 
 
-def spec(row: Row, config: GPTConfig, mesh: Mesh) -> P:
+def partition_spec(row: Row, config: GPTConfig, mesh: Mesh) -> P:
     """Along which axis of the mesh each axis of a parameter of gpt_jax is divided.
 
     A vocabulary that cannot be divided evenly (50,257 is odd) stays whole.
@@ -99,7 +99,7 @@ def shardings(tree: Any, config: GPTConfig, mesh: Mesh, name_of: Callable[[tuple
 
     A leaf is divided as the parameter that its name ends with; others (counts) are on every device.
     """
-    specs = {row.flax: spec(row, config, mesh) for row in weights.rows(config)}
+    specs = {row.flax: partition_spec(row, config, mesh) for row in weights.rows(config)}
 
     def one(path: tuple, _: Any) -> NamedSharding:
         name = name_of(path)
@@ -109,7 +109,7 @@ def shardings(tree: Any, config: GPTConfig, mesh: Mesh, name_of: Callable[[tuple
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def dividing(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
+def shard_activations(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
     """Within it, models that are traced have their activations divided: rows, heads and the MLP, but never D.
 
     Left to itself, XLA may follow the parameters' `fsdp` into D and gather the batch instead: right, but with
@@ -126,7 +126,7 @@ def dividing(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
     return taps.placing(constrain)
 
 
-def place(tree: Any, placed: Any) -> Any:
+def device_put_tree(tree: Any, placed: Any) -> Any:
     """Arrays that every process has, divided as `placed` says; a process puts its own parts on its devices."""
 
     def one(leaf: Any, sharding: NamedSharding) -> Array:
@@ -146,14 +146,14 @@ def gather(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
 
 
-def rows(size: int, mesh: Mesh) -> slice:
+def local_rows(size: int, mesh: Mesh) -> slice:
     """Which of a batch's `size` rows lie on this process's devices, which are neighbours in the mesh."""
     places = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((size,)).values()
     bounds = [place[0].indices(size) for place in places if place is not None]
     return slice(min(first for first, *_ in bounds), max(last for _, last, _ in bounds))
 
 
-def bytes_a_device(config: GPTConfig, shape: MeshShape, itemsize: int = 4) -> int:
+def bytes_per_device(config: GPTConfig, shape: MeshShape, itemsize: int = 4) -> int:
     """Bytes of the parameters that each device holds, by the rules above."""
     sizes = dataclasses.asdict(shape)
     total = 0

@@ -42,7 +42,7 @@ def make_loss_sum(dtype: Any, mesh: Mesh | None = None):
     """loss_sum() for jax.jit and jax.grad: computed in `dtype`, its activations divided over a mesh."""
 
     def in_dtype(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
-        with sharding.dividing(mesh):
+        with sharding.shard_activations(mesh):
             return loss_sum(cast(model, dtype), inputs, targets, key)
 
     return in_dtype
@@ -163,7 +163,7 @@ class Trainer:
             self._placed = sharding.shardings(state, config, mesh, parameter_name)
             whole = NamedSharding(mesh, PartitionSpec())
             outputs = (self._placed, whole)
-            model = sharding.place(model, self._placed.model)
+            model = sharding.device_put_tree(model, self._placed.model)
             # The moments are made divided: no device ever holds all of them.
             self.state = TrainState(model, jax.jit(self._optimizer.init, out_shardings=self._placed.opt_state)(model))
         dropout_seed = settings.seed if config.drop_rate else None
@@ -171,7 +171,7 @@ class Trainer:
         self._loss_sum = jax.jit(make_loss_sum(self._dtype, mesh), out_shardings=whole)
 
     def part(self, size: int) -> slice:
-        return slice(0, size) if self._mesh is None else sharding.rows(size, self._mesh)
+        return slice(0, size) if self._mesh is None else sharding.local_rows(size, self._mesh)
 
     def put(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Array, Array]:
         by_rows = [None] * (inputs.ndim - 2) + [sharding.BATCH]
@@ -218,7 +218,7 @@ class Trainer:
             converted = stored.converted(part, "flax", self.config)
             found |= {f"{part}.{name}": jnp.asarray(array, self._wide) for name, array in converted.items()}
         state = _from_arrays(self.state, found)
-        self.state = state if self._placed is None else sharding.place(state, self._placed)
+        self.state = state if self._placed is None else sharding.device_put_tree(state, self._placed)
 
 
 def _to_arrays(state: TrainState) -> dict[str, Array]:

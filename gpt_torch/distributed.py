@@ -26,14 +26,14 @@ def processes() -> Iterator[Processes]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group(timeout=_SILENT)  # gloo for the CPU, NCCL for GPUs
-    this = Processes(distributed.get_rank(), distributed.get_world_size(), _largest)
+    this = Processes(distributed.get_rank(), distributed.get_world_size(), _all_reduce_max)
     try:
         yield this
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         if not isinstance(error, distributed.DistError) and "gloo" not in reason:
             raise
-        raise this.lost(reason) from None
+        raise this.lost_peer_error(reason) from None
     distributed.destroy_process_group()
 
 
@@ -44,7 +44,7 @@ def all_sum(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def _largest(number: int) -> int:
+def _all_reduce_max(number: int) -> int:
     value = torch.tensor(number)
     distributed.all_reduce(value, distributed.ReduceOp.MAX)
     return int(value)

@@ -36,7 +36,7 @@ from rich.console import Console
 from parity import weights
 from parity.config import PRESETS, GPTConfig
 from parity.errors import InputError, exit_with_message
-from parity.training.flops import flops_a_token, peak_flops
+from parity.training.flops import flops_per_token, peak_flops
 from parity.training.settings import TrainSettings, recipe
 from parity.weights import huggingface
 from parity.weights import openai as openai_checkpoint
@@ -137,7 +137,7 @@ def _steps(args: Args, name: str, with_peers: bool) -> Measurement:
     products = None if args.gpu else args.make(peers.products)
     found, meter = alternate(makers, args.rounds, args.calls, products)
     tokens = settings.batch_size * config.n_ctx
-    flops = flops_a_token(config) * tokens / found["gpt_jax"].median
+    flops = flops_per_token(config) * tokens / found["gpt_jax"].median
     if meter.seconds:
         most = peers.PRODUCT_FLOPS / meter.median
         source = f"that a product of two {peers.PRODUCT_SIZE} x {peers.PRODUCT_SIZE} matrices reaches"

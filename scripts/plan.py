@@ -17,10 +17,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from gpt_jax.memory import compiled_memory, memory, messages
+from gpt_jax.memory import communication_bytes, compiled_memory, memory
 from gpt_jax.sharding import MeshShape
 from parity.errors import InputError, exit_with_message
-from parity.training.flops import flops_a_token, peak_flops
+from parity.training.flops import flops_per_token, peak_flops
 from parity.training.settings import recipe
 from parity.weights import n_params
 
@@ -90,19 +90,19 @@ def main() -> None:
         peak = peak_flops(args.device)
         if peak is None:
             raise InputError(f"--device {args.device}: its peak is not known here; give --tokens-per-s")
-        speed = args.mfu * peak / flops_a_token(config)
+        speed = args.mfu * peak / flops_per_token(config)
         source = f"{args.mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s, assumed"
     seconds = tokens_a_step / (speed * shape.size)
     hours = tokens / (speed * shape.size) / 3600
     table = Table("time", "", title=f"{tokens:,.0f} tokens, {tokens / tokens_a_step:,.0f} steps of {tokens_a_step:,}")
-    table.add_row("model FLOPs a token, 6N + 12LDT", f"{flops_a_token(config) / 1e9:.3f} GFLOP")
+    table.add_row("model FLOPs a token, 6N + 12LDT", f"{flops_per_token(config) / 1e9:.3f} GFLOP")
     table.add_row("tokens/s of a device", f"{speed:,.0f} ({source})")
     table.add_row(f"tokens/s of {shape.size} without messages", f"{speed * shape.size:,.0f}")
     table.add_row("a step", f"{seconds:.2f} s")
     table.add_row("all", f"{hours:,.1f} h, {hours * shape.size:,.1f} device hours")
     console.print(table)
 
-    sent = messages(config, shape, micro, settings.accumulate, settings.dtype)
+    sent = communication_bytes(config, shape, micro, settings.accumulate, settings.dtype)
     if shape.size > 1:
         table = Table("messages of a device and step", "GB", "s, if nothing overlaps")
         for name, size in sent.items():

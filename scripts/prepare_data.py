@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from parity.data import shards as prepare
+from parity.data import shards
 from parity.data.tokenizer import load_tokenizer
 from parity.errors import InputError, exit_with_message
 
@@ -33,7 +33,7 @@ class Args:
     """OpenAI's vocab.bpe, for the gpt2 tokenizer."""
     text_field: str = "text"
     """Field of JSONL and column of Parquet that holds the text."""
-    validation_part: float = 0.005
+    validation_fraction: float = 0.005
     """Part of the documents that is for validation."""
     shard_tokens: int = 100_000_000
     """Tokens in a shard, two bytes each."""
@@ -46,7 +46,7 @@ class Args:
 def main() -> None:
     args, console = tyro.cli(Args, description=__doc__), Console()
     if args.verify is not None:
-        console.print(f"{prepare.verify(args.verify)} shards of {args.verify} are as they were written")
+        console.print(f"{shards.verify(args.verify)} shards of {args.verify} are as they were written")
         return
     if not args.sources or args.out is None:
         raise InputError("give the files to tokenize, and --out, the folder for the shards")
@@ -56,26 +56,26 @@ def main() -> None:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", shown="reading")
 
-        def show(so_far: prepare.Progress) -> None:
+        def show(so_far: shards.Progress) -> None:
             speed = so_far.tokens / (time.perf_counter() - begin)
             counts = f"{so_far.documents:,} documents, {so_far.tokens:,} tokens, {so_far.shards} shards"
             progress.update(bar, shown=f"{counts}, {speed:,.0f} tokens/s")
 
-        index = prepare.prepare(
+        index = shards.prepare_shards(
             args.sources,
             args.out,
             tokenizer,
             args.text_field,
-            args.validation_part,
+            args.validation_fraction,
             args.shard_tokens,
             args.workers,
             show,
         )
     seconds = time.perf_counter() - begin
-    for split in prepare.SPLITS:
-        shards = index["splits"][split]["done"]
-        count = sum(shard["tokens"] for shard in shards)
-        console.print(f"{split:<10} {count:,} tokens in {len(shards)} shards", highlight=False)
+    for split in shards.SPLITS:
+        written = index["splits"][split]["done"]
+        count = sum(shard["tokens"] for shard in written)
+        console.print(f"{split:<10} {count:,} tokens in {len(written)} shards", highlight=False)
     console.print(f"{seconds:.1f} s; train on it with --corpus {args.out}", highlight=False, soft_wrap=True)
 
 

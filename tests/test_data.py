@@ -12,7 +12,7 @@ from parity.data.token_files import read_bin
 from parity.data.tokenizer import ByteTokenizer
 from parity.data.windows import Windows
 from parity.errors import InputError
-from parity.storage.download import Wanted
+from parity.storage.download import RemoteFile
 from parity.training.bigram import bigram_loss
 from parity.training.schedule import learning_rate
 
@@ -157,7 +157,7 @@ def test_downloaded_corpora_are_checked_and_clear_offline(tmp_path, monkeypatch)
     with pytest.raises(InputError, match="use the embedded python-docs"):
         load_corpus("the-verdict", ByteTokenizer())
     text = b"text " * 9
-    wanted = Wanted("the-verdict.txt", len(text), hashlib.sha256(text).hexdigest())
+    wanted = RemoteFile("the-verdict.txt", len(text), hashlib.sha256(text).hexdigest())
     monkeypatch.setitem(corpora.DOWNLOADS, "the-verdict", ("http://127.0.0.1:9/", wanted))
     (tmp_path / "the-verdict.txt").write_bytes(text)
     assert len(load_corpus("the-verdict", ByteTokenizer()).train[0]) == 40

@@ -11,12 +11,12 @@ import pytest
 
 from parity.errors import InputError
 from parity.storage import download
-from parity.storage.download import Wanted, fetch
+from parity.storage.download import RemoteFile, fetch
 from parity.weights import openai_files
 from parity.weights.openai_files import model_files
 
 CONTENT = bytes(range(256)) * 5000  # 1.28 MB, many chunks
-WANTED = Wanted("file", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+REMOTE_FILE = RemoteFile("file", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
 TAG = '"one"'
 
 
@@ -81,7 +81,7 @@ def server(monkeypatch):
     server.close()
 
 
-def get(server, tmp_path, wanted=WANTED, addresses=None, **options):
+def get(server, tmp_path, wanted=REMOTE_FILE, addresses=None, **options):
     options = {"timeout": (5, 0.5), "tries": 3, **options}
     return fetch(wanted, tmp_path / "file", addresses or [f"{server.url}/file"], **options)
 
@@ -176,7 +176,7 @@ def test_full_disk(server, tmp_path, monkeypatch):
 
 
 def _get_in_child(url, folder):
-    fetch(WANTED, folder / "file", [f"{url}/file"])
+    fetch(REMOTE_FILE, folder / "file", [f"{url}/file"])
 
 
 def test_two_processes_fetch_once(server, tmp_path):
@@ -202,7 +202,7 @@ def test_the_seven_files():
 
 
 def test_a_whole_model_from_a_base_url(server, tmp_path, monkeypatch):
-    files = [Wanted(f"part{n}", WANTED.size, WANTED.sha256) for n in range(3)]
+    files = [RemoteFile(f"part{n}", REMOTE_FILE.size, REMOTE_FILE.sha256) for n in range(3)]
     monkeypatch.setattr(openai_files, "model_files", lambda size: files)
     monkeypatch.setenv("GPT_PARITY_CACHE", str(tmp_path))
     folder = openai_files.download_model("124M", base_urls=[f"{server.url}/models/"])

@@ -17,7 +17,7 @@ from parity import weights as table
 from parity.comparison.compare import compare
 from parity.data.tokenizer import ByteTokenizer
 from parity.errors import InputError
-from parity.storage.download import Wanted
+from parity.storage.download import RemoteFile
 from parity.weights import openai as openai_checkpoint
 from parity.weights import openai_files
 
@@ -29,7 +29,7 @@ def models_dir(tmp_path, monkeypatch):
     openai_checkpoint.write(tmp_path / "124M", TINY, arrays)
     monkeypatch.setenv("GPT_PARITY_OFFLINE", "1")
     names = [path.name for path in (tmp_path / "124M").iterdir()]
-    monkeypatch.setattr(openai_files, "model_files", lambda size: [Wanted(name) for name in names])
+    monkeypatch.setattr(openai_files, "model_files", lambda size: [RemoteFile(name) for name in names])
     return tmp_path
 
 

@@ -5,10 +5,10 @@ import re
 import pytest
 from support.runs import run_script
 
-from gpt_jax.memory import memory, messages
+from gpt_jax.memory import communication_bytes, memory
 from gpt_jax.sharding import MeshShape
 from parity.config import PRESETS, GPTConfig
-from parity.training.flops import flops_a_token, peak_flops
+from parity.training.flops import flops_per_token, peak_flops
 
 
 def test_model_flops_by_hand():
@@ -16,10 +16,10 @@ def test_model_flops_by_hand():
     config = GPTConfig(n_vocab=100, n_ctx=8, n_embd=4, n_head=2, n_layer=3)
     block = 12 * 4 * 4 + 13 * 4
     N = 100 * 4 + 3 * block + 2 * 4
-    assert flops_a_token(config) == 6 * N + 12 * 3 * 4 * 8
+    assert flops_per_token(config) == 6 * N + 12 * 3 * 4 * 8
     untied = GPTConfig(n_vocab=100, n_ctx=8, n_embd=4, n_head=2, n_layer=3, tied_head=False)
-    assert flops_a_token(untied) == flops_a_token(config)
-    assert flops_a_token(GPTConfig(50304, 1024, 768, 12, 12)) == pytest.approx(0.855e9, rel=1e-3)
+    assert flops_per_token(untied) == flops_per_token(config)
+    assert flops_per_token(GPTConfig(50304, 1024, 768, 12, 12)) == pytest.approx(0.855e9, rel=1e-3)
 
 
 def test_peaks_by_the_names_that_gpus_give_themselves():
@@ -33,14 +33,14 @@ def test_peaks_by_the_names_that_gpus_give_themselves():
 def test_messages_by_hand():
     config = PRESETS["124M"]
     parameters = 124_439_808
-    assert messages(config, MeshShape(), 8, 1, "float32") == {}
-    [size] = messages(config, MeshShape(data=8), 8, 4, "float32").values()
+    assert communication_bytes(config, MeshShape(), 8, 1, "float32") == {}
+    [size] = communication_bytes(config, MeshShape(data=8), 8, 4, "float32").values()
     assert size == int(2 * 7 / 8 * parameters * 4)
-    gathered, scattered = messages(config, MeshShape(fsdp=8), 8, 4, "bfloat16").values()
+    gathered, scattered = communication_bytes(config, MeshShape(fsdp=8), 8, 4, "bfloat16").values()
     assert gathered == int(2 * 7 / 8 * parameters * 2 * 4)
     assert scattered == int(7 / 8 * parameters * 4 * 4)
     # Two sums forward and two backward in each of 12 layers, of [4, 1024, 768] in two bytes.
-    [size] = messages(config, MeshShape(tensor=2), 4, 1, "bfloat16").values()
+    [size] = communication_bytes(config, MeshShape(tensor=2), 4, 1, "bfloat16").values()
     assert size == 2 * 1 / 2 * 4 * 12 * 4 * 1024 * 768 * 2
 
 
@@ -48,7 +48,7 @@ def test_memory_shrinks_as_it_should():
     config = PRESETS["1558M"]
     one, eight = (memory(config, MeshShape(fsdp=size), 8, "bfloat16") for size in (1, 8))
     assert one.moments == 2 * one.parameters == 2 * 4 * 1_557_611_200
-    assert one.narrow == one.parameters // 2
+    assert one.compute_copy == one.parameters // 2
     assert one.parameters / eight.parameters == pytest.approx(8, rel=0.01)
     assert one.activations == 8 * eight.activations
     kinds = [memory(config, MeshShape(), 8, "bfloat16", kind).activations for kind in ("none", "products", "all")]

@@ -16,8 +16,8 @@ import pytest
 from support.runs import command, run_script
 
 from parity.data import documents
-from parity.data import shards as prepare
 from parity.data.corpora import load_corpus
+from parity.data.shards import SPLITS, prepare_shards, read_index, verify
 from parity.data.token_files import read_bin
 from parity.data.tokenizer import END_OF_TEXT, ByteTokenizer, GPT2Tokenizer
 from parity.errors import InputError
@@ -27,7 +27,7 @@ TEXTS = ["first\n\ndocument", "zweites Dokument: äöü", "", "third  \n \n with
 
 
 def tokens(folder, split):
-    shards = prepare.read_index(folder)["splits"][split]["done"]
+    shards = read_index(folder)["splits"][split]["done"]
     return np.concatenate([np.empty(0, np.uint16), *(read_bin(folder / shard["name"]) for shard in shards)])
 
 
@@ -54,13 +54,13 @@ def write(folder, kind, texts=TEXTS):
 @pytest.mark.parametrize("shard_tokens", [7, 1000])
 def test_every_kind_of_file_gives_the_same_tokens(tmp_path, kind, shard_tokens):
     file = write(tmp_path, kind)
-    index = prepare.prepare([file], tmp_path / "out", BYTES, validation_part=0, shard_tokens=shard_tokens, workers=2)
+    index = prepare_shards([file], tmp_path / "out", BYTES, validation_fraction=0, shard_tokens=shard_tokens, workers=2)
     assert tokens(tmp_path / "out", "train").tolist() == expected(TEXTS)
     shards = index["splits"]["train"]["done"]
     assert {shard["tokens"] for shard in shards[:-1]} <= {shard_tokens}
-    assert prepare.verify(tmp_path / "out") == len(shards)
+    assert verify(tmp_path / "out") == len(shards)
     assert not list((tmp_path / "out").glob("*.part"))
-    assert prepare.prepare([file], tmp_path / "out", BYTES, validation_part=0, shard_tokens=shard_tokens) == index
+    assert prepare_shards([file], tmp_path / "out", BYTES, validation_fraction=0, shard_tokens=shard_tokens) == index
 
 
 def test_cuts_in_a_long_text_change_no_token(tmp_path, vocab_bpe, monkeypatch):
@@ -92,15 +92,15 @@ def test_cuts_in_a_long_text_change_no_token(tmp_path, vocab_bpe, monkeypatch):
     assert len(pieces) > 500
     text = text.replace("\r\n", "\n")  # as Python reads it
     assert "".join(piece.text for piece in pieces) == text
-    prepare.prepare([tmp_path / "long.txt"], tmp_path / "out", tokenizer, validation_part=0, workers=3)
+    prepare_shards([tmp_path / "long.txt"], tmp_path / "out", tokenizer, validation_fraction=0, workers=3)
     assert tokens(tmp_path / "out", "train").tolist() == expected([text], tokenizer)
 
 
 def test_documents_are_split_by_number(tmp_path):
     texts = [f"document {number}" for number in range(2000)]
     file = write(tmp_path, ".jsonl", texts)
-    prepare.prepare([file], tmp_path / "a", BYTES, validation_part=0.1, shard_tokens=5000)
-    train, val = (bytes((tokens(tmp_path / "a", s) % 256).astype(np.uint8)).split(b"\0") for s in prepare.SPLITS)
+    prepare_shards([file], tmp_path / "a", BYTES, validation_fraction=0.1, shard_tokens=5000)
+    train, val = (bytes((tokens(tmp_path / "a", s) % 256).astype(np.uint8)).split(b"\0") for s in SPLITS)
     assert sorted(train[:-1] + val[:-1]) == sorted(text.encode() for text in texts)
     assert 150 < len(val) < 250
     corpus = load_corpus(str(tmp_path / "a"), BYTES)
@@ -126,21 +126,21 @@ def test_an_interrupted_preparation_goes_on(tmp_path):
     """Stopped after every number of shards in turn, with two splits that fill at different speeds."""
     texts = [f"document {number} " * (number % 7) for number in range(300)]
     file = write(tmp_path, ".jsonl", texts)
-    options = {"validation_part": 0.2, "shard_tokens": 499}
-    want = prepare.prepare([file], tmp_path / "whole", BYTES, **options)
+    options = {"validation_fraction": 0.2, "shard_tokens": 499}
+    want = prepare_shards([file], tmp_path / "whole", BYTES, **options)
     out = tmp_path / "part"
     stops = 0
     while True:
         tokenizer, goal = Counting(), len(list(out.glob("*.bin"))) + 2
         try:
-            got = prepare.prepare([file], out, tokenizer, **options, show=functools.partial(stop_at, goal))
+            got = prepare_shards([file], out, tokenizer, **options, show=functools.partial(stop_at, goal))
             break
         except KeyboardInterrupt:
             stops += 1
     assert stops > 5
     assert tokenizer.calls < len(texts) / 2  # what lies in finished shards is not tokenized again
     assert got == want
-    for split in prepare.SPLITS:
+    for split in SPLITS:
         assert np.array_equal(tokens(out, split), tokens(tmp_path / "whole", split))
 
 
@@ -161,7 +161,7 @@ def test_a_killed_script_goes_on(tmp_path):
     assert result.returncode == 0, result.stderr
     assert sorted(name for name in os.listdir(out) if not name.endswith(".bin")) == ["index.json"]
     assert run_script("prepare_data.py", "--verify", out).returncode == 0
-    counts = [sum(s["tokens"] for s in prepare.read_index(out)["splits"][split]["done"]) for split in prepare.SPLITS]
+    counts = [sum(s["tokens"] for s in read_index(out)["splits"][split]["done"]) for split in SPLITS]
     assert sum(counts) == len(expected(texts))
 
 
@@ -171,7 +171,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         file = tmp_path / f"{megabytes}.txt"
         file.write_text("some words in a line\n" * (megabytes * 50_000), encoding="utf-8")
         tracemalloc.start()
-        prepare.prepare([file], tmp_path / str(megabytes), BYTES, validation_part=0)
+        prepare_shards([file], tmp_path / str(megabytes), BYTES, validation_fraction=0)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.1 * peaks[0]
@@ -193,33 +193,33 @@ def test_bad_sources_are_named(tmp_path, name, content, message):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
-        prepare.prepare([tmp_path / "in"], tmp_path / "out", BYTES)
+        prepare_shards([tmp_path / "in"], tmp_path / "out", BYTES)
     assert not list((tmp_path / "out").glob("*.bin*")) if (tmp_path / "out").exists() else True
 
 
 def test_damage_and_mixed_up_folders_are_refused(tmp_path):
     file = write(tmp_path, ".jsonl")
     out = tmp_path / "out"
-    prepare.prepare([file], out, BYTES, validation_part=0)
+    prepare_shards([file], out, BYTES, validation_fraction=0)
     with pytest.raises(InputError, match="prepared with other shard_tokens"):
-        prepare.prepare([file], out, BYTES, validation_part=0, shard_tokens=5)
+        prepare_shards([file], out, BYTES, validation_fraction=0, shard_tokens=5)
     [shard] = out.glob("*.bin")
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
     with pytest.raises(InputError, match="was altered"):
-        prepare.verify(out)
+        verify(out)
     shard.write_bytes(data[:-2])
     with pytest.raises(InputError, match=r"train_000000.bin is missing or has not the \d+ bytes"):
         load_corpus(str(out), BYTES)
     (out / "index.json").unlink()
     with pytest.raises(InputError, match="not prepared here"):
-        prepare.prepare([file], out, BYTES)
+        prepare_shards([file], out, BYTES)
     with pytest.raises(InputError, match="no file or folder"):
-        prepare.prepare([tmp_path / "none"], tmp_path / "new", BYTES)
+        prepare_shards([tmp_path / "none"], tmp_path / "new", BYTES)
 
 
 def test_halves_of_surrogates_are_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x \\ud800 y"}\n')
-    prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "out", BYTES, validation_part=0)
+    prepare_shards([tmp_path / "a.jsonl"], tmp_path / "out", BYTES, validation_fraction=0)
     assert BYTES.decode(tokens(tmp_path / "out", "train")[:-1]) == "x \ufffd y"

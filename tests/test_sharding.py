@@ -10,7 +10,7 @@ import pytest
 from support.runs import ROOT, metrics, run_script
 from support.sharded_runs import ALL, CONFIG, FEW
 
-from gpt_jax.sharding import MeshShape, bytes_a_device
+from gpt_jax.sharding import MeshShape, bytes_per_device
 from parity.config import PRESETS
 from parity.errors import InputError
 
@@ -61,8 +61,8 @@ def test_each_device_holds_its_part(runs):
     for shape in shapes:
         facts = found[str(shape)]
         assert facts["devices"] == 8
-        assert facts["bytes"] == [3 * bytes_a_device(CONFIG, MeshShape(*shape), np.dtype(dtype).itemsize) + 4]
-    whole, part = (bytes_a_device(PRESETS["1558M"], MeshShape(fsdp=size)) for size in (1, 8))
+        assert facts["bytes"] == [3 * bytes_per_device(CONFIG, MeshShape(*shape), np.dtype(dtype).itemsize) + 4]
+    whole, part = (bytes_per_device(PRESETS["1558M"], MeshShape(fsdp=size)) for size in (1, 8))
     assert 7.9 < whole / part <= 8
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from parity.data import shards as prepare
+from parity.data import shards
 from parity.data.token_files import read_bin
 from parity.data.tokenizer import Tokenizer
 from parity.errors import InputError
-from parity.storage.download import Wanted, cache_folder, fetch
+from parity.storage.download import RemoteFile, cache_folder, fetch
 
 EMBEDDED = "python-docs"
 
@@ -20,11 +20,13 @@ DOWNLOADS = {
     # Edith Wharton, 1908; the notebook's corpus.
     "the-verdict": (
         "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/01_main-chapter-code/the-verdict.txt",
-        Wanted("the-verdict.txt", 20_479, "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"),
+        RemoteFile("the-verdict.txt", 20_479, "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"),
     ),
     "tiny-shakespeare": (
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-        Wanted("tiny-shakespeare.txt", 1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
+        RemoteFile(
+            "tiny-shakespeare.txt", 1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+        ),
     ),
 }
 
@@ -54,7 +56,7 @@ def load_corpus(name: str, tokenizer: Tokenizer, validation_part: float = 0.1) -
         return _from_text(name, _named_text(name), tokenizer, validation_part)
     if path.is_file() and path.suffix != ".bin":
         return _from_text(name, _read_text(path), tokenizer, validation_part)
-    if (path / prepare.INDEX).exists():
+    if (path / shards.INDEX).exists():
         return _prepared(path, tokenizer, validation_part)
     bins = [path] if path.is_file() else sorted(path.glob("*.bin"))
     if not bins:
@@ -71,14 +73,14 @@ def load_corpus(name: str, tokenizer: Tokenizer, validation_part: float = 0.1) -
 
 def _prepared(path: Path, tokenizer: Tokenizer, validation_part: float) -> Corpus:
     """A folder of scripts/prepare_data.py."""
-    index = prepare.read_index(path)
+    index = shards.read_index(path)
     if index["tokenizer"] != tokenizer.name:
         raise InputError(
             f"corpus {path} was prepared with the {index['tokenizer']} tokenizer, the run has {tokenizer.name}; "
             f"use --tokenizer {index['tokenizer']}"
         )
-    train, validation = ([shard["name"] for shard in index["splits"][split]["done"]] for split in prepare.SPLITS)
-    hashes = [shard["sha256"] for split in prepare.SPLITS for shard in index["splits"][split]["done"]]
+    train, validation = ([shard["name"] for shard in index["splits"][split]["done"]] for split in shards.SPLITS)
+    hashes = [shard["sha256"] for split in shards.SPLITS for shard in index["splits"][split]["done"]]
     return _from_bins(str(path), [path / n for n in train], [path / n for n in validation], hashes, validation_part)
 
 

@@ -29,7 +29,7 @@ SPLITS = ("train", "val")
 
 
 @dataclasses.dataclass
-class Shards:
+class SplitProgress:
     """Where one split stands."""
 
     piece: int = 0
@@ -48,12 +48,12 @@ class Progress:
     shards: int
 
 
-def prepare(
+def prepare_shards(
     sources: Sequence[Path],
     out: Path,
     tokenizer: Tokenizer,
     text_field: str = "text",
-    validation_part: float = 0.005,
+    validation_fraction: float = 0.005,
     shard_tokens: int = 100_000_000,
     workers: int = 1,
     show: Callable[[Progress], None] = lambda progress: None,
@@ -64,8 +64,8 @@ def prepare(
     the same sources with the same options is gone on with. Memory does not grow with the sources. Raises
     InputError for sources that are missing or unreadable, and for a folder of another preparation.
     """
-    if not 0 <= validation_part < 1:
-        raise InputError(f"validation part must be in [0, 1), got {validation_part}")
+    if not 0 <= validation_fraction < 1:
+        raise InputError(f"validation_fraction must be in [0, 1), got {validation_fraction}")
     if shard_tokens < 1 or workers < 1:
         raise InputError(f"shard_tokens and workers must be at least 1, got {shard_tokens} and {workers}")
     files = documents.find(sources)
@@ -73,13 +73,13 @@ def prepare(
         "tokenizer": tokenizer.name,
         "sources": [{"path": str(file), "bytes": file.stat().st_size} for file in files],
         "text_field": text_field,
-        "validation_part": validation_part,
+        "validation_fraction": validation_fraction,
         "shard_tokens": shard_tokens,
     }
     shards, complete = _begin(out, made)
     if complete:
         return read_index(out)
-    open_shards = {split: _Open(out, split, shards[split], shard_tokens) for split in SPLITS}
+    open_shards = {split: ShardWriter(out, split, shards[split], shard_tokens) for split in SPLITS}
 
     def write_index(complete: bool) -> None:
         entries = {**made, "complete": complete, "splits": {s: dataclasses.asdict(shards[s]) for s in SPLITS}}
@@ -87,7 +87,7 @@ def prepare(
 
     def encode(numbered: tuple[int, Piece]) -> tuple[int, Piece, str, np.ndarray]:
         number, piece = numbered
-        split = SPLITS[zlib.crc32(piece.document.to_bytes(8, "little")) < validation_part * 2**32]
+        split = SPLITS[zlib.crc32(piece.document.to_bytes(8, "little")) < validation_fraction * 2**32]
         if number < shards[split].piece:  # in a shard already
             return number, piece, split, np.empty(0, np.uint16)
         end = [tokenizer.eos_id] if piece.ends else []
@@ -115,7 +115,7 @@ def prepare(
 def read_index(folder: Path) -> dict[str, Any]:
     """index.json of a prepared folder; raises InputError where it is missing, damaged or unfinished."""
     try:
-        index = json.loads((folder / INDEX).read_text())
+        index = _load_index(folder)
         shards = [shard for split in SPLITS for shard in index["splits"][split]["done"]]
         sizes = {shard["name"]: len(bin_header(0)) + 2 * shard["tokens"] for shard in shards}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -139,16 +139,23 @@ def verify(folder: Path) -> int:
     return len(shards)
 
 
-def _begin(out: Path, made: dict[str, Any]) -> tuple[dict[str, Shards], bool]:
+def _load_index(folder: Path) -> dict[str, Any]:
+    index = json.loads((folder / INDEX).read_text())
+    if "validation_part" in index:  # the name of the key before version 0.2
+        index["validation_fraction"] = index.pop("validation_part")
+    return index
+
+
+def _begin(out: Path, made: dict[str, Any]) -> tuple[dict[str, SplitProgress], bool]:
     """How far a preparation got, and whether it is complete."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / INDEX).exists():
         if any(out.glob("*.bin")):
             raise InputError(f"{out} holds token files that were not prepared here; name an empty folder")
-        return {split: Shards() for split in SPLITS}, False
+        return {split: SplitProgress() for split in SPLITS}, False
     try:
-        before = json.loads((out / INDEX).read_text())
-        shards = {split: Shards(**before["splits"][split]) for split in SPLITS}
+        before = _load_index(out)
+        shards = {split: SplitProgress(**before["splits"][split]) for split in SPLITS}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{out / INDEX} cannot be read ({error}); empty the folder and prepare again") from None
     if different := [key for key, value in made.items() if before.get(key) != value]:
@@ -156,10 +163,10 @@ def _begin(out: Path, made: dict[str, Any]) -> tuple[dict[str, Shards], bool]:
     return shards, before["complete"]
 
 
-class _Open:
+class ShardWriter:
     """The shard of a split that is being written."""
 
-    def __init__(self, out: Path, split: str, state: Shards, size: int):
+    def __init__(self, out: Path, split: str, state: SplitProgress, size: int):
         self.out, self.split, self.state, self.size = out, split, state, size
         self.skip = state.offset
         self._begin()

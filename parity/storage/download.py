@@ -26,7 +26,7 @@ _LONGEST_WAIT = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
+class RemoteFile:
     """A file to fetch; size and sha256 where they are known."""
 
     name: str
@@ -56,7 +56,7 @@ def is_offline() -> bool:
 
 
 def fetch(
-    wanted: Wanted,
+    wanted: RemoteFile,
     target: Path,
     addresses: Sequence[str],
     offline: bool | None = None,
@@ -68,14 +68,14 @@ def fetch(
 
     Safe for several processes at once. Raises InputError that lists every address and why it failed.
     """
-    if _is_there(wanted, target):
+    if is_complete(wanted, target):
         return target
     if offline if offline is not None else is_offline():
         raise InputError(f"{target} is missing, and downloads are switched off (--offline or GPT_PARITY_OFFLINE=1)")
     target.parent.mkdir(parents=True, exist_ok=True)
     failures = []
     with FileLock(f"{target}.lock"):
-        if _is_there(wanted, target):  # another process was faster
+        if is_complete(wanted, target):  # another process was faster
             return target
         for address in addresses:
             try:
@@ -89,7 +89,7 @@ def fetch(
     )
 
 
-def _is_there(wanted: Wanted, target: Path) -> bool:
+def is_complete(wanted: RemoteFile, target: Path) -> bool:
     return target.is_file() and wanted.size in (None, target.stat().st_size)
 
 
@@ -105,7 +105,7 @@ def _with_retries(wanted, target, address, on_progress, tries, timeout) -> None:
     return None
 
 
-def _transfer(wanted: Wanted, target: Path, address: str, on_progress, timeout) -> None:
+def _transfer(wanted: RemoteFile, target: Path, address: str, on_progress, timeout) -> None:
     part, tag_file = (target.with_name(f"{target.name}.{end}") for end in ("part", "part.etag"))
     have = part.stat().st_size if part.exists() and tag_file.exists() else 0
     headers = {"Accept-Encoding": "identity"}
@@ -181,7 +181,7 @@ def _check_space(folder: Path, total: int, have: int) -> None:
         raise InputError(f"{folder} has {free:,} bytes free, the download needs {total - have:,}")
 
 
-def _problem(wanted: Wanted, part: Path) -> str:
+def _problem(wanted: RemoteFile, part: Path) -> str:
     if wanted.size is not None and (size := part.stat().st_size) != wanted.size:
         return f"{size} bytes, expected {wanted.size}"
     if wanted.sha256 is not None:

@@ -46,9 +46,9 @@ def save(
             for left in checkpoints.glob(f"{_UNFINISHED}*"):  # by a process that was killed
                 shutil.rmtree(left)
             unfinished.mkdir()
-        processes.wait()
+        processes.barrier()
         write(unfinished)
-        processes.wait()
+        processes.barrier()
         if processes.first:
             (unfinished / MANIFEST).write_text(json.dumps(_hashes(unfinished), indent=1) + "\n")
             _flush(unfinished)
@@ -66,7 +66,7 @@ def save(
         for old in steps(checkpoints)[:-keep]:
             if old != best and not (keep_every and old % keep_every == 0):
                 shutil.rmtree(step_folder(checkpoints, old))
-    processes.wait()
+    processes.barrier()
     return target
 
 

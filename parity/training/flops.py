@@ -21,7 +21,7 @@ _PEAKS = {
 }
 
 
-def flops_a_token(config: GPTConfig) -> float:
+def flops_per_token(config: GPTConfig) -> float:
     """Model FLOPs of one token's forward and backward pass: 6N + 12LDT (Chowdhery et al. 2022, appendix B).
 
     N: parameters that a token is multiplied with, which are all but the position table's. Recomputation does not count.

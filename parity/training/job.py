@@ -137,7 +137,7 @@ def load(args: JobArgs, processes: Processes = ALONE) -> Job:
     Raises InputError for whatever is missing or does not fit.
     """
     settings = args.settings
-    started = datetime.fromtimestamp(processes.largest(int(time.time())))
+    started = datetime.fromtimestamp(processes.all_reduce_max(int(time.time())))
     folder = args.run or Path("runs") / f"{started:%Y%m%d-%H%M%S}-{args.preset}"
     tokenizer = load_tokenizer(settings.tokenizer, args.vocab_bpe)
     config = _config(args, tokenizer)
@@ -171,7 +171,7 @@ def begin(job: Job, backend: str, about: Mapping[str, str], console: Console) ->
     else:
         run.create(entries)
     run.write("env.json", {"backend": backend, **about, **_environment()})
-    job.processes.wait()
+    job.processes.barrier()
     if not run.config_file.exists():
         raise InputError(f"{run.path}: this process does not see what the first one wrote; --run must be shared")
 

@@ -95,7 +95,7 @@ def run(trainer: Trainer, job: Job, console: Console) -> int:
     if job.goes_on:
         # The first process says which; the others need not read all of it.
         found = int(checkpoints.newest_intact(job.run.checkpoints).name) if job.processes.first else 0
-        done = job.processes.largest(found)
+        done = job.processes.all_reduce_max(found)
         trainer.restore(checkpoints.step_folder(job.run.checkpoints, done))
         console.print(f"resuming   after step {done}")
     job.run.forget_after(-1 if done is None else done)
@@ -141,7 +141,7 @@ def fit(trainer: Trainer, job: Job, done: int | None, console: Console) -> int:
             evaluating = finished % settings.eval_every == 0 or finished == settings.steps
             reading = evaluating or finished % settings.log_every == 0
             # Several processes must agree, which waits for the device: where they do that anyway.
-            stopping = job.processes.largest(stop.received) if reading or job.processes.count == 1 else 0
+            stopping = job.processes.all_reduce_max(stop.received) if reading or job.processes.count == 1 else 0
             if reading or stopping:
                 loss = _log_steps(job, pending, console)
                 speed = (finished - since_step) * tokens_a_step / (time.perf_counter() - since)

@@ -13,18 +13,18 @@ class Processes:
 
     index: int = 0
     count: int = 1
-    largest: Callable[[int], int] = lambda number: number
+    all_reduce_max: Callable[[int], int] = lambda number: number
     """The largest of the numbers (below 2**31) that the processes call it with; all of them must."""
 
     @property
     def first(self) -> bool:
         return self.index == 0
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every process has come to this line."""
-        self.largest(0)
+        self.all_reduce_max(0)
 
-    def lost(self, reason: str) -> InputError:
+    def lost_peer_error(self, reason: str) -> InputError:
         """What a process says that cannot reach another one any more; `reason`: the library's words."""
         return InputError(
             f"process {self.index} of {self.count} lost another one, whose own output may say why ({reason}). "
@@ -34,7 +34,7 @@ class Processes:
     def agree_on(self, text: str) -> bool:
         """Whether all processes give the same text."""
         number = zlib.crc32(text.encode()) >> 1
-        return [self.largest(number), -self.largest(-number)] == [number, number]
+        return [self.all_reduce_max(number), -self.all_reduce_max(-number)] == [number, number]
 
 
 ALONE = Processes()

@@ -17,7 +17,7 @@ from rich.progress import (
 
 from parity.config import PRESETS
 from parity.errors import InputError
-from parity.storage.download import Wanted, cache_folder, fetch
+from parity.storage.download import RemoteFile, cache_folder, fetch
 from parity.weights import n_params
 
 # openai/gpt-2 download_model.py; the second is the mirror of rasbt/LLMs-from-scratch.
@@ -47,13 +47,13 @@ _LENGTHS = {
 }
 
 
-def model_files(size: str) -> list[Wanted]:
+def model_files(size: str) -> list[RemoteFile]:
     """The seven files of one of OpenAI's models; raises InputError for an unknown size."""
     if size not in SIZES:
         raise InputError(f"unknown model {size!r}; OpenAI published {', '.join(SIZES)}")
     lengths = {**_SAME_FOR_ALL, **_LENGTHS.get(size, {}), DATA: 4 * n_params(PRESETS[size])}
     known = _SHA256 if size == "124M" else {name: _SHA256[name] for name in _SAME_FOR_ALL}
-    return [Wanted(name, lengths.get(name), known.get(name)) for name in _SHA256]
+    return [RemoteFile(name, lengths.get(name), known.get(name)) for name in _SHA256]
 
 
 def download_model(

@@ -153,14 +153,14 @@ def prepared(source: Path, out: Path, vocab_bpe: Path | None, workers: int) -> S
     """prepare_data.py's work, to shards on the disk."""
     import shutil
 
-    from parity.data import shards as prepare
+    from parity.data import shards
     from parity.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer("gpt2", vocab_bpe)
 
     def call() -> None:
         shutil.rmtree(out, ignore_errors=True)
-        prepare.prepare([source], out, tokenizer, workers=workers)
+        shards.prepare_shards([source], out, tokenizer, workers=workers)
 
     return Subject(call, _resident, "cpu")
 
