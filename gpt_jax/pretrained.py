@@ -8,7 +8,7 @@ from flax import nnx
 from parity import notebook, weights
 from parity.config import as_tied
 from parity.weights import huggingface
-from parity.weights import load as pretrained
+from parity.weights.load import read_folder
 
 if TYPE_CHECKING:
     from gpt_jax.model import GPTModel
@@ -39,8 +39,8 @@ def load_pretrained(path: str | Path, **options: Any) -> "GPTModel":
     """
     from gpt_jax.model import GPTModel
 
-    config, arrays, source = pretrained.read(path)
+    config, arrays, format = read_folder(path)
     # Abstract first: the zeros that the constructor makes are never allocated.
     model = nnx.eval_shape(lambda: GPTModel(config, seed=None, **options))
-    load_weights(model, arrays, source, origin=str(path))
+    load_weights(model, arrays, format, origin=str(path))
     return model

@@ -23,7 +23,7 @@ from parity.errors import InputError
 from parity.training import optimizer_state as train_state
 from parity.training.settings import TrainSettings
 from parity.weights import initial_weights, rows
-from parity.weights import load as pretrained
+from parity.weights.load import read_folder
 
 
 class TrainState(NamedTuple):
@@ -150,8 +150,8 @@ class Trainer:
         self._optimizer = make_optimizer(settings, config)
         model = GPTModel(config, None, attention, unroll, remat)
         if init:
-            _, arrays, source = pretrained.read(init)
-            load_weights(model, arrays, source, origin=str(init))
+            _, arrays, format = read_folder(init)
+            load_weights(model, arrays, format, origin=str(init))
         else:
             load_weights(model, initial_weights(config, settings.seed, scheme=settings.initial))
         model = cast(model, self._wide)

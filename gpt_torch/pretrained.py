@@ -8,7 +8,7 @@ import torch
 from parity import notebook, weights
 from parity.config import as_tied
 from parity.weights import huggingface
-from parity.weights import load as pretrained
+from parity.weights.load import read_folder
 
 if TYPE_CHECKING:
     from gpt_torch.model import GPTModel
@@ -39,9 +39,9 @@ def load_pretrained(path: str | Path, **options: Any) -> "GPTModel":
     """
     from gpt_torch.model import GPTModel
 
-    config, arrays, source = pretrained.read(path)
+    config, arrays, format = read_folder(path)
     with torch.device("meta"):  # so that torch does not draw weights that are overwritten
         model = GPTModel(config, seed=None, **options)
     model.to_empty(device="cpu")
-    load_weights(model, arrays, source, origin=str(path))
+    load_weights(model, arrays, format, origin=str(path))
     return model

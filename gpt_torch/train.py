@@ -27,7 +27,7 @@ from parity.training import optimizer_state as train_state
 from parity.training.processes import ALONE, Processes
 from parity.training.settings import TrainSettings
 from parity.weights import initial_weights, rows
-from parity.weights import load as pretrained
+from parity.weights.load import read_folder
 
 
 def loss_sum(model: GPTModel, inputs: Tensor, targets: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -103,8 +103,8 @@ class Trainer:
         dtype = getattr(torch, settings.dtype)
         model = GPTModel(config, None, attention)
         if init:
-            _, arrays, source = pretrained.read(init)
-            load_weights(model, arrays, source, origin=str(init))
+            _, arrays, format = read_folder(init)
+            load_weights(model, arrays, format, origin=str(init))
         else:
             load_weights(model, initial_weights(config, settings.seed, scheme=settings.initial))
         self.model = model.to(self.device, torch.promote_types(dtype, torch.float32))

@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 
 
 def load_weights(
-    model: "GPTModel", arrays: Mapping[str, Any], source: str = "huggingface", origin: str = "weights"
+    model: "GPTModel", arrays: Mapping[str, Any], format: str = "huggingface", origin: str = "weights"
 ) -> None:
-    """Copy arrays, named as in `source`, over the model's parameters, in the parameters' dtype.
+    """Copy arrays, named as in `format`, over the model's parameters, in the parameters' dtype.
 
     Raises InputError that lists every missing, unknown or wrongly shaped name.
     """
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, array in weights.convert(arrays, source, "torch", model.config, origin=origin):
+        for name, array in weights.convert(arrays, format, "torch", model.config, origin=origin):
             weights.warn_if_not_finite(name, array, origin)
             parameters[name].copy_(torch.from_numpy(np.require(array, requirements=["C", "W"])))
 
 
-def export_weights(model: "GPTModel", target: str = "huggingface") -> dict[str, np.ndarray]:
-    """The model's parameters as NumPy arrays, named and oriented as in `target`."""
+def export_weights(model: "GPTModel", format: str = "huggingface") -> dict[str, np.ndarray]:
+    """The model's parameters as NumPy arrays, named and oriented as in `format`."""
     arrays = {name: parameter.detach().cpu().numpy() for name, parameter in model.named_parameters()}
-    return dict(weights.convert(arrays, "torch", target, model.config))
+    return dict(weights.convert(arrays, "torch", format, model.config))

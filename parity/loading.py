@@ -7,7 +7,7 @@ from parity.data.tokenizer import Tokenizer, load_tokenizer
 from parity.errors import InputError
 from parity.training import checkpoints
 from parity.training.runs import RunFolder
-from parity.weights import load as pretrained
+from parity.weights.load import find_folder
 
 
 def load(
@@ -30,7 +30,7 @@ def load(
         tokenizer = load_tokenizer(opened.config()["train"]["tokenizer"], vocab_bpe)
         folder = _checkpoint(opened, checkpoint)
     else:
-        folder = pretrained.find(model or "")
+        folder = find_folder(model or "")
         beside = folder / "vocab.bpe"
         tokenizer = load_tokenizer("gpt2", beside if vocab_bpe is None and beside.is_file() else vocab_bpe)
     loaded = backend.load_pretrained(folder)

@@ -11,7 +11,7 @@ from parity.config import GPTConfig
 from parity.data.tokenizer import END_OF_TEXT, load_tokenizer
 from parity.data.windows import order
 from parity.errors import InputError
-from parity.weights import openai as openai_checkpoint
+from parity.weights import openai
 from parity.weights.openai_files import download_model
 
 
@@ -22,8 +22,8 @@ def download_and_load_gpt2(model_size: str, models_dir: str | Path) -> tuple[dic
     are float32 [in, out]. Files are downloaded into models_dir/model_size where they are missing.
     """
     folder = download_model(model_size, Path(models_dir) / model_size)
-    config, tensors = openai_checkpoint.read(folder)
-    return openai_checkpoint.hparams(config), nest(config, tensors)
+    config, tensors = openai.read(folder)
+    return openai.hparams(config), nest(config, tensors)
 
 
 def nest(config: GPTConfig, tensors: dict[str, Any]) -> dict[str, Any]:

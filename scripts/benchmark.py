@@ -38,8 +38,7 @@ from parity.config import PRESETS, GPTConfig
 from parity.errors import InputError, exit_with_message
 from parity.training.flops import flops_per_token, peak_flops
 from parity.training.settings import TrainSettings, recipe
-from parity.weights import huggingface
-from parity.weights import openai as openai_checkpoint
+from parity.weights import huggingface, openai
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,9 +187,7 @@ def load(args: Args) -> list[Measurement]:
         arrays = weights.initial_weights(config, seed=0)
         for folder in folders.values():
             folder.mkdir()
-        openai_checkpoint.write(
-            folders["openai"], config, dict(weights.convert(arrays, "huggingface", "openai", config))
-        )
+        openai.write(folders["openai"], config, dict(weights.convert(arrays, "huggingface", "openai", config)))
         huggingface.write(folders["huggingface"], config, arrays)
         del arrays
         for kind, folder in folders.items():

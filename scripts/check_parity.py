@@ -27,9 +27,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from parity import taps
-from parity.comparison import error_bounds as budget
-from parity.comparison import report
-from parity.comparison.implementations import open_side, read_weights, sharp_weights
+from parity.comparison import error_bounds, report
+from parity.comparison.implementation import open_implementation, read_weights, sharp_weights
 from parity.comparison.protocol import Compute
 from parity.config import as_config
 from parity.errors import InputError, exit_with_message
@@ -80,8 +79,8 @@ def main() -> int:
         weights = read_weights(args.weights, None)
     if not 2 <= args.positions <= config.n_ctx:
         raise InputError(f"--positions must be in 2..{config.n_ctx}, got {args.positions}")
-    weights = budget.rounded(weights, args.dtype)
-    a, b = (open_side(text, Path(__file__).parent / "parity_hf.py", config) for text in (args.a, args.b))
+    weights = error_bounds.rounded(weights, args.dtype)
+    a, b = (open_implementation(text, Path(__file__).parent / "parity_hf.py", config) for text in (args.a, args.b))
     case = report.Case(
         config,
         weights,
@@ -100,7 +99,7 @@ def main() -> int:
     # Compare
     found: list[report.Row] = []
     with console.status("comparing"):
-        truth = open_side("torch", Path(), config)
+        truth = open_implementation("torch", Path(), config)
         for row in report.run(a, b, truth, case, recipe("small").settings, args.sections):
             found.append(row)
 

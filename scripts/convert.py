@@ -21,9 +21,8 @@ from parity import weights
 from parity.comparison.compare import compare
 from parity.config import GPTConfig
 from parity.errors import InputError, exit_with_message
-from parity.weights import huggingface
-from parity.weights import load as pretrained
-from parity.weights import openai as openai_checkpoint
+from parity.weights import huggingface, openai
+from parity.weights.load import read_folder
 
 # The same two files of the tokenizer go by other names.
 _VOCABULARY = {"openai": ("encoder.json", "vocab.bpe"), "huggingface": ("vocab.json", "merges.txt")}
@@ -45,7 +44,7 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise InputError(f"{args.out} is not an empty folder; name another")
-    config, arrays, source = pretrained.read(args.source)
+    config, arrays, source = read_folder(args.source)
     found = dict(weights.convert(arrays, source, "huggingface", config, np.float32, origin=args.source))
     if not config.qkv_bias and args.to in _VOCABULARY:  # these know no GPT-2 without it; 0 is the same function
         config = dataclasses.replace(config, qkv_bias=True)
@@ -55,7 +54,7 @@ def main() -> None:
         weights.warn_if_not_finite(name, array, args.source)
     converted = dict(weights.convert(found, "huggingface", args.to, config))
     if args.to == "openai":
-        openai_checkpoint.write(args.out, config, converted)
+        openai.write(args.out, config, converted)
     else:
         huggingface.write(args.out, config, converted, args.to)
     write_manifest(args.out, args.to, config, converted)

@@ -10,7 +10,7 @@ from support.models import BACKENDS, TINY, probing_weights, random_batch
 import gpt_jax
 import gpt_torch
 from parity import reference, taps
-from parity.comparison import error_bounds as budget
+from parity.comparison import error_bounds
 from parity.comparison.compare import compare
 from parity.comparison.protocol import Compute
 from parity.errors import InputError
@@ -23,7 +23,7 @@ TOKENS = random_batch(TINY)[0]
 @pytest.fixture(scope="module")
 def truth():
     """(activations, bounds) in float64."""
-    return budget.activation_bounds(TINY, probing_weights(TINY), TOKENS, "float64", NAMES)
+    return error_bounds.activation_bounds(TINY, probing_weights(TINY), TOKENS, "float64", NAMES)
 
 
 def models(weights, dtype=np.float64):
@@ -59,8 +59,8 @@ def test_every_activation_is_within_its_bound_of_the_reference(truth, name):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_bounds_hold_and_are_not_empty_in_other_precisions(name, dtype):
     """Errors use a part of their bound in every place: neither beyond it, nor so small that it says nothing."""
-    weights = budget.rounded(probing_weights(TINY), dtype)
-    exact, bounds = budget.activation_bounds(TINY, weights, TOKENS, dtype, NAMES)
+    weights = error_bounds.rounded(probing_weights(TINY), dtype)
+    exact, bounds = error_bounds.activation_bounds(TINY, weights, TOKENS, dtype, NAMES)
     found = BACKENDS[name].activations(TINY, weights, TOKENS, compute=Compute(dtype))
     shares = [compare(key, found[key], exact[key], bounds[key]).share for key in NAMES]
     assert max(shares) < 0.5

@@ -12,8 +12,7 @@ import pytest
 from support.models import CONFIGS, TINY, probing_weights
 
 from parity import weights as table
-from parity.weights import huggingface
-from parity.weights import openai as openai_checkpoint
+from parity.weights import huggingface, openai
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "convert.py"
 
@@ -26,7 +25,7 @@ def convert(*arguments):
 @pytest.fixture
 def source(tmp_path):
     weights = dict(table.convert(probing_weights(TINY, np.float32), "huggingface", "openai", TINY))
-    openai_checkpoint.write(tmp_path / "in", TINY, weights)
+    openai.write(tmp_path / "in", TINY, weights)
     (tmp_path / "in" / "encoder.json").write_text("{}")
     (tmp_path / "in" / "vocab.bpe").write_text("#version: 0.2\n")
     return tmp_path / "in"
@@ -43,7 +42,7 @@ def test_there_and_back_to_the_byte(source, tmp_path):
         "config.json", "model.safetensors", "manifest.json", "vocab.json", "merges.txt",
     }  # fmt: skip
     entry = json.loads((tmp_path / "back" / "manifest.json").read_text())["tensors"]["model/h1/attn/c_proj/w"]
-    stored = np.asarray(openai_checkpoint.read(source)[1]["model/h1/attn/c_proj/w"])
+    stored = np.asarray(openai.read(source)[1]["model/h1/attn/c_proj/w"])
     assert entry == {
         "shape": [1, 20, 20], "axes": "1 (N H) D", "dtype": "float32", "sha256": hashlib.sha256(stored).hexdigest(),
     }  # fmt: skip

@@ -10,10 +10,9 @@ from support.models import BACKENDS, CONFIGS, probing_weights, random_batch
 
 from parity import weights as table
 from parity.comparison.compare import compare
-from parity.comparison.implementations import sharp_weights
+from parity.comparison.implementation import sharp_weights
 from parity.config import PRESETS
-from parity.weights import huggingface, initial_weights
-from parity.weights import openai as openai_checkpoint
+from parity.weights import huggingface, initial_weights, openai
 
 FLOOR = 1e-4  # worst absolute difference of logits; measured figures are in docs/parity.md
 
@@ -123,10 +122,10 @@ def test_tensorflow_and_we_read_the_same_124m(full_shape, tmp_path):
     """The whole bundle, 148 tensors, by our reader and by TensorFlow's: equal to the bit."""
     pytest.importorskip("tensorflow", reason="the tf extra is not installed")
     config, weights, *_ = full_shape
-    openai = dict(table.convert(weights, "huggingface", "openai", config))
-    openai_checkpoint.write(tmp_path, config, openai)
-    ours, theirs = (openai_checkpoint.read(tmp_path, reader)[1] for reader in ("native", "tensorflow"))
-    assert ours.keys() == theirs.keys() == openai.keys()
-    for name, array in openai.items():
+    arrays = dict(table.convert(weights, "huggingface", "openai", config))
+    openai.write(tmp_path, config, arrays)
+    ours, theirs = (openai.read(tmp_path, reader)[1] for reader in ("native", "tensorflow"))
+    assert ours.keys() == theirs.keys() == arrays.keys()
+    for name, array in arrays.items():
         assert np.array_equal(np.asarray(ours[name]), array)
         assert np.array_equal(theirs[name], array)

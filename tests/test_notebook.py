@@ -18,15 +18,14 @@ from parity.comparison.compare import compare
 from parity.data.tokenizer import ByteTokenizer
 from parity.errors import InputError
 from parity.storage.download import RemoteFile
-from parity.weights import openai as openai_checkpoint
-from parity.weights import openai_files
+from parity.weights import openai, openai_files
 
 
 @pytest.fixture
 def models_dir(tmp_path, monkeypatch):
     """A models folder with a tiny model under the name 124M, and no network."""
     arrays = dict(table.convert(probing_weights(TINY, np.float32), "huggingface", "openai", TINY))
-    openai_checkpoint.write(tmp_path / "124M", TINY, arrays)
+    openai.write(tmp_path / "124M", TINY, arrays)
     monkeypatch.setenv("GPT_PARITY_OFFLINE", "1")
     names = [path.name for path in (tmp_path / "124M").iterdir()]
     monkeypatch.setattr(openai_files, "model_files", lambda size: [RemoteFile(name) for name in names])
@@ -59,7 +58,7 @@ def test_download_and_load_and_assign(models_dir, name, tied_head):
 
 
 def test_nesting_round_trip(models_dir):
-    _, tensors = openai_checkpoint.read(models_dir / "124M")
+    _, tensors = openai.read(models_dir / "124M")
     back = notebook.flatten(notebook.nest(TINY, tensors))
     assert back.keys() == tensors.keys()
     assert all(np.array_equal(back[name], np.asarray(tensors[name])) for name in tensors)

@@ -16,7 +16,7 @@ import gpt_torch.adapter
 import gpt_torch.model
 from parity import taps
 from parity.comparison import report
-from parity.comparison.implementations import open_side, sharp_weights
+from parity.comparison.implementation import open_implementation, sharp_weights
 from parity.comparison.protocol import Compute
 from parity.errors import InputError
 from parity.training.settings import recipe
@@ -137,7 +137,7 @@ def test_planted_errors_are_located(right, what, order, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_without_errors_everything_is_within_its_bound(dtype):
-    sides = [open_side(name, HF, TINY) for name in ("torch", "jax")]
+    sides = [open_implementation(name, HF, TINY) for name in ("torch", "jax")]
     rows = list(report.run(*sides, BACKENDS["torch"], case(dtype), recipe("small").settings))
     assert {row.section for row in rows} == {
         "activations", "gradients", "AdamW updates", "losses", "cached decoding", "sampled tokens",
@@ -148,7 +148,7 @@ def test_without_errors_everything_is_within_its_bound(dtype):
 
 
 def test_hugging_face_and_numpy_take_part():
-    sides = {name: open_side(name, HF, TINY) for name in ("hf", "numpy", "jax")}
+    sides = {name: open_implementation(name, HF, TINY) for name in ("hf", "numpy", "jax")}
     rows = list(report.run(sides["jax"], sides["hf"], BACKENDS["torch"], case("float32"), recipe("small").settings))
     assert len([row for row in rows if row.section == "activations"]) == 3 + 13 * 3  # all but the scores
     assert {row.section for row in rows} == {"activations", "gradients", "cached decoding"}
@@ -244,4 +244,4 @@ def test_bad_options_are_one_line(arguments, message, tmp_path):
 def test_sides_of_another_shape_are_refused(tmp_path):
     gpt_torch.save_pretrained(gpt_torch.GPTModel(TINY), tmp_path)
     with pytest.raises(InputError, match="another shape"):
-        open_side(f"torch:{tmp_path}", HF, gpt_torch.GPTModel("small", seed=None).config)
+        open_implementation(f"torch:{tmp_path}", HF, gpt_torch.GPTModel("small", seed=None).config)

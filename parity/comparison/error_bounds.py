@@ -26,7 +26,7 @@ from parity.config import GPTConfig
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-9}
 SAFETY = 4.0
 """Two implementations, and the largest of a few runs against the largest of another sequence of errors."""
-RUNS = 2
+N_RUNS = 2
 # Axes that an activation is summed over; the others are made element by element.
 REDUCTIONS = {
     "attn.q": "D", "attn.k": "D", "attn.v": "D", "attn.scores": "H", "attn.z": "S", "attn.out": "D",
@@ -81,26 +81,26 @@ def noise(config: GPTConfig, dtype: str, T: int, seed: int) -> dict[str, Roundin
     return {
         name: Rounding(
             generator,
-            summing(dtype, length(REDUCTIONS, name, config, T)),
-            summing(dtype, length(REDUCTIONS_BACK, name, config, T)),
+            sum_rounding(dtype, reduction_length(REDUCTIONS, name, config, T)),
+            sum_rounding(dtype, reduction_length(REDUCTIONS_BACK, name, config, T)),
             2 * u,
         )
         for name in taps.activation_names(config)
     }
 
 
-def summing(dtype: str, n: int) -> float:
+def sum_rounding(dtype: str, n: int) -> float:
     """Rounding of a sum of n products, relative to its root mean square; in 16 bit it is made in float32."""
     return UNIT_ROUNDOFF["float32" if dtype == "bfloat16" else dtype] * math.sqrt(n / 6)
 
 
-def length(reductions: dict[str, str], name: str, config: GPTConfig, T: int) -> int:
+def reduction_length(reductions: dict[str, str], name: str, config: GPTConfig, T: int) -> int:
     """How many products an activation, or its cotangent, is a sum of; 0 for what is made element by element."""
     axes = reductions.get(name.split(".", 2)[-1] if name.startswith("blocks.") else name, "")
     return math.prod({**config.axes, "S": T}[axis] for axis in axes.split()) if axes else 0
 
 
-def deviations(
+def propagated_errors(
     config: GPTConfig, dtype: str, T: int, truth: Callable[[dict], dict[str, np.ndarray]]
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """(what truth({}) gives, {name: bound on the largest error in it}).
@@ -109,7 +109,7 @@ def deviations(
     """
     exact = truth({})
     bounds = dict.fromkeys(exact, 0.0)
-    for seed in range(RUNS):
+    for seed in range(N_RUNS):
         for name, array in truth(noise(config, dtype, T, seed)).items():
             bounds[name] = max(bounds[name], SAFETY * float(np.abs(array - exact[name]).max()))
     return exact, bounds
@@ -125,4 +125,4 @@ def activation_bounds(
             reference.logits(config, weights, tokens)
         return cache
 
-    return deviations(config, dtype, tokens.shape[1], truth)
+    return propagated_errors(config, dtype, tokens.shape[1], truth)

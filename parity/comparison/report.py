@@ -1,7 +1,7 @@
 """The parity report: two implementations side by side, from the first activation to the sampled tokens.
 
 Every row has the difference of the two, each one's distance from the float64 truth, and the bound that
-rounding allows each (parity/budget.py). A row passes if both keep within the bound, and their difference within
+rounding allows each (parity/error_bounds.py). A row passes if both keep within the bound, and their difference within
 twice it; the first row that does not is where to look.
 """
 
@@ -12,13 +12,20 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from parity import taps
-from parity.comparison import error_bounds as budget
 from parity.comparison.compare import compare
+from parity.comparison.error_bounds import (
+    SAFETY,
+    UNIT_ROUNDOFF,
+    Rounding,
+    activation_bounds,
+    propagated_errors,
+    sum_rounding,
+)
 from parity.comparison.protocol import Batch, Compute, Weights
 from parity.config import GPTConfig
 from parity.errors import InputError
 from parity.training.settings import TrainSettings
-from parity.weights import load as pretrained
+from parity.weights.load import read_folder
 
 Section = Literal["activations", "gradients", "training", "decoding", "samples"]
 SECTIONS: tuple[Section, ...] = get_args(Section)
@@ -107,7 +114,7 @@ def activations(a: Any, b: Any, case: Case) -> Iterator[Row]:
     names = [name for name in case.names if name in found_a and name in found_b]
     if not names:
         raise InputError("the two sides have no activation in common; 'logits' at least must be in both")
-    exact, bounds = budget.activation_bounds(case.config, case.weights, case.inputs, case.dtype, names)
+    exact, bounds = activation_bounds(case.config, case.weights, case.inputs, case.dtype, names)
     for name in names:
         yield row("activations", name, found_a[name], found_b[name], exact[name], bounds[name])
 
@@ -140,8 +147,8 @@ def _gradient_bounds(truth: Any, case: Case) -> Bounds:
             )
         return {"loss": np.float64(loss), **found}
 
-    exact, bounds = budget.deviations(case.config, case.dtype, case.inputs.shape[1], run)
-    over_tokens = budget.SAFETY * budget.summing(case.dtype, case.inputs.size)  # parameters sum over B and T
+    exact, bounds = propagated_errors(case.config, case.dtype, case.inputs.shape[1], run)
+    over_tokens = SAFETY * sum_rounding(case.dtype, case.inputs.size)  # parameters sum over B and T
     for name in exact:
         bounds[name] += over_tokens * float(np.sqrt(np.mean(np.square(exact[name]))))
     bounds["loss"] += _loss_rounding(exact["loss"], case)
@@ -150,13 +157,13 @@ def _gradient_bounds(truth: Any, case: Case) -> Bounds:
 
 def _loss_rounding(loss: Any, case: Case) -> float:
     """Of the log-sum-exp and the mean, which no activation has: a few roundings of numbers of the loss's size."""
-    return 2 * budget.SAFETY * budget.UNIT_ROUNDOFF[case.dtype] * float(loss)
+    return 2 * SAFETY * UNIT_ROUNDOFF[case.dtype] * float(loss)
 
 
-def _like_array(patches: Mapping[str, budget.Rounding]) -> dict[str, Callable]:
+def _like_array(patches: Mapping[str, Rounding]) -> dict[str, Callable]:
     """NumPy's noise for activations of torch, and for their gradients."""
 
-    def one(patch: budget.Rounding) -> Callable:
+    def one(patch: Rounding) -> Callable:
         def add(x: Any) -> Any:
             array = x.detach().numpy()
             x = x + x.new_tensor(patch(array) - array)
@@ -205,8 +212,8 @@ def updates(
             {f"update {n}": array for n, array in first.items()} if not patches else {}
         )
 
-    exact, bounds = budget.deviations(case.config, case.dtype, case.inputs.shape[1], run)
-    u = budget.UNIT_ROUNDOFF[case.dtype]
+    exact, bounds = propagated_errors(case.config, case.dtype, case.inputs.shape[1], run)
+    u = UNIT_ROUNDOFF[case.dtype]
     norm = np.sqrt(sum(np.square(g).sum() for n, g in exact_gradients.items() if n != "loss"))
     scale = min(1.0, settings.clip / norm)  # the clip comes before AdamW
     for name in first_a:
@@ -233,7 +240,7 @@ def cached(side: Any, name: str, case: Case) -> Row:
     start = max(1, tokens.shape[1] - 16)
     with_cache = side.cached_logits(case.config, case.weights, tokens, start, case.compute)
     without = side.logits(case.config, case.weights, tokens, case.compute)[:, start:]
-    exact, bounds = budget.activation_bounds(case.config, case.weights, tokens, case.dtype, ["logits"])
+    exact, bounds = activation_bounds(case.config, case.weights, tokens, case.dtype, ["logits"])
     return row("cached decoding", name, with_cache, without, exact["logits"][:, start:], bounds["logits"])
 
 
@@ -283,7 +290,7 @@ def run(
 
 def config_of(source: str) -> GPTConfig:
     """The configuration of a size or folder."""
-    return pretrained.read(source)[0]
+    return read_folder(source)[0]
 
 
 def first_beyond(found: Sequence[Row]) -> Row | None:

@@ -27,7 +27,7 @@ from parity.training.loggers import Logger, open_loggers
 from parity.training.processes import ALONE, Processes
 from parity.training.runs import FollowedRun, RunFolder, run_config
 from parity.training.settings import CHANGEABLE, TrainSettings, recipe
-from parity.weights import load as pretrained
+from parity.weights.load import read_folder
 
 _MOST_BIGRAM_TOKENS = 50_000_000  # a bigram of more takes long and much memory
 
@@ -203,7 +203,7 @@ def _config(args: JobArgs, tokenizer: Tokenizer) -> GPTConfig:
         return dataclasses.replace(_saved(RunFolder(args.run))[0], **changes)
     if args.init is None:
         return dataclasses.replace(recipe(args.preset).model, n_vocab=tokenizer.n_vocab, **changes)
-    config = pretrained.read(args.init)[0]
+    config = read_folder(args.init)[0]
     if changes.get("n_ctx", config.n_ctx) != config.n_ctx:
         raise InputError(f"--n-ctx: the model in --init {args.init} has a context of {config.n_ctx}")
     if tokenizer.n_vocab > config.n_vocab:

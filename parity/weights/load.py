@@ -6,12 +6,11 @@ from typing import Any
 
 from parity.config import GPTConfig
 from parity.errors import InputError
-from parity.weights import huggingface
-from parity.weights import openai as openai_checkpoint
+from parity.weights import huggingface, openai
 from parity.weights.openai_files import SIZES, download_model
 
 
-def find(path: str | Path) -> Path:
+def find_folder(path: str | Path) -> Path:
     """The folder at `path`, or that of one of OpenAI's models by its size ("124M", ...), downloaded if need be.
 
     Raises InputError where there is none.
@@ -24,13 +23,13 @@ def find(path: str | Path) -> Path:
     return folder
 
 
-def read(path: str | Path) -> tuple[GPTConfig, Mapping[str, Any], str]:
-    """(configuration, weights, their format) of what find() finds.
+def read_folder(path: str | Path) -> tuple[GPTConfig, Mapping[str, Any], str]:
+    """(configuration, weights, their format) of what find_folder finds.
 
     OpenAI's folders have hparams.json and model.ckpt.*; Hugging Face's and our checkpoints config.json and
     model.safetensors. Raises InputError where the folder is neither, or damaged.
     """
-    folder = find(path)
-    if (folder / "hparams.json").exists() or (folder / f"{openai_checkpoint.PREFIX}.index").exists():
-        return *openai_checkpoint.read(folder), "openai"
+    folder = find_folder(path)
+    if (folder / "hparams.json").exists() or (folder / f"{openai.PREFIX}.index").exists():
+        return *openai.read(folder), "openai"
     return huggingface.read(folder)

@@ -133,7 +133,7 @@ def n_params(config: GPTConfig) -> int:
     return sum(math.prod(shape) for shape in shapes(config, "huggingface").values())
 
 
-def check(found: Mapping[str, tuple[int, ...]], config: GPTConfig, format: str, source: str) -> None:
+def check(found: Mapping[str, tuple[int, ...]], config: GPTConfig, format: str, origin: str) -> None:
     """Raise one InputError that lists every missing, unknown and wrongly shaped name."""
     expected = shapes(config, format)
     problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in found]
@@ -145,15 +145,15 @@ def check(found: Mapping[str, tuple[int, ...]], config: GPTConfig, format: str, 
     ]
     if problems:
         raise InputError(
-            f"{source}: weights do not fit a {format} model of {config.n_layer} layers, width {config.n_embd}: "
+            f"{origin}: weights do not fit a {format} model of {config.n_layer} layers, width {config.n_embd}: "
             + "; ".join(problems)
         )
 
 
 def convert(
     weights: Mapping[str, Any],
-    source: str,
-    target: str,
+    from_format: str,
+    to_format: str,
     config: GPTConfig,
     dtype: Any = None,
     origin: str = "weights",
@@ -164,12 +164,12 @@ def convert(
     so that a model's memory is never needed twice. Arrays may be views of the source's.
     `dtype=None` keeps each tensor's own. Raises InputError (see `check`).
     """
-    check({name: tuple(array.shape) for name, array in weights.items()}, config, source, origin)
-    shapes(config, target)  # that the target can hold it
-    by_size = sorted(rows(config), key=lambda row: -math.prod(_shape(row.axes[target], config)))
+    check({name: tuple(array.shape) for name, array in weights.items()}, config, from_format, origin)
+    shapes(config, to_format)  # that the target can hold it
+    by_size = sorted(rows(config), key=lambda row: -math.prod(_shape(row.axes[to_format], config)))
     for row in by_size:
-        pattern = f"{row.axes[source]} -> {row.axes[target]}"
-        source_name, target_name = row.name(source), row.name(target)
+        pattern = f"{row.axes[from_format]} -> {row.axes[to_format]}"
+        source_name, target_name = row.name(from_format), row.name(to_format)
         assert source_name is not None
         assert target_name is not None
 
@@ -180,9 +180,9 @@ def convert(
 
         if not row.per_layer:
             yield target_name, one(weights[source_name])
-        elif source == target == "flax":
+        elif from_format == to_format == "flax":
             yield target_name, np.asarray(weights[source_name], dtype)
-        elif target == "flax":
+        elif to_format == "flax":
             first = one(weights[source_name.format(0)])
             stacked = np.empty((config.n_layer, *first.shape), first.dtype)
             stacked[0] = first
@@ -191,7 +191,7 @@ def convert(
             yield target_name, stacked
             del stacked, first
         else:
-            stack = np.asarray(weights[source_name]) if source == "flax" else None
+            stack = np.asarray(weights[source_name]) if from_format == "flax" else None
             for layer in range(config.n_layer):
                 array = weights[source_name.format(layer)] if stack is None else stack[layer]
                 yield target_name.format(layer), one(array)

@@ -12,13 +12,13 @@ import numpy as np
 from parity import weights
 from parity.config import GPTConfig
 from parity.errors import InputError
-from parity.weights import load as pretrained
+from parity.weights.load import read_folder
 
 MODULES = {"torch": "gpt_torch.adapter", "jax": "gpt_jax.adapter", "numpy": "parity.reference"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Side:
+class Implementation:
     """An implementation, and weights of its own if it was given some."""
 
     name: str
@@ -39,7 +39,7 @@ class Side:
         return with_own
 
 
-def open_side(text: str, hugging_face: Path, config: GPTConfig) -> Side:
+def open_implementation(text: str, hugging_face: Path, config: GPTConfig) -> Implementation:
     """ "torch", "jax", "numpy", "hf", or a Python file; then, after a colon, weights: a size or a folder.
 
     `hugging_face`: the file that stands for "hf". Raises InputError for what is neither.
@@ -54,7 +54,7 @@ def open_side(text: str, hugging_face: Path, config: GPTConfig) -> Side:
         raise InputError(f"{name!r} is no implementation; choose {', '.join([*MODULES, 'hf'])}, or a Python file")
     if not hasattr(module, "activations"):
         raise InputError(f"{path} has no function activations(config, weights, tokens, names, compute)")
-    return Side(text, module, read_weights(source, config) if source else None)
+    return Implementation(text, module, read_weights(source, config) if source else None)
 
 
 def _from_file(path: Path) -> Any:
@@ -68,7 +68,7 @@ def _from_file(path: Path) -> Any:
 
 def read_weights(source: str, config: GPTConfig | None) -> dict[str, np.ndarray]:
     """Weights in the huggingface format; raises InputError where they are of another shape than `config`."""
-    found, arrays, format = pretrained.read(source)
+    found, arrays, format = read_folder(source)
     if config is not None and dataclasses.replace(found, drop_rate=config.drop_rate) != config:
         raise InputError(f"{source} holds a model of another shape ({found}) than the other side ({config})")
     return dict(weights.convert(arrays, format, "huggingface", found, origin=source))
