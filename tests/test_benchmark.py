@@ -1,13 +1,15 @@
 """The benchmark's own machinery: peers apart, turns, ratios by the first, and what it leaves."""
 
 import json
+import multiprocessing
 import os
+import threading
 
 import pytest
 from measure.report import Measurement, write
 from measure.turns import Figures, Peer, alternate, once
 from support.runs import run_script
-from support.workloads import deserter, first_slow, sleeper
+from support.workloads import deserter, first_slow, refuser, sleeper
 
 from parity.errors import InputError
 
@@ -36,6 +38,15 @@ def test_a_peer_that_dies_is_named():
         pytest.raises(InputError, match="the other one: its process died"),
     ):
         peer.calls(1)
+
+
+def test_a_peer_that_cannot_start_leaves_no_process_and_no_thread():
+    """Its pool would otherwise be taken down during the interpreter's exit, which can end in a traceback."""
+    threads = set(threading.enumerate())
+    with pytest.raises(InputError, match="no such device"):
+        Peer("the other one", (refuser, (), {}))
+    assert not multiprocessing.active_children()
+    assert set(threading.enumerate()) == threads
 
 
 def test_report(tmp_path):

@@ -35,7 +35,12 @@ class Peer:
     def __init__(self, name: str, make: Make):
         self.name = name
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        self.device = self._ask(_make, *make)
+        try:
+            self.device = self._ask(_make, *make)
+        except BaseException:
+            # Left to the garbage collector, its thread closes a pipe that concurrent.futures writes to at exit.
+            self._pool.shutdown()
+            raise
 
     def __enter__(self) -> "Peer":
         return self

@@ -5,6 +5,8 @@ import time
 
 from measure.turns import Subject
 
+from parity.errors import InputError
+
 
 def sleeper(seconds):
     """Says in which process it is, as its device."""
@@ -13,6 +15,10 @@ def sleeper(seconds):
 
 def deserter():
     return Subject(lambda: os._exit(1), lambda: 0, "")
+
+
+def refuser():
+    raise InputError("no such device")
 
 
 def first_slow():
