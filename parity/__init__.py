@@ -6,4 +6,6 @@ Nothing in this package imports torch, jax or tensorflow; arrays are NumPy array
 from parity.config import PRESETS, GPTConfig, as_config
 from parity.errors import InputError
 
+__version__ = "0.1.0"
+
 __all__ = ["PRESETS", "GPTConfig", "InputError", "as_config"]

@@ -1,13 +1,13 @@
 """Measure gpt_jax against what else one could run: peers take turns, each in a process of its own.
 
-python scripts/benchmark.py train       # a training step; peers: gpt_torch eager and compiled, transformers
-python scripts/benchmark.py generate    # greedy decoding at 124M; peers: transformers, gpt_torch
-python scripts/benchmark.py load        # OpenAI's and transformers' files into a model; peer: transformers
-python scripts/benchmark.py compile     # from nothing to the first step, without and with a compilation cache
-python scripts/benchmark.py options --preset small   # what unroll, remat and accumulate do to a preset's step
-python scripts/benchmark.py prepare     # text to token shards; peers: tiktoken, used plainly
-python scripts/benchmark.py all         # compile, train, generate and load
-python scripts/benchmark.py all --gpu   # the same on a GPU: 124M, 355M and 1558M, 1,024 tokens, bfloat16
+    python scripts/benchmark.py train       # a training step; peers: gpt_torch eager and compiled, transformers
+    python scripts/benchmark.py generate    # greedy decoding at 124M; peers: transformers, gpt_torch
+    python scripts/benchmark.py load        # OpenAI's and transformers' files into a model; peer: transformers
+    python scripts/benchmark.py compile     # from nothing to the first step, without and with a compilation cache
+    python scripts/benchmark.py options --preset small   # what unroll, remat and accumulate do to a preset's step
+    python scripts/benchmark.py prepare     # text to token shards; peers: tiktoken, used plainly
+    python scripts/benchmark.py all         # compile, train, generate and load
+    python scripts/benchmark.py all --gpu   # the same on a GPU: 124M, 355M and 1558M, 1,024 tokens, bfloat16
 
 Each leaves results.json, results.md and results.png in --out.
 """
@@ -34,6 +34,7 @@ from measure.turns import Figures, Make, alternate, once
 from rich.console import Console
 
 from parity import weights
+from parity.cli import parse
 from parity.config import PRESETS, GPTConfig
 from parity.errors import InputError, exit_with_message
 from parity.training.flops import flops_per_token, peak_flops
@@ -266,7 +267,7 @@ def prepare(args: Args) -> list[Measurement]:
 
 
 def main() -> None:
-    args, console = tyro.cli(Args, description=__doc__), Console()
+    args, console = parse(Args, __doc__), Console()
     if not console.is_terminal:
         console.width = 110
     args = dataclasses.replace(args, threads=args.threads or len(os.sched_getaffinity(0)))

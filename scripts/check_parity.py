@@ -1,10 +1,10 @@
 """Compare two implementations of GPT-2: every activation, gradients, AdamW, losses, cached decoding, samples.
 
-python scripts/check_parity.py torch jax                              # tiny, in seconds
-python scripts/check_parity.py torch jax --preset 124M --positions 1024
-python scripts/check_parity.py jax hf --weights 124M                  # OpenAI's weights
-python scripts/check_parity.py torch:path/to/openai torch:path/to/hf  # two copies of the same weights?
-python scripts/check_parity.py jax my_port.py                         # yours: scripts/parity_hf.py is an example
+    python scripts/check_parity.py torch jax                              # tiny, in seconds
+    python scripts/check_parity.py torch jax --preset 124M --positions 1024
+    python scripts/check_parity.py jax hf --weights 124M                  # OpenAI's weights
+    python scripts/check_parity.py torch:path/to/openai torch:path/to/hf  # two copies of the same weights?
+    python scripts/check_parity.py jax my_port.py                         # yours: scripts/parity_hf.py is an example
 
 Writes report.json, report.html and exits with 1 if something is beyond what rounding allows.
 """
@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from parity import taps
+from parity.cli import parse
 from parity.comparison import error_bounds, report
 from parity.comparison.implementation import open_implementation, read_weights, sharp_weights
 from parity.comparison.protocol import Compute
@@ -66,7 +67,7 @@ class Args:
 
 
 def main() -> int:
-    args = tyro.cli(Args, description=__doc__)
+    args = parse(Args, __doc__)
     console = Console(width=None if sys.stdout.isatty() else 120)
     begin = time.perf_counter()
 

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import matplotlib
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from parity import loading as sources
+from parity.cli import parse
 from parity.data.tokenizer import encode_prompt
 from parity.errors import InputError, exit_with_message
 
@@ -83,7 +83,7 @@ def measure(new: list[list[int]], logprobs: list[list[float]]) -> dict[str, floa
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = parse(Args, __doc__)
     backend = importlib.import_module(f"gpt_{args.backend}")
     model, tokenizer, folder = sources.load(backend, args.run, args.model, args.vocab_bpe, args.checkpoint)
     texts = PROMPTS

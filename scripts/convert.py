@@ -18,6 +18,7 @@ import numpy as np
 import tyro
 
 from parity import weights
+from parity.cli import parse
 from parity.comparison.compare import compare
 from parity.config import GPTConfig
 from parity.errors import InputError, exit_with_message
@@ -41,7 +42,7 @@ class Args:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = parse(Args, __doc__)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise InputError(f"{args.out} is not an empty folder; name another")
     config, arrays, source = read_folder(args.source)

@@ -10,6 +10,7 @@ from typing import Literal
 
 import tyro
 
+from parity.cli import parse
 from parity.errors import exit_with_message
 from parity.weights.openai_files import download_model
 
@@ -26,7 +27,7 @@ class Args:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = parse(Args, __doc__)
     folder = download_model(args.size, args.folder, args.base_url, args.offline or None)
     sys.stdout.write(f"{folder}\n")
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import tyro
 
 from parity import loading as sources
+from parity.cli import parse
 from parity.data.tokenizer import Tokenizer, encode_prompt, stream_text
 from parity.errors import InputError, exit_with_message
 
@@ -114,7 +115,7 @@ def show(args: Args, backend: Any, model: Any, tokenizer: Tokenizer, prompt: str
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = parse(Args, __doc__)
     backend = importlib.import_module(f"gpt_{args.backend}")  # the other framework is never loaded
     model, tokenizer, _ = sources.load(backend, args.run, args.model, args.vocab_bpe, args.checkpoint)
     model = backend.cast(model, args.dtype)

@@ -1,9 +1,9 @@
 """What a training run needs: memory of each device, time, messages, room on the disk.
 
-python scripts/plan.py --preset 1558M --mesh fsdp=8 --accumulate 30 --tokens 10e9
-python scripts/plan.py --preset 124M-fineweb-edu --mesh data=8 --tokens 10e9
-python scripts/plan.py --preset 124M --tokens-per-s 500000          # measured by benchmark.py train --gpu
-python scripts/plan.py --preset 1558M --mesh fsdp=8 --accumulate 30 --compile --dtype float32     # asks XLA too
+    python scripts/plan.py --preset 1558M --mesh fsdp=8 --accumulate 30 --tokens 10e9
+    python scripts/plan.py --preset 124M-fineweb-edu --mesh data=8 --tokens 10e9
+    python scripts/plan.py --preset 124M --tokens-per-s 500000          # measured by benchmark.py train --gpu
+    python scripts/plan.py --preset 1558M --mesh fsdp=8 --accumulate 30 --compile --dtype float32     # asks XLA too
 
 The memory model is fitted to XLA's accounts of compiled steps (gpt_jax/plan.py); time follows from the share of
 the device's peak that is reached, or from tokens/s that were measured.
@@ -13,12 +13,12 @@ import dataclasses
 from typing import Literal
 
 import jax
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from gpt_jax.memory import communication_bytes, compiled_memory, memory
 from gpt_jax.sharding import MeshShape
+from parity.cli import parse
 from parity.errors import InputError, exit_with_message
 from parity.training.flops import flops_per_token, peak_flops
 from parity.training.settings import recipe
@@ -55,7 +55,7 @@ class Args:
 
 
 def main() -> None:
-    args, console = tyro.cli(Args, description=__doc__), Console()
+    args, console = parse(Args, __doc__), Console()
     jax.config.update("jax_platforms", "cpu")  # nothing is computed
     config, settings = recipe(args.preset).model, recipe(args.preset).settings
     remat = args.remat or recipe(args.preset).remat

@@ -1,8 +1,8 @@
 """Tokenize text, JSONL and Parquet files into shards that the training scripts read.
 
-python scripts/prepare_data.py fineweb/*.parquet --out data/fineweb          # a Hugging Face export
-python scripts/prepare_data.py corpus.jsonl.gz books/ --out data/mine --workers 8
-python scripts/prepare_data.py --verify data/fineweb                         # read all shards, compare sha256
+    python scripts/prepare_data.py fineweb/*.parquet --out data/fineweb          # a Hugging Face export
+    python scripts/prepare_data.py corpus.jsonl.gz books/ --out data/mine --workers 8
+    python scripts/prepare_data.py --verify data/fineweb                         # read all shards, compare sha256
 
 Interrupted, it goes on where it was when it is started again with the same options.
 """
@@ -17,6 +17,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from parity.cli import parse
 from parity.data import shards
 from parity.data.tokenizer import load_tokenizer
 from parity.errors import InputError, exit_with_message
@@ -44,7 +45,7 @@ class Args:
 
 
 def main() -> None:
-    args, console = tyro.cli(Args, description=__doc__), Console()
+    args, console = parse(Args, __doc__), Console()
     if args.verify is not None:
         console.print(f"{shards.verify(args.verify)} shards of {args.verify} are as they were written")
         return

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import tyro
 from rich.console import Console
 
-from parity import weights
+from parity import cli, weights
 from parity.config import GPTConfig
 from parity.data.corpora import Corpus, load_corpus
 from parity.data.tokenizer import Tokenizer, encode_prompt, load_tokenizer
@@ -113,7 +113,7 @@ class Job:
 
 def parse(kind: type[Args], description: str | None) -> Args:
     """The flags over the preset's settings or, when resuming, over the run's own."""
-    first, _ = tyro.cli(_First, return_unknown_args=True, add_help=False)
+    first = cli.parse_known(_First)
     if first.resume and first.run is None:
         raise InputError("--resume continues the run in --run; name its folder")
     if first.resume and first.run is not None:
@@ -128,7 +128,7 @@ def parse(kind: type[Args], description: str | None) -> Args:
         )
     else:
         default = dataclasses.replace(kind(), preset=first.preset, settings=recipe(first.preset).settings)
-    return tyro.cli(kind, description=description, default=default)
+    return cli.parse(kind, description, default)
 
 
 def load(args: JobArgs, processes: Processes = ALONE) -> Job:

@@ -1,0 +1,115 @@
+"""Command lines of the scripts: dataclass fields become options, and their docstrings become the help text."""
+
+import dataclasses
+import platform
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from types import MappingProxyType
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import docstring_parser
+import tyro
+
+import parity
+
+# Old spellings of options. They still work, with a warning, in every script that has the new option.
+DEPRECATED = {"--init": "--init-from", "--initial": "--init-scheme", "--validation-part": "--validation-fraction"}
+# A line of a module's docstring that shows a command. tyro joins lines that are not indented.
+_EXAMPLE = re.compile(r"^(python|torchrun) ", re.MULTILINE)
+
+Options = TypeVar("Options")
+
+
+def parse(
+    cls: type[Options],
+    description: str | None,
+    default: Options | None = None,
+    args: Sequence[str] | None = None,
+) -> Options:
+    """Read a command line into a dataclass.
+
+    Args:
+        cls: Dataclass of the options; a docstring below a field is the help text of its option. Fields that are
+            dataclasses themselves form groups of options.
+        description: First part of the help text, usually the module's `__doc__`. Lines with example commands stay
+            on lines of their own; the other lines are wrapped to the terminal.
+        default: Values of the options that the command line does not give, instead of the class's own defaults.
+        args: The command line without the program's name; `sys.argv[1:]` by default.
+
+    Raises:
+        SystemExit: After `--help` and `--version` with status 0, and after a wrong option with status 2.
+    """
+    arguments = _current_spellings(cls, sys.argv[1:] if args is None else args)
+    if "--version" in arguments:
+        sys.stdout.write(f"{versions()}\n")
+        raise SystemExit(0)
+    _add_help(cls)
+    examples_indented = _EXAMPLE.sub(r"    \g<0>", (description or "").strip())
+    text = f"{examples_indented}\n\nThe option --version shows the installed versions."
+    if default is None:
+        return tyro.cli(cls, description=text, args=arguments)
+    return tyro.cli(cls, description=text, args=arguments, default=default)
+
+
+def parse_known(cls: type[Options], args: Sequence[str] | None = None) -> Options:
+    """Read only the options of `cls`, and ignore all others: for options that decide the defaults of the rest.
+
+    `--help` and `--version` are among the ignored ones; the call of `parse` that follows answers them.
+    """
+    arguments = _current_spellings(cls, sys.argv[1:] if args is None else args)
+    options, _ = tyro.cli(cls, args=arguments, return_unknown_args=True, add_help=False)
+    return options
+
+
+def versions() -> str:
+    """One line with the versions of this project, Python and both frameworks."""
+    parts = [f"gpt-parity {parity.__version__}", f"Python {platform.python_version()}"]
+    for package in ("jax", "torch"):
+        try:
+            parts.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            parts.append(f"{package} not installed")
+    return ", ".join(parts)
+
+
+def _current_spellings(cls: type, arguments: Sequence[str]) -> list[str]:
+    """Replace deprecated options by their current names, and warn of each on standard error."""
+    options = {f"--{field.name.replace('_', '-')}" for _, field, _ in _fields(cls)}
+    current = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        old = name.replace("_", "-")
+        if old in DEPRECATED and old not in options and DEPRECATED[old] in options:
+            sys.stderr.write(f"warning: {old} is deprecated; use {DEPRECATED[old]}\n")
+            argument = f"{DEPRECATED[old]}{equals}{value}"
+        current.append(argument)
+    return current
+
+
+def _fields(cls: type) -> Iterator[tuple[type, dataclasses.Field, Any]]:
+    """Class, field and type of all options, including those of nested dataclasses."""
+    types = get_type_hints(cls)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        yield cls, field, types[field.name]
+        for nested in (types[field.name], *get_args(types[field.name])):
+            if isinstance(nested, type) and dataclasses.is_dataclass(nested):
+                yield from _fields(nested)
+
+
+def _add_help(cls: type) -> None:
+    """Give each field its docstring as tyro's help metadata.
+
+    tyro's own reader breaks lines wherever the source does, and shows the docstring of a nested class to the user.
+    """
+    for owner, field, _ in _fields(cls):
+        texts = (
+            parameter.description
+            for base in owner.__mro__
+            if dataclasses.is_dataclass(base)
+            for parameter in docstring_parser.parse_from_object(base).params
+            if parameter.arg_name == field.name and parameter.description
+        )
+        text = " ".join(next(texts, "").split())
+        field.metadata = MappingProxyType({**field.metadata, "help": text})
