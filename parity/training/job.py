@@ -1,5 +1,6 @@
 """A training job as the scripts are given it: what to train, on which text, into which run folder."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -8,7 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -239,10 +240,14 @@ def _prompts(settings: TrainSettings, tokenizer: Tokenizer, config: GPTConfig) -
 
 
 def _environment() -> dict[str, Any]:
-    packages = ("jax", "jaxlib", "flax", "optax", "torch", "numpy", "orbax-checkpoint", "tiktoken")
+    names = ("jax", "jaxlib", "flax", "optax", "torch", "numpy", "orbax-checkpoint", "tiktoken")
+    versions = {}
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):  # of the backend that is not installed
+            versions[name] = version(name)
     return {
         "command": sys.argv,
         "python": platform.python_version(),
         "machine": platform.platform(),
-        "versions": {name: version(name) for name in packages},
+        "versions": versions,
     }
