@@ -9,6 +9,9 @@ PIP := $(RUN) -m pip --quiet --disable-pip-version-check
 FOR_TRAINING := $(VENV)/.extras-$(EXTRAS)
 FOR_TESTS := $(VENV)/.extras-$(TEST_EXTRAS) $(VENV)/.vocabulary
 
+# One worker per core; each takes up to 5 GB of memory.
+PARALLEL ?= --numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+
 .PHONY: setup train test test-slow test-pretrained test-package check bench clean
 
 setup: $(FOR_TRAINING)
@@ -26,7 +29,7 @@ train: $(FOR_TRAINING)
 	$(RUN) scripts/train_jax.py $(ARGS)
 
 test: $(FOR_TESTS)
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(PARALLEL) --durations=20
 
 test-slow: $(FOR_TESTS)
 	$(RUN) -m pytest -m slow

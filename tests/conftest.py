@@ -1,16 +1,23 @@
+# ruff: noqa: E402 (JAX and OpenMP read the environment when they are imported)
 import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # parity is proved on the CPU, in full precision
-# Scripts that tests start again and again compile once.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# The models are small and tests run side by side; more threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not IS_WORKER:
+    # Workers of pytest-xdist and the scripts that tests start share one cache, so that each program is compiled once.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import hashlib
 import importlib.metadata
 import shutil
 from pathlib import Path
 
+import filelock
+import jax
 import pytest
 from support.models import BACKENDS, CONFIGS
 from support.runs import run_script
@@ -40,17 +47,57 @@ def vocab_bpe():
     return path
 
 
+# Modules that take longest, in the order in which workers should start them.
+SLOWEST = ("test_processes", "test_full_shape", "test_training_parity", "test_generate", "test_generate_parity")
+# Modules whose tests have nothing in common that is worth keeping on one worker.
+INDEPENDENT = ("test_checkpoints", "test_doctor", "test_openai_checkpoint", "test_plan", "test_prepare", "test_scripts")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Keep the tests of a module on one worker, where they share fixtures and compiled programs."""
+    rank = {module: number for number, module in enumerate(SLOWEST)}
+    items.sort(key=lambda item: rank.get(item.module.__name__, len(rank) + (item.module.__name__ in INDEPENDENT)))
+    for item in items:
+        if item.module.__name__ not in INDEPENDENT:
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Compile with LLVM's optimizations only where a test asks for it: they take longer than most tests run."""
+    jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("optimized") is None)
+
+
 def pytest_sessionfinish():
-    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    if not IS_WORKER:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
-def finished_runs(tmp_path_factory):
+def shared_run(tmp_path_factory):
+    """Run a training script once for all tests and all workers: shared_run(name, script, *options).
+
+    Returns the run's folder, which tests must not change, and what the script printed.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if IS_WORKER else base) / "shared-runs"
+    folder.mkdir(exist_ok=True)
+
+    def run(name, script, *options, **more):
+        run, output = folder / name, folder / f"{name}.stdout"
+        with filelock.FileLock(folder / f"{name}.lock"):
+            if not output.exists():
+                shutil.rmtree(run, ignore_errors=True)  # left by a worker whose run failed
+                result = run_script(script, *options, "--run", run, **more)
+                assert result.returncode == 0, result.stderr
+                output.write_text(result.stdout, encoding="utf-8")
+        return run, output.read_text(encoding="utf-8")
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished_runs(shared_run):
     """{backend: (folder, output)} of `--preset tiny`, run to its end; not to be changed."""
-    made = {}
-    for name in BACKENDS:
-        folder = tmp_path_factory.mktemp("runs") / name
-        result = run_script(f"train_{name}.py", "--preset", "tiny", "--run", folder)
-        assert result.returncode == 0, result.stderr
-        made[name] = folder, result.stdout
-    return made
+    return {name: shared_run(f"tiny-{name}", f"train_{name}.py", "--preset", "tiny") for name in BACKENDS}

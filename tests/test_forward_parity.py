@@ -13,6 +13,8 @@ import gpt_jax.adapter
 import gpt_torch.adapter
 from parity.comparison.compare import compare
 
+pytestmark = pytest.mark.optimized  # as users' programs are compiled
+
 OP_TOLERANCE = {np.float64: 1e-13, np.float32: 4e-6}  # of the largest element: 32 roundings and more
 DTYPES = pytest.mark.parametrize("dtype", LOGITS_ATOL)
 

@@ -14,6 +14,8 @@ from parity.comparison.implementation import sharp_weights
 from parity.config import PRESETS
 from parity.weights import huggingface, initial_weights, openai
 
+pytestmark = pytest.mark.optimized  # as users' programs are compiled
+
 FLOOR = 1e-4  # worst absolute difference of logits; measured figures are in docs/parity.md
 
 

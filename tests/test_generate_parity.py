@@ -16,6 +16,8 @@ from parity.config import PRESETS
 from parity.sampling import uniforms
 from parity.weights import initial_weights
 
+pytestmark = pytest.mark.optimized  # as users' programs are compiled
+
 GRID = [
     {"temperature": 0},
     {"temperature": 0, "repetition_penalty": 1.3},

@@ -11,6 +11,8 @@ from support.tolerances import GRADIENT_RTOL, LOSS_RTOL
 from parity.comparison.compare import compare
 from parity.weights import shapes
 
+pytestmark = pytest.mark.optimized  # as users' programs are compiled
+
 
 @pytest.mark.parametrize("dtype", GRADIENT_RTOL)
 def test_loss_and_gradients(config, dtype):

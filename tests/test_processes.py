@@ -92,14 +92,9 @@ def torchrun(count, *arguments):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def alone(shared_run):
     """{dtype: folder of the run by one process}"""
-    found = {}
-    for dtype in RTOL:
-        found[dtype] = tmp_path_factory.mktemp("alone") / dtype
-        result = run_script("train_jax.py", *OPTIONS, "--dtype", dtype, "--run", found[dtype])
-        assert result.returncode == 0, result.stderr
-    return found
+    return {dtype: shared_run(f"alone-{dtype}", "train_jax.py", *OPTIONS, "--dtype", dtype)[0] for dtype in RTOL}
 
 
 def same(folder, wanted, rtol):

@@ -14,14 +14,9 @@ OPTIONS = ("--preset", "tiny", "--eval-every", 10, "--drop-rate", 0.1)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(shared_run):
     """{backend: run folder} of 60 steps with dropout."""
-    made = {}
-    for name in BACKENDS:
-        made[name] = tmp_path_factory.mktemp("runs") / name
-        result = run_script(f"train_{name}.py", *OPTIONS, "--run", made[name])
-        assert result.returncode == 0, result.stderr
-    return made
+    return {name: shared_run(f"dropout-{name}", f"train_{name}.py", *OPTIONS)[0] for name in BACKENDS}
 
 
 def start_and_signal(name, arguments, run, number, when):
@@ -103,13 +98,9 @@ EXACT = ("--preset", "tiny", "--dtype", "float64")
 
 
 @pytest.fixture(scope="module")
-def exact_runs(tmp_path_factory):
-    made = {}
-    for name in BACKENDS:
-        made[name] = tmp_path_factory.mktemp("runs") / name
-        result = run_script(f"train_{name}.py", *EXACT, "--run", made[name])
-        assert result.returncode == 0, result.stderr
-    return made
+def exact_runs(shared_run):
+    """{backend: run folder} of 60 steps in float64."""
+    return {name: shared_run(f"float64-{name}", f"train_{name}.py", *EXACT)[0] for name in BACKENDS}
 
 
 def assert_same_path(one, other):

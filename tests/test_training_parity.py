@@ -18,6 +18,8 @@ from parity.training.schedule import learning_rate
 from parity.training.settings import recipe
 from parity.weights import Row, initial_weights, rows
 
+pytestmark = pytest.mark.optimized  # as users' programs are compiled
+
 # The clip is at work in some steps and not in others; decay and learning rate are large enough to show.
 SETTINGS = dataclasses.replace(recipe("tiny").settings, steps=100, warmup=10, weight_decay=0.3, clip=0.55)
 # Relative. Rounding is some 1e-16 or 1e-7, and a hundred steps let it grow; measured 4e-16 and 3e-7 for losses,
