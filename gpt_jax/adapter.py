@@ -14,8 +14,9 @@ from gpt_jax.activations import run_with_cache
 from gpt_jax.decoding import for_decoding
 from gpt_jax.devices import choose_device
 from gpt_jax.generate import generate as generate_rows
+from gpt_jax.loss import calc_loss
 from gpt_jax.model import GPTModel, cast
-from gpt_jax.train import Trainer, calc_loss
+from gpt_jax.train import Trainer
 from gpt_jax.weights import export_weights, load_weights
 from parity.comparison.protocol import FULL, Batch, Compute, Weights
 from parity.config import GPTConfig
@@ -101,7 +102,7 @@ def train(
         load_weights(trainer.state.model, weights)
         metrics = []
         for step, (inputs, targets, lr) in enumerate(batches):
-            found = trainer.train_step(*trainer.put(inputs, targets), lr, step)
+            found = trainer.train_step(*trainer.to_device(inputs, targets), lr, step)
             metrics.append((float(found["loss"]), float(found["grad_norm"])))
             if after is not None:
                 after(export_weights(trainer.state.model))

@@ -13,11 +13,29 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gpt_jax.model import at_least_float32
+from gpt_jax.model import GPTModel, at_least_float32
 from parity.config import IGNORE_INDEX
 
 LARGEST_CHUNK = 2**25
 """Logits of a chunk, 128 MiB in float32"""
+
+
+def summed_loss(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
+    """Return the cross-entropy in nats, summed over the targets that are not ignored.
+
+    Args:
+        model: The model; the loss is computed in the dtype of its parameters.
+        inputs: Token ids, integers [B, T].
+        targets: Token ids [B, T]; positions with IGNORE_INDEX are left out.
+        key: Turns dropout on.
+    """
+    head = model.tok_emb.embedding[...] if model.config.tied_head else model.out_head.kernel[...].T  # [V, D]
+    return head_loss(model.hidden(inputs, key), head, targets)
+
+
+def calc_loss(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
+    """Return the mean cross-entropy in nats per target that is not ignored; the arguments are summed_loss's."""
+    return summed_loss(model, inputs, targets, key) / (targets != IGNORE_INDEX).sum()
 
 
 def head_loss(x: Array, head: Array, targets: Array, largest_chunk: int = LARGEST_CHUNK) -> Array:

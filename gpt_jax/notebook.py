@@ -15,8 +15,8 @@ from flax import nnx
 from jax import Array
 
 from gpt_jax.generate import generate_text_simple
+from gpt_jax.loss import calc_loss
 from gpt_jax.model import GPTModel
-from gpt_jax.train import calc_loss
 from parity import notebook
 from parity.notebook import GPTDatasetV1, plot_losses
 

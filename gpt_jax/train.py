@@ -15,7 +15,7 @@ from optax import tree_utils as otu
 
 from gpt_jax import checkpoint, sharding
 from gpt_jax.generate import generate
-from gpt_jax.loss import head_loss
+from gpt_jax.loss import summed_loss
 from gpt_jax.model import GPTModel, cast
 from gpt_jax.weights import load_weights
 from parity.config import IGNORE_INDEX, GPTConfig
@@ -32,25 +32,14 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-def loss_sum(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
-    """Cross-entropy in nats, summed over the targets [B, T] that are not IGNORE_INDEX."""
-    head = model.tok_emb.embedding[...] if model.config.tied_head else model.out_head.kernel[...].T  # [V, D]
-    return head_loss(model.hidden(inputs, key), head, targets)
+def make_summed_loss(compute_dtype: Any, mesh: Mesh | None = None):
+    """summed_loss() for jax.jit and jax.grad: computed in `compute_dtype`, its activations sharded over a mesh."""
 
-
-def make_loss_sum(dtype: Any, mesh: Mesh | None = None):
-    """loss_sum() for jax.jit and jax.grad: computed in `dtype`, its activations divided over a mesh."""
-
-    def in_dtype(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
+    def cast_and_sum(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
         with sharding.shard_activations(mesh):
-            return loss_sum(cast(model, dtype), inputs, targets, key)
+            return summed_loss(cast(model, compute_dtype), inputs, targets, key)
 
-    return in_dtype
-
-
-def calc_loss(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
-    """Cross-entropy in nats, the mean over the targets [B, T] that are not IGNORE_INDEX."""
-    return loss_sum(model, inputs, targets, key) / (targets != IGNORE_INDEX).sum()
+    return cast_and_sum
 
 
 def make_optimizer(settings: TrainSettings, config: GPTConfig) -> optax.GradientTransformation:
@@ -78,15 +67,15 @@ def clip_by_global_norm(gradients: GPTModel, largest: float) -> tuple[GPTModel, 
     Norms of rows first, as in gpt_torch. XLA would add up a whole matrix at once, which on a CPU takes a
     transposed one of the notebook's head 1.6 s.
     """
-    rows = [jnp.square(g).sum(axis=-1) for g in jax.tree.leaves(gradients)]
-    norm = jnp.sqrt(sum(row.sum() for row in jax.lax.optimization_barrier(rows)))
+    row_sums = [jnp.square(g).sum(axis=-1) for g in jax.tree.leaves(gradients)]
+    norm = jnp.sqrt(sum(sums.sum() for sums in jax.lax.optimization_barrier(row_sums)))
     return jax.tree.map(lambda g: g * (largest / jnp.maximum(norm, largest)), gradients), norm
 
 
 def make_train_step(
     optimizer: optax.GradientTransformation,
     clip: float,
-    dtype: Any,
+    compute_dtype: Any,
     dropout_seed: int | None = None,
     mesh: Mesh | None = None,
     out_shardings: Any = None,
@@ -97,7 +86,7 @@ def make_train_step(
     `out_shardings` say.
     """
 
-    one_sum = make_loss_sum(dtype, mesh)
+    loss_and_grads = jax.value_and_grad(make_summed_loss(compute_dtype, mesh))
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
     def train_step(state: TrainState, inputs: Array, targets: Array, lr: Array, step: Array):
@@ -107,10 +96,10 @@ def make_train_step(
             keys = jax.random.split(jax.random.fold_in(jax.random.key(dropout_seed), step), A)
 
         def micro_batch(total, batch):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(one_sum)(state.model, *batch)), None
+            return jax.tree.map(jnp.add, total, loss_and_grads(state.model, *batch)), None
 
         if A == 1:
-            total = jax.value_and_grad(one_sum)(state.model, inputs[0], targets[0], None if keys is None else keys[0])
+            total = loss_and_grads(state.model, inputs[0], targets[0], None if keys is None else keys[0])
         else:
             zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.model))
             total, _ = jax.lax.scan(micro_batch, zeros, (inputs, targets, keys))
@@ -143,10 +132,10 @@ class Trainer:
         remat: str = "none",
     ):
         self.config, self._mesh = config, mesh
-        self._dtype = jnp.dtype(settings.dtype)
-        if self._dtype == jnp.float64 and jnp.zeros(()).dtype != jnp.float64:
+        compute_dtype = jnp.dtype(settings.dtype)
+        if compute_dtype == jnp.float64 and jnp.zeros(()).dtype != jnp.float64:
             raise InputError("dtype float64 needs jax_enable_x64")
-        self._wide = jnp.promote_types(self._dtype, jnp.float32)
+        self._param_dtype = jnp.promote_types(compute_dtype, jnp.float32)
         self._optimizer = make_optimizer(settings, config)
         model = GPTModel(config, None, attention, unroll, remat)
         if init:
@@ -154,58 +143,62 @@ class Trainer:
             load_weights(model, arrays, format, origin=str(init))
         else:
             load_weights(model, initial_weights(config, settings.seed, scheme=settings.initial))
-        model = cast(model, self._wide)
-        self._placed = whole = outputs = None
+        model = cast(model, self._param_dtype)
+        self._state_sharding = replicated = out_shardings = None
         if mesh is None:
             self.state = TrainState(model, self._optimizer.init(model))
         else:
             state = jax.eval_shape(lambda: TrainState(model, self._optimizer.init(model)))
-            self._placed = sharding.shardings(state, config, mesh, parameter_name)
-            whole = NamedSharding(mesh, PartitionSpec())
-            outputs = (self._placed, whole)
-            model = sharding.device_put_tree(model, self._placed.model)
+            self._state_sharding = sharding.shardings(state, config, mesh, parameter_name)
+            replicated = NamedSharding(mesh, PartitionSpec())
+            out_shardings = (self._state_sharding, replicated)
+            model = sharding.device_put_tree(model, self._state_sharding.model)
             # The moments are made divided: no device ever holds all of them.
-            self.state = TrainState(model, jax.jit(self._optimizer.init, out_shardings=self._placed.opt_state)(model))
+            self.state = TrainState(
+                model, jax.jit(self._optimizer.init, out_shardings=self._state_sharding.opt_state)(model)
+            )
         dropout_seed = settings.seed if config.drop_rate else None
-        self._train_step = make_train_step(self._optimizer, settings.clip, self._dtype, dropout_seed, mesh, outputs)
-        self._loss_sum = jax.jit(make_loss_sum(self._dtype, mesh), out_shardings=whole)
+        self._train_step = make_train_step(
+            self._optimizer, settings.clip, compute_dtype, dropout_seed, mesh, out_shardings
+        )
+        self._summed_loss = jax.jit(make_summed_loss(compute_dtype, mesh), out_shardings=replicated)
 
-    def part(self, size: int) -> slice:
+    def local_slice(self, size: int) -> slice:
         return slice(0, size) if self._mesh is None else sharding.local_rows(size, self._mesh)
 
-    def put(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Array, Array]:
+    def to_device(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Array, Array]:
         by_rows = [None] * (inputs.ndim - 2) + [sharding.BATCH]
-        return self._send(inputs, *by_rows), self._send(targets, *by_rows)
+        return self._to_mesh(inputs, *by_rows), self._to_mesh(targets, *by_rows)
 
     def train_step(self, inputs: Array, targets: Array, lr: float, step: int) -> dict[str, Array]:
-        numbers = self._send(np.asarray(lr, self._wide)), self._send(np.asarray(step, np.int32))
+        numbers = self._to_mesh(np.asarray(lr, self._param_dtype)), self._to_mesh(np.asarray(step, np.int32))
         self.state, metrics = self._train_step(self.state, inputs, targets, *numbers)
-        return self._in_turn(metrics)
+        return self._block_on_cpu(metrics)
 
-    def loss_sum(self, inputs: Array, targets: Array) -> Array:
-        return self._in_turn(self._loss_sum(self.state.model, inputs, targets))
+    def evaluate_batch(self, inputs: Array, targets: Array) -> Array:
+        return self._block_on_cpu(self._summed_loss(self.state.model, inputs, targets))
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> list[list[int]]:
         top_k = min(50, self.config.n_vocab)
-        model = self._whole(self.state.model)
+        model = self._gathered(self.state.model)
         return generate(model, prompts, max_new_tokens, temperature=0.8, top_k=top_k, seed=seed)
 
-    def _send(self, array: np.ndarray, *spec: Any) -> Array:
+    def _to_mesh(self, array: np.ndarray, *spec: Any) -> Array:
         """To the device; over a mesh, where `spec` says: `array` is this process's part."""
         if self._mesh is None:
             return jax.device_put(array)
         return jax.make_array_from_process_local_data(NamedSharding(self._mesh, PartitionSpec(*spec)), array)
 
-    def _whole(self, model: GPTModel) -> GPTModel:
+    def _gathered(self, model: GPTModel) -> GPTModel:
         return model if self._mesh is None else sharding.gather(model, self._mesh)
 
-    def _in_turn(self, result: Any) -> Any:
+    def _block_on_cpu(self, result: Any) -> Any:
         """Of CPU devices: programs in flight together can wait for each other's threads for ever, as all share them."""
         several = self._mesh is not None and self._mesh.devices.flat[0].platform == "cpu"
         return jax.block_until_ready(result) if several else result
 
     def save(self, folder: Path) -> None:
-        checkpoint.save(folder, self._whole(self.state.model), _to_arrays(self.state))
+        checkpoint.save(folder, self._gathered(self.state.model), _to_arrays(self.state))
 
     def restore(self, folder: Path) -> None:
         arrays = _to_arrays(self.state)
@@ -216,9 +209,9 @@ class Trainer:
         found: dict[str, Any] = {"step": jnp.asarray(stored.step, arrays["step"].dtype)}
         for part in ("parameters", *train_state.MOMENTS):
             converted = stored.converted(part, "flax", self.config)
-            found |= {f"{part}.{name}": jnp.asarray(array, self._wide) for name, array in converted.items()}
+            found |= {f"{part}.{name}": jnp.asarray(array, self._param_dtype) for name, array in converted.items()}
         state = _from_arrays(self.state, found)
-        self.state = state if self._placed is None else sharding.device_put_tree(state, self._placed)
+        self.state = state if self._state_sharding is None else sharding.device_put_tree(state, self._state_sharding)
 
 
 def _to_arrays(state: TrainState) -> dict[str, Array]:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from gpt_torch.activations import run_with_cache
 from gpt_torch.generate import generate as generate_rows
+from gpt_torch.loss import calc_loss
 from gpt_torch.model import GPTModel
-from gpt_torch.train import Trainer, calc_loss
+from gpt_torch.train import Trainer
 from gpt_torch.weights import export_weights, load_weights
 from parity import weights as table
 from parity.comparison.protocol import FULL, Batch, Compute, Weights
@@ -84,7 +85,7 @@ def train(
     load_weights(trainer.model, weights)
     metrics = []
     for step, (inputs, targets, lr) in enumerate(batches):
-        found = trainer.train_step(*trainer.put(inputs, targets), lr, step)
+        found = trainer.train_step(*trainer.to_device(inputs, targets), lr, step)
         metrics.append((float(found["loss"]), float(found["grad_norm"])))
         if after is not None:
             after({name: array.copy() for name, array in export_weights(trainer.model).items()})

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gpt_torch.generate import generate_text_simple
+from gpt_torch.loss import calc_loss
 from gpt_torch.model import GPTModel
-from gpt_torch.train import calc_loss
 from parity import notebook
 from parity.notebook import GPTDatasetV1, plot_losses
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt_torch.distributed import all_sum
 from gpt_torch.generate import generate
+from gpt_torch.loss import summed_loss
 from gpt_torch.model import GPTModel
 from gpt_torch.pretrained import save_pretrained
 from gpt_torch.weights import load_weights
@@ -28,21 +28,6 @@ from parity.training.processes import ALONE, Processes
 from parity.training.settings import TrainSettings
 from parity.weights import initial_weights, rows
 from parity.weights.load import read_folder
-
-
-def loss_sum(model: GPTModel, inputs: Tensor, targets: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Cross-entropy in nats, summed over the targets [B, T] that are not IGNORE_INDEX.
-
-    `dtype`: computes in it, from parameters that stay as they are.
-    """
-    narrow = {} if dtype is None else {name: p.to(dtype) for name, p in model.named_parameters()}
-    logits = torch.func.functional_call(model, narrow, inputs)  # [B, T, V]
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-
-
-def calc_loss(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats, the mean over the targets [B, T] that are not IGNORE_INDEX."""
-    return loss_sum(model, inputs, targets) / (targets != IGNORE_INDEX).sum()
 
 
 def make_optimizer(model: GPTModel, settings: TrainSettings) -> torch.optim.AdamW:
@@ -64,21 +49,21 @@ def clip_by_global_norm(gradients: list[Tensor], largest: float) -> Tensor:
     torch's own clip_grad_norm_ divides by the norm plus 1e-6, and on a CPU its norm of tok_emb's gradient, 38.6 M
     squares added up in float32, is off by 3e-3. Norms of rows, and then of those, are not.
     """
-    rows = [torch.linalg.vector_norm(gradient, dim=-1).flatten() for gradient in gradients]
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(row) for row in rows]))
+    row_norms = [torch.linalg.vector_norm(gradient, dim=-1).flatten() for gradient in gradients]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(norms) for norms in row_norms]))
     torch._foreach_mul_(gradients, largest / torch.clamp(norm, min=largest))
     return norm
 
 
-class LossSum(nn.Module):
-    """loss_sum as a module, which DistributedDataParallel can wrap."""
+class SummedLoss(nn.Module):
+    """summed_loss as a module, which DistributedDataParallel can wrap."""
 
     def __init__(self, model: GPTModel, function: Callable[..., Tensor]):
         super().__init__()
         self.model, self.function = model, function
 
-    def forward(self, inputs: Tensor, targets: Tensor, dtype: torch.dtype | None) -> Tensor:
-        return self.function(self.model, inputs, targets, dtype)
+    def forward(self, inputs: Tensor, targets: Tensor, compute_dtype: torch.dtype | None) -> Tensor:
+        return self.function(self.model, inputs, targets, compute_dtype)
 
 
 class Trainer:
@@ -101,32 +86,33 @@ class Trainer:
         self.config, self.settings, self.device = config, settings, torch.device(device)
         self.processes = processes
         dtype = getattr(torch, settings.dtype)
+        param_dtype = torch.promote_types(dtype, torch.float32)
         model = GPTModel(config, None, attention)
         if init:
             _, arrays, format = read_folder(init)
             load_weights(model, arrays, format, origin=str(init))
         else:
             load_weights(model, initial_weights(config, settings.seed, scheme=settings.initial))
-        self.model = model.to(self.device, torch.promote_types(dtype, torch.float32))
+        self.model = model.to(self.device, param_dtype)
         self.optimizer = make_optimizer(self.model, settings)
-        self._narrow = dtype if dtype == torch.bfloat16 else None
-        self._loss_sum = torch.compile(loss_sum) if compile else loss_sum
-        self._loss: nn.Module = LossSum(self.model, self._loss_sum)
+        self._compute_dtype = None if dtype == param_dtype else dtype
+        self._summed_loss = torch.compile(summed_loss) if compile else summed_loss
+        self._loss_module: nn.Module = SummedLoss(self.model, self._summed_loss)
         if processes.count > 1:
-            self._loss = DistributedDataParallel(self._loss)
+            self._loss_module = DistributedDataParallel(self._loss_module)
 
-    def part(self, size: int) -> slice:
-        rows = size // self.processes.count
-        return slice(self.processes.index * rows, (self.processes.index + 1) * rows)
+    def local_slice(self, size: int) -> slice:
+        share = size // self.processes.count
+        return slice(self.processes.index * share, (self.processes.index + 1) * share)
 
-    def put(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor]:
-        def one(part: np.ndarray) -> Tensor:
-            tensor = torch.from_numpy(part).long()
+    def to_device(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor]:
+        def copy(ids: np.ndarray) -> Tensor:
+            tensor = torch.from_numpy(ids).long()
             if self.device.type == "cuda":  # pinned memory is copied while the GPU computes
                 tensor = tensor.pin_memory()
             return tensor.to(self.device, non_blocking=True)
 
-        return one(inputs), one(targets)
+        return copy(inputs), copy(targets)
 
     def train_step(self, inputs: Tensor, targets: Tensor, lr: float, step: int) -> dict[str, Tensor]:
         """One step on int64 [A, B, T], A micro-batches -> {loss, grad_norm}."""
@@ -140,9 +126,9 @@ class Trainer:
         for number, micro_batch in enumerate(zip(inputs, targets, strict=True), 1):
             # The processes exchange gradients once a step; DistributedDataParallel takes their mean.
             with self._exchanging(number == len(inputs)):
-                part = self._loss(*micro_batch, self._narrow) / count
-                (part * self.processes.count).backward()
-            loss = loss + part.detach()
+                micro_loss = self._loss_module(*micro_batch, self._compute_dtype) / count
+                (micro_loss * self.processes.count).backward()
+            loss = loss + micro_loss.detach()
         loss = all_sum(loss)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = clip_by_global_norm(gradients, self.settings.clip)
@@ -154,13 +140,13 @@ class Trainer:
         return {"loss": loss, "grad_norm": norm}
 
     def _exchanging(self, now: bool) -> contextlib.AbstractContextManager:
-        if isinstance(self._loss, DistributedDataParallel) and not now:
-            return self._loss.no_sync()
+        if isinstance(self._loss_module, DistributedDataParallel) and not now:
+            return self._loss_module.no_sync()
         return contextlib.nullcontext()
 
     @torch.no_grad()
-    def loss_sum(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return all_sum(self._loss_sum(self.model, inputs, targets, self._narrow))
+    def evaluate_batch(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return all_sum(self._summed_loss(self.model, inputs, targets, self._compute_dtype))
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> list[list[int]]:
         top_k = min(50, self.config.n_vocab)

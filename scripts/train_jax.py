@@ -13,8 +13,9 @@ from typing import Literal
 from rich.console import Console
 
 from parity.errors import InputError, exit_with_message
-from parity.training.job import JobArgs, begin, load, parse
-from parity.training.loop import run
+from parity.training.args import JobArgs, parse_job_args
+from parity.training.job import load_job, start_run
+from parity.training.loop import resume_and_train
 from parity.training.processes import Processes
 from parity.training.settings import recipe
 
@@ -50,7 +51,7 @@ class Args(JobArgs):
 
 
 def main() -> int:
-    args = parse(Args, __doc__)
+    args = parse_job_args(Args, __doc__)
     with processes(args.distributed, args.coordinator, args.num_processes, args.process_id) as these:
         return train(args, these)
 
@@ -66,7 +67,7 @@ def train(args: Args, these: Processes) -> int:
     jax.config.update("jax_enable_x64", dtype == "float64")
 
     # Model, tokenizer and data
-    job = load(args, these)
+    job = load_job(args, these)
     attention = choose_attention(args.attention, device, dtype, job.config.drop_rate)
 
     # Mesh
@@ -84,11 +85,11 @@ def train(args: Args, these: Processes) -> int:
     remat = args.remat or recipe(args.preset).remat
     program = f"layers written out {unroll}, computed again for gradients: {remat}"
     about = {"device": describe(device) + over, "precision": precision, "program": program}
-    job = begin(job, "jax", about, console)
+    job = start_run(job, "jax", about, console)
 
     # Train
     trainer = Trainer(job.config, job.settings, job.init, attention, unroll, mesh, remat)
-    return run(trainer, job, console)
+    return resume_and_train(trainer, job, console)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from typing import Literal
 from rich.console import Console
 
 from parity.errors import InputError, exit_with_message
-from parity.training.job import JobArgs, begin, load, parse
-from parity.training.loop import run
+from parity.training.args import JobArgs, parse_job_args
+from parity.training.job import load_job, start_run
+from parity.training.loop import resume_and_train
 from parity.training.processes import Processes
 
 with exit_with_message():
@@ -34,7 +35,7 @@ class Args(JobArgs):
 
 
 def main() -> int:
-    args = parse(Args, __doc__)
+    args = parse_job_args(Args, __doc__)
     with processes() as these:
         return train(args, these)
 
@@ -46,7 +47,7 @@ def train(args: Args, these: Processes) -> int:
     device = choose_device(args.device)
 
     # Model, tokenizer and data
-    job = load(args, these)
+    job = load_job(args, these)
     if job.micro_size % these.count:
         raise InputError(
             f"micro-batches of {job.micro_size} windows are not divisible by {these.count} processes; "
@@ -57,11 +58,11 @@ def train(args: Args, these: Processes) -> int:
     wide = "float64" if dtype == "float64" else "float32"
     precision = f"computes in {dtype}, parameters {wide}; attention {args.attention}" + ", compiled" * args.compile
     over = f", {these.count} processes" * (these.count > 1)
-    job = begin(job, "torch", {"device": describe(device) + over, "precision": precision}, console)
+    job = start_run(job, "torch", {"device": describe(device) + over, "precision": precision}, console)
 
     # Train
     trainer = Trainer(job.config, job.settings, job.init, args.attention, device, args.compile, these)
-    return run(trainer, job, console)
+    return resume_and_train(trainer, job, console)
 
 
 if __name__ == "__main__":

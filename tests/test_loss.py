@@ -10,8 +10,7 @@ import pytest
 from support.models import TINY, probing_weights, random_batch
 
 import gpt_jax.adapter
-from gpt_jax.loss import _chunks, head_loss
-from gpt_jax.train import loss_sum
+from gpt_jax.loss import _chunks, head_loss, summed_loss
 from parity.comparison.compare import compare
 from parity.config import IGNORE_INDEX, GPTConfig
 
@@ -62,7 +61,7 @@ def test_a_models_gradients(tied_head):
             losses = optax.softmax_cross_entropy_with_integer_labels(model(tokens), jnp.maximum(targets, 0))
             return jnp.where(targets == IGNORE_INDEX, 0, losses).sum()
 
-        got = jax.grad(loss_sum)(model, tokens, targets)
+        got = jax.grad(summed_loss)(model, tokens, targets)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(jax.grad(by_logits)(model)), strict=True):
             assert compare("gradient", np.asarray(a), np.asarray(b), 1e-12 * np.abs(b).max()).ok
 
@@ -101,7 +100,7 @@ def test_computing_again_changes_no_gradient_and_saves_memory(remat):
     found = {}
     for kind in ("none", remat):
         model = gpt_jax.GPTModel(config, remat=kind)
-        compiled = jax.jit(jax.grad(loss_sum)).lower(model, tokens, targets).compile()
+        compiled = jax.jit(jax.grad(summed_loss)).lower(model, tokens, targets).compile()
         found[kind] = jax.tree.leaves(compiled(model, tokens, targets)), compiled.memory_analysis().temp_size_in_bytes
     (kept, more), (again, less) = found["none"], found[remat]
     assert less < 0.8 * more

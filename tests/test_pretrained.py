@@ -11,7 +11,7 @@ import pytest
 
 import gpt_jax
 import gpt_torch
-from gpt_jax.train import loss_sum
+from gpt_jax.loss import summed_loss
 from parity.data.tokenizer import GPT2Tokenizer
 from parity.data.windows import Windows
 from parity.storage.download import cache_folder
@@ -70,7 +70,7 @@ def test_wikitext_2_perplexity():
     text = Path(WIKITEXT).read_text(encoding="utf-8")
     ids = np.array(GPT2Tokenizer(FOLDER / "vocab.bpe").encode(text), np.uint16)
     model = gpt_jax.load_pretrained("124M")
-    score = jax.jit(loss_sum)
+    score = jax.jit(summed_loss)
     windows = Windows([ids], 1024, 50257, name=WIKITEXT)
     total = sum(float(score(model, *batch)) for batch in windows.in_order(1))
     # Theirs predict 1023 tokens of each window, ours all 1024: less than 1 % apart.

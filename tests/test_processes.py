@@ -36,10 +36,10 @@ with processes(False, sys.argv[1], 2, int(sys.argv[2])):
     config = GPTConfig(n_vocab=96, n_ctx=16, n_embd=64, n_head=8, n_layer=2)
     for shape in (4,), (1, 4), (2, 1, 2), (1, 2, 2), (1, 1, 4):
         trainer = Trainer(config, recipe("tiny").settings, mesh=make_mesh(MeshShape(*shape)))
-        part = trainer.part(8)
-        inputs, _ = trainer.put(*[np.arange(128, dtype=np.int32).reshape(1, 8, 16)[:, part]] * 2)
+        part = trainer.local_slice(8)
+        inputs, _ = trainer.to_device(*[np.arange(128, dtype=np.int32).reshape(1, 8, 16)[:, part]] * 2)
         print(part.start, part.stop, inputs.shape, len({str(shard.index) for shard in inputs.addressable_shards}))
-        whole = trainer._whole(trainer.state.model)
+        whole = trainer._gathered(trainer.state.model)
         assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(whole))
 """
 
@@ -257,14 +257,14 @@ class Part:
     def __init__(self, index, count):
         self.index, self.count = index, count
 
-    def part(self, size):
+    def local_slice(self, size):
         rows = size // self.count
         return slice(self.index * rows, (self.index + 1) * rows)
 
-    def put(self, inputs, targets):
+    def to_device(self, inputs, targets):
         return inputs, targets
 
-    def loss_sum(self, inputs, targets):
+    def evaluate_batch(self, inputs, targets):
         return float((targets >= 0).sum())
 
 

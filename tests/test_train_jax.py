@@ -10,7 +10,8 @@ import pytest
 from support.models import TINY, random_batch
 
 import gpt_jax
-from gpt_jax.train import Trainer, cast, loss_sum
+from gpt_jax.loss import summed_loss
+from gpt_jax.train import Trainer, cast
 from parity.comparison.compare import compare
 from parity.training.settings import recipe
 from parity.weights import rows
@@ -45,7 +46,7 @@ def test_clip_and_adam_by_hand():
     trainer = Trainer(TINY, settings)
     inputs, targets = batches(1, 2)
     model = gpt_jax.GPTModel(TINY, seed=settings.seed)
-    gradient = jax.grad(gpt_jax.train.calc_loss)(model, inputs[0], targets[0])
+    gradient = jax.grad(gpt_jax.loss.calc_loss)(model, inputs[0], targets[0])
     norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(gradient)))
     metrics = trainer.train_step(inputs, targets, 0.01, 0)
     assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
@@ -78,7 +79,7 @@ def test_a_step_waits_for_nothing_and_moves_nothing(monkeypatch):
     On a CPU JAX guards what goes to the device only, so reads are caught where they happen.
     """
     trainer = Trainer(dataclasses.replace(TINY, drop_rate=0.1), SETTINGS)
-    put = [trainer.put(*batches(1, 2, seed=step)) for step in range(4)]
+    put = [trainer.to_device(*batches(1, 2, seed=step)) for step in range(4)]
     trainer.train_step(*put[0], 1e-3, 0)
     read = []
     array = type(put[0][0])
@@ -105,7 +106,7 @@ def test_dropout_is_a_function_of_seed_and_step():
     ]
     assert losses[0] == losses[1] != losses[2]
     trainer = Trainer(config, SETTINGS)
-    assert float(trainer.loss_sum(inputs[0], targets[0])) == float(trainer.loss_sum(inputs[0], targets[0]))
+    assert float(trainer.evaluate_batch(inputs[0], targets[0])) == float(trainer.evaluate_batch(inputs[0], targets[0]))
     model = gpt_jax.GPTModel(config)
     dropped = np.asarray(gpt_jax.model.dropout(jnp.ones((200, 200)), 0.3, jax.random.key(0)))
     assert set(np.unique(dropped)) == {np.float32(0), np.float32(1 / 0.7)}
@@ -130,6 +131,6 @@ def test_loss_leaves_out_padding():
     inputs, targets = (part[0] for part in batches(1, 2))
     model = gpt_jax.GPTModel(TINY)
     left_out = np.where(np.arange(24) < 12, targets, -1)
-    half = float(loss_sum(model, inputs[:, :12], targets[:, :12]))
-    assert float(loss_sum(model, inputs, left_out)) == pytest.approx(half, rel=1e-6)
+    half = float(summed_loss(model, inputs[:, :12], targets[:, :12]))
+    assert float(summed_loss(model, inputs, left_out)) == pytest.approx(half, rel=1e-6)
     assert {leaf.dtype for leaf in jax.tree.leaves(cast(model, jnp.bfloat16))} == {jnp.dtype("bfloat16")}

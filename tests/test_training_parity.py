@@ -211,13 +211,13 @@ def leaves_of(loss):
 
 def mean_of_means(monkeypatch):
     """Each micro-batch's mean, averaged: wrong where their counts differ."""
-    right = gpt_torch.train.loss_sum
+    right = gpt_torch.train.summed_loss
 
     def wrong(model, inputs, targets, dtype=None):
         count = (targets != IGNORE_INDEX).sum()
         return right(model, inputs, targets, dtype) * (targets.numel() / count)
 
-    monkeypatch.setattr(gpt_torch.train, "loss_sum", wrong)
+    monkeypatch.setattr(gpt_torch.train, "summed_loss", wrong)
 
 
 PLANTS = {
@@ -254,6 +254,6 @@ def test_compiled_torch_trains_alike():
         for compile in (False, True):
             trainer = gpt_torch.train.Trainer(TINY, settings, attention="sdpa", compile=compile)
             steps = enumerate(batches(TINY, 3))
-            found = [trainer.train_step(*trainer.put(*batch[:2]), batch.lr, step) for step, batch in steps]
+            found = [trainer.train_step(*trainer.to_device(*batch[:2]), batch.lr, step) for step, batch in steps]
             losses.append([float(metrics["loss"]) for metrics in found])
         assert losses[1] == pytest.approx(losses[0], rel=rtol)

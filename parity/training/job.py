@@ -11,64 +11,26 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import tyro
 from rich.console import Console
 
-from parity import cli, weights
+from parity import weights
 from parity.config import GPTConfig
 from parity.data.corpora import Corpus, load_corpus
 from parity.data.tokenizer import Tokenizer, encode_prompt, load_tokenizer
 from parity.data.windows import Windows
 from parity.errors import InputError
 from parity.training import checkpoints
+from parity.training.args import JobArgs
 from parity.training.bigram import bigram_loss
 from parity.training.loggers import Logger, open_loggers
 from parity.training.processes import ALONE, Processes
-from parity.training.runs import FollowedRun, RunFolder, run_config
+from parity.training.runs import FollowedRun, RunFolder, run_config, saved_job
 from parity.training.settings import CHANGEABLE, TrainSettings, recipe
 from parity.weights.load import read_folder
 
 _MOST_BIGRAM_TOKENS = 50_000_000  # a bigram of more takes long and much memory
-
-
-@dataclasses.dataclass(frozen=True)
-class JobArgs:
-    """Options that every training script has."""
-
-    preset: str = "small"
-    """What to train and how: small, tiny, notebook, shakespeare-char, shakespeare-char-cpu, 124M,
-    124M-openwebtext, 124M-fineweb-edu, 355M, 774M or 1558M; the other options replace parts of it."""
-    n_ctx: int | None = None
-    """Another context length than the preset's."""
-    drop_rate: float | None = None
-    """Another dropout than the preset's."""
-    init: str | None = None
-    """Weights to start from, which also give the model's shape: 124M, ..., 1558M, or a folder."""
-    run: Path | None = None
-    """Run folder; by default a new one in runs/."""
-    resume: bool = False
-    """Continue the run in --run from its newest intact checkpoint, whichever backend wrote it."""
-    vocab_bpe: Path | None = None
-    """OpenAI's vocab.bpe, for the gpt2 tokenizer."""
-    tensorboard: bool = False
-    """Write event files into the run folder too (extra: tensorboard)."""
-    wandb: bool = False
-    """Log to Weights & Biases too (extra: wandb; WANDB_MODE=offline keeps it local)."""
-    settings: tyro.conf.OmitArgPrefixes[TrainSettings] = dataclasses.field(default_factory=TrainSettings)
-
-
-Args = TypeVar("Args", bound=JobArgs)
-
-
-@dataclasses.dataclass(frozen=True)
-class _First:
-    """The options that decide the other ones' defaults."""
-
-    preset: str = JobArgs.preset
-    run: Path | None = None
-    resume: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +53,14 @@ class Job:
     loggers: Sequence[Logger] = ()
 
     @property
-    def goes_on(self) -> bool:
+    def is_resuming(self) -> bool:
         """Whether there are checkpoints to resume from; a run killed before its first begins anew."""
         return self.args.resume and bool(checkpoints.steps(self.run.checkpoints))
 
     @property
     def init(self) -> str | None:
         """Weights to start from; a run that goes on has its own."""
-        return None if self.goes_on else self.args.init
+        return None if self.is_resuming else self.args.init
 
     @property
     def micro_size(self) -> int:
@@ -112,27 +74,7 @@ class Job:
             logger(entries)
 
 
-def parse(kind: type[Args], description: str | None) -> Args:
-    """The flags over the preset's settings or, when resuming, over the run's own."""
-    first = cli.parse_known(_First)
-    if first.resume and first.run is None:
-        raise InputError("--resume continues the run in --run; name its folder")
-    if first.resume and first.run is not None:
-        config, settings, saved = _saved(RunFolder(first.run))
-        default = dataclasses.replace(
-            kind(),
-            preset=saved["preset"],
-            n_ctx=config.n_ctx,
-            drop_rate=config.drop_rate,
-            init=saved["init"],
-            settings=settings,
-        )
-    else:
-        default = dataclasses.replace(kind(), preset=first.preset, settings=recipe(first.preset).settings)
-    return cli.parse(kind, description, default)
-
-
-def load(args: JobArgs, processes: Processes = ALONE) -> Job:
+def load_job(args: JobArgs, processes: Processes = ALONE) -> Job:
     """Tokenizer, data and configuration of a job that one process or several do; nothing is written yet.
 
     Raises InputError for whatever is missing or does not fit.
@@ -157,8 +99,8 @@ def load(args: JobArgs, processes: Processes = ALONE) -> Job:
     )
 
 
-def begin(job: Job, backend: str, about: Mapping[str, str], console: Console) -> Job:
-    """Make or reopen the run folder, and say what runs; `about`: what the script says of its device.
+def start_run(job: Job, backend: str, device_info: Mapping[str, str], console: Console) -> Job:
+    """Make or reopen the run folder, and say what runs; `device_info`: what the script says of its device.
 
     Raises InputError for a folder that holds another run.
     """
@@ -171,13 +113,13 @@ def begin(job: Job, backend: str, about: Mapping[str, str], console: Console) ->
         changed = run.update(entries, [f"train.{name}" for name in CHANGEABLE])
     else:
         run.create(entries)
-    run.write("env.json", {"backend": backend, **about, **_environment()})
+    run.write("env.json", {"backend": backend, **device_info, **_environment()})
     job.processes.barrier()
     if not run.config_file.exists():
         raise InputError(f"{run.path}: this process does not see what the first one wrote; --run must be shared")
 
-    said = {
-        **about,
+    summary = {
+        **device_info,
         "model": f"{args.preset}: {weights.n_params(job.config):,} parameters, context {job.config.n_ctx}",
         "weights": f"from {args.init}" if args.init else f"initial, seed {job.settings.seed}",
         "corpus": f"{job.corpus.name}: {job.train.n_tokens:,} + {job.validation.n_tokens:,} tokens "
@@ -185,7 +127,7 @@ def begin(job: Job, backend: str, about: Mapping[str, str], console: Console) ->
         "run": str(run.path),
         "changed": "; ".join(changed),
     }
-    for name, text in said.items():
+    for name, text in summary.items():
         if text:
             console.print(f"{name:<10} {text}", highlight=False, soft_wrap=True)
     bigram = None
@@ -201,7 +143,7 @@ def _config(args: JobArgs, tokenizer: Tokenizer) -> GPTConfig:
         name: getattr(args, name) for name in ("n_ctx", "drop_rate") if getattr(args, name) is not None
     }
     if args.resume and args.run is not None:
-        return dataclasses.replace(_saved(RunFolder(args.run))[0], **changes)
+        return dataclasses.replace(saved_job(RunFolder(args.run))[0], **changes)
     if args.init is None:
         return dataclasses.replace(recipe(args.preset).model, n_vocab=tokenizer.n_vocab, **changes)
     config = read_folder(args.init)[0]
@@ -211,15 +153,6 @@ def _config(args: JobArgs, tokenizer: Tokenizer) -> GPTConfig:
         sizes = f"{tokenizer.n_vocab} tokens, the model in --init {args.init} {config.n_vocab}"
         raise InputError(f"--tokenizer {tokenizer.name} has {sizes}; they do not belong together")
     return dataclasses.replace(config, **changes)
-
-
-def _saved(run: RunFolder) -> tuple[GPTConfig, TrainSettings, dict[str, Any]]:
-    """Configuration and settings in a run's config.json, and all of it."""
-    saved = run.config()
-    try:
-        return GPTConfig(**saved["model"]), TrainSettings(**saved["train"]), {"init": None, **saved}
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{run.config_file} was not written by this version of the scripts ({error})") from None
 
 
 def _prompts(settings: TrainSettings, tokenizer: Tokenizer, config: GPTConfig) -> list[Sequence[int]]:

@@ -26,20 +26,20 @@ class Trainer(Protocol):
 
     config: GPTConfig
 
-    def part(self, size: int) -> slice:
+    def local_slice(self, size: int) -> slice:
         """Which rows of `size` this process computes: all, where it is the only one."""
 
-    def put(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Any, Any]:
-        """int32 [..., B, T], part() of the rows, on their way to the device; may be called on another thread."""
+    def to_device(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Any, Any]:
+        """int32 [..., B, T], local_slice() of the rows, on their way to the device; may be called on another thread."""
 
     def train_step(self, inputs: Any, targets: Any, lr: float, step: int) -> dict[str, Any]:
-        """One optimizer step on what put() returned, A micro-batches; {loss, grad_norm}, maybe still on the device.
+        """One optimizer step on the A micro-batches of to_device(): {loss, grad_norm}, maybe still on the device.
 
         Where one of them is not finite, the model and its optimizer stay as they were.
         """
 
-    def loss_sum(self, inputs: Any, targets: Any) -> Any:
-        """Summed loss in nats, of all processes, of what put() returned of [B, T]; without dropout."""
+    def evaluate_batch(self, inputs: Any, targets: Any) -> Any:
+        """Summed loss in nats, of all processes, of what to_device() returned of [B, T]; without dropout."""
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> list[list[int]]: ...
 
@@ -84,15 +84,15 @@ class Pending(NamedTuple):
 
 def evaluate(trainer: Trainer, windows: Windows, batch_size: int) -> float:
     """Mean loss in nats over every target of the windows' tokens."""
-    batches = windows.in_order(batch_size, trainer.part(batch_size))
-    sums = [trainer.loss_sum(*trainer.put(*batch)) for batch in batches]
+    batches = windows.in_order(batch_size, trainer.local_slice(batch_size))
+    sums = [trainer.evaluate_batch(*trainer.to_device(*batch)) for batch in batches]
     return math.fsum(map(float, sums)) / windows.n_targets
 
 
-def run(trainer: Trainer, job: Job, console: Console) -> int:
+def resume_and_train(trainer: Trainer, job: Job, console: Console) -> int:
     """Restore what there is, train, and say what came of it; returns the exit status."""
     done = None
-    if job.goes_on:
+    if job.is_resuming:
         # The first process says which; the others need not read all of it.
         found = int(checkpoints.newest_intact(job.run.checkpoints).name) if job.processes.first else 0
         done = job.processes.all_reduce_max(found)
@@ -100,7 +100,7 @@ def run(trainer: Trainer, job: Job, console: Console) -> int:
         console.print(f"resuming   after step {done}")
     job.run.forget_after(-1 if done is None else done)
     begin = time.perf_counter()
-    status = fit(trainer, job, done, console)
+    status = train_loop(trainer, job, done, console)
     evaluated = {e["step"]: e["validation_loss"] for e in job.run.metrics() if "validation_loss" in e}
     last, best = max(evaluated), job.run.best_step()
     beside = "" if job.bigram is None else f", bigram {job.bigram:.4f}"
@@ -116,7 +116,7 @@ def run(trainer: Trainer, job: Job, console: Console) -> int:
     return status
 
 
-def fit(trainer: Trainer, job: Job, done: int | None, console: Console) -> int:
+def train_loop(trainer: Trainer, job: Job, done: int | None, console: Console) -> int:
     """Train from step `done`, or from the beginning, to the end.
 
     Returns the exit status: 0, or 128 + the signal that stopped it. Raises InputError for a loss that is not
@@ -162,15 +162,15 @@ def fit(trainer: Trainer, job: Job, done: int | None, console: Console) -> int:
 
 
 def _batches(trainer: Trainer, job: Job, done: int) -> Generator[tuple[Any, Any], None, None]:
-    """The batches of the steps from `done` on, as put() returns them, made ahead of their use."""
+    """The batches of the steps from `done` on, as to_device() returns them, made ahead of their use."""
     settings, n_ctx = job.settings, job.train.n_ctx
     places = np.arange(settings.batch_size).reshape(settings.accumulate, job.micro_size)  # [A, B]
-    ours = places[:, trainer.part(job.micro_size)]
+    ours = places[:, trainer.local_slice(job.micro_size)]
     flat = ours.flatten().tolist()
 
     def load(step: int) -> tuple[Any, Any]:
         parts = job.train.batch(settings.seed, step, settings.batch_size, flat)
-        return trainer.put(*(part.reshape(*ours.shape, n_ctx) for part in parts))
+        return trainer.to_device(*(part.reshape(*ours.shape, n_ctx) for part in parts))
 
     return prefetch(load, range(done, settings.steps))
 

@@ -163,6 +163,15 @@ def run_config(
     }
 
 
+def saved_job(run: RunFolder) -> tuple[GPTConfig, TrainSettings, dict[str, Any]]:
+    """Configuration and settings in a run's config.json, and all of it."""
+    saved = run.config()
+    try:
+        return GPTConfig(**saved["model"]), TrainSettings(**saved["train"]), {"init": None, **saved}
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{run.config_file} was not written by this version of the scripts ({error})") from None
+
+
 def plot_metrics(target: Path, metrics: Sequence[Mapping[str, Any]], bigram: float | None = None) -> None:
     """Picture of training and validation loss by step, from lines of metrics.jsonl."""
     import matplotlib

@@ -37,7 +37,7 @@ def jax_step(config: GPTConfig, settings: TrainSettings, unroll: int, remat: str
     def step() -> None:
         if not made:  # so that the first call has everything that a user waits for
             made.append(Trainer(config, settings, attention=attention, unroll=unroll, remat=remat))
-        jax.block_until_ready(made[0].train_step(*made[0].put(*host), 1e-3, 0))
+        jax.block_until_ready(made[0].train_step(*made[0].to_device(*host), 1e-3, 0))
 
     return _in_jax(step)
 
@@ -53,7 +53,7 @@ def torch_step(config: GPTConfig, settings: TrainSettings, compile: bool, thread
     def step() -> None:
         if not made:
             made.append(Trainer(config, settings, attention="sdpa", device=device, compile=compile))
-        made[0].train_step(*made[0].put(*host), 1e-3, 0)
+        made[0].train_step(*made[0].to_device(*host), 1e-3, 0)
         _wait(torch)
 
     return _in_torch(step)

@@ -33,7 +33,7 @@ def make(settings, shape=None):
 
 
 def losses(trainer, first, last):
-    return [float(trainer.train_step(*trainer.put(*batch(s)), 1e-3, s)["loss"]) for s in range(first, last)]
+    return [float(trainer.train_step(*trainer.to_device(*batch(s)), 1e-3, s)["loss"]) for s in range(first, last)]
 
 
 def facts(trainer):
@@ -43,7 +43,7 @@ def facts(trainer):
         for shard in leaf.addressable_shards:
             held[shard.device.id] = held.get(shard.device.id, 0) + shard.data.nbytes
     step = trainer._train_step.lower(
-        trainer.state, *trainer.put(*batch(0)), np.asarray(1e-3, trainer._wide), np.int32(0)
+        trainer.state, *trainer.to_device(*batch(0)), np.asarray(1e-3, trainer._param_dtype), np.int32(0)
     )
     program = step.compile().as_text()
     return {
