@@ -2,7 +2,7 @@
 
 The layers lie apart, so that the loop slices no stack. On a CPU each matrix is also stored by output,
 in as many groups as there are cores, and comes first in its product: XLA then reads it on all cores at
-nearly the speed of memory, for one row or for eight. docs/performance.md has the measurements.
+nearly the speed of memory, for one row or for eight. docs/results/performance.md has the measurements.
 """
 
 import functools

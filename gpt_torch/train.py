@@ -1,7 +1,7 @@
 """Training in PyTorch: a step on a model and torch.optim.AdamW, as gpt_jax/train.py makes it.
 
 torch's AdamW and optax's are the same function where they are given the same numbers, but not by default
-(docs/parity.md lists where they part); so decay, eps and clipping are spelled out here.
+(docs/guides/train.md lists the differences); so decay, eps and clipping are spelled out here.
 """
 
 import contextlib

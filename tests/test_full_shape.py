@@ -16,7 +16,7 @@ from parity.weights import huggingface, initial_weights, openai
 
 pytestmark = pytest.mark.optimized  # as users' programs are compiled
 
-FLOOR = 1e-4  # worst absolute difference of logits; measured figures are in docs/parity.md
+FLOOR = 1e-4  # worst absolute difference of logits; measured figures are in docs/results/parity.md
 
 
 def hugging_face_logits(config, weights, tokens):

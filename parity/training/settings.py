@@ -88,7 +88,7 @@ class Recipe:
     remat: Literal["none", "products", "all"] = "none"
     """Of gpt_jax: what a gradient computes again instead of keeping it."""
     unroll: int = 1
-    """Of gpt_jax: layers written out in the compiled program. Both as measured, where docs/performance.md has it."""
+    """Of gpt_jax: layers written out in the compiled program. Defaults: see docs/results/performance.md."""
 
 
 # For two CPU cores.
