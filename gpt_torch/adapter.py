@@ -1,6 +1,7 @@
-"""gpt_torch as parity/backend.py asks for it."""
+"""gpt_torch as a backend of comparisons: the functions of parity.comparison.protocol.Backend."""
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,24 +13,36 @@ from gpt_torch.generate import generate as generate_rows
 from gpt_torch.loss import calc_loss
 from gpt_torch.model import GPTModel
 from gpt_torch.train import Trainer
-from gpt_torch.weights import export_weights, load_weights
-from parity import weights as table
-from parity.comparison.protocol import FULL, Batch, Compute, Weights
+from gpt_torch.weights import export_weights, load_weights, to_numpy
+from parity import taps
+from parity.comparison.error_bounds import Rounding
+from parity.comparison.protocol import DEFAULT_COMPUTE, Batch, Compute, Weights, train_steps
 from parity.config import GPTConfig
 from parity.training.settings import TrainSettings
+from parity.weights import convert
 
 
-def build(config: GPTConfig, weights: Weights, compute: Compute = FULL) -> GPTModel:
-    """A model with these weights; torch's products are full float32 unless `precision` is "default"."""
-    device = "cuda" if compute.device == "gpu" else compute.device
-    torch.backends.cuda.matmul.allow_tf32 = compute.precision == "default"
-    model = GPTModel(config, seed=None).to(device, getattr(torch, compute.of(weights)))
+def build(config: GPTConfig, weights: Weights, compute: Compute = DEFAULT_COMPUTE) -> GPTModel:
+    """Make a model with these weights, in the dtype and on the device of `compute`."""
+    model = GPTModel(config, seed=None).to(_device(compute), getattr(torch, compute.dtype_for(weights)))
     load_weights(model, weights)
     return model
 
 
-def logits(config: GPTConfig, weights: Weights, tokens: np.ndarray, compute: Compute = FULL) -> np.ndarray:
-    with torch.inference_mode():
+@contextlib.contextmanager
+def computing(compute: Compute) -> Iterator[None]:
+    """Compute matrix products on a GPU in the precision of `compute`; the caller's setting is restored."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if compute.precision == "default" else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def logits(config: GPTConfig, weights: Weights, tokens: np.ndarray, compute: Compute = DEFAULT_COMPUTE) -> np.ndarray:
+    with computing(compute), torch.inference_mode():
         return to_numpy(build(config, weights, compute)(to_device(tokens, compute)))
 
 
@@ -38,40 +51,46 @@ def activations(
     weights: Weights,
     tokens: np.ndarray,
     names: Iterable[str] | None = None,
-    compute: Compute = FULL,
+    compute: Compute = DEFAULT_COMPUTE,
 ) -> dict[str, np.ndarray]:
-    with torch.inference_mode():
+    with computing(compute), torch.inference_mode():
         _, cache = run_with_cache(build(config, weights, compute), to_device(tokens, compute), names)
-        return {name: to_numpy(array) for name, array in cache.items()}
+        return {name: to_numpy(activation) for name, activation in cache.items()}
 
 
 def cached_logits(
-    config: GPTConfig, weights: Weights, tokens: np.ndarray, start: int, compute: Compute = FULL
+    config: GPTConfig, weights: Weights, tokens: np.ndarray, start: int, compute: Compute = DEFAULT_COMPUTE
 ) -> np.ndarray:
-    with torch.inference_mode():
+    with computing(compute), torch.inference_mode():
         model, ids = build(config, weights, compute), to_device(tokens, compute)
-        cache, first = model.new_cache(*ids.shape), ids.new_zeros(len(ids))
-        ends = range(start, ids.shape[1])
-        found = [model.decode(ids[:, (end if end > start else 0) : end + 1], cache, end if end > start else 0, first)
-                 for end in ends]  # fmt: skip
-        return to_numpy(torch.stack(found, dim=1))
+        cache, pad_lengths = model.new_cache(*ids.shape), ids.new_zeros(len(ids))
+        rows = [model.decode(ids[:, : start + 1], cache, 0, pad_lengths)]  # [B, V]
+        for slot in range(start + 1, ids.shape[1]):
+            rows.append(model.decode(ids[:, slot : slot + 1], cache, slot, pad_lengths))
+        return to_numpy(torch.stack(rows, dim=1))
 
 
 def generate(
     config: GPTConfig, weights: Weights, prompts: Sequence[Sequence[int]], compute: Compute, **options: Any
 ) -> list[list[int]]:
-    return generate_rows(build(config, weights, compute), prompts, **options)
+    with computing(compute):
+        return generate_rows(build(config, weights, compute), prompts, **options)
 
 
 def loss_and_gradients(
-    config: GPTConfig, weights: Weights, inputs: np.ndarray, targets: np.ndarray, compute: Compute = FULL
+    config: GPTConfig,
+    weights: Weights,
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    compute: Compute = DEFAULT_COMPUTE,
 ) -> tuple[float, dict[str, np.ndarray]]:
-    model = build(config, weights, compute)
-    loss = calc_loss(model, to_device(inputs, compute), to_device(targets, compute))
-    parameters = dict(model.named_parameters())
-    found = torch.autograd.grad(loss, list(parameters.values()))
-    gradients = {name: to_numpy(gradient) for name, gradient in zip(parameters, found, strict=True)}
-    return loss.item(), dict(table.convert(gradients, "torch", "huggingface", config))
+    with computing(compute):
+        model = build(config, weights, compute)
+        loss = calc_loss(model, to_device(inputs, compute), to_device(targets, compute))
+        parameters = dict(model.named_parameters())
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+    by_name = {name: to_numpy(gradient) for name, gradient in zip(parameters, gradients, strict=True)}
+    return loss.item(), dict(convert(by_name, "torch", "huggingface", config))
 
 
 def train(
@@ -79,23 +98,42 @@ def train(
     weights: Weights,
     settings: TrainSettings,
     batches: Iterable[Batch],
-    after: Callable[[dict[str, np.ndarray]], None] | None = None,
+    after_step: Callable[[dict[str, np.ndarray]], None] | None = None,
 ) -> list[tuple[float, float]]:
     trainer = Trainer(config, settings)
     load_weights(trainer.model, weights)
-    metrics = []
-    for step, (inputs, targets, lr) in enumerate(batches):
-        found = trainer.train_step(*trainer.to_device(inputs, targets), lr, step)
-        metrics.append((float(found["loss"]), float(found["grad_norm"])))
-        if after is not None:
-            after({name: array.copy() for name, array in export_weights(trainer.model).items()})
-    return metrics
+    return train_steps(trainer, lambda: export_weights(trainer.model), batches, after_step)
+
+
+@contextlib.contextmanager
+def perturbed(config: GPTConfig, noise: Mapping[str, Rounding]) -> Iterator[None]:
+    """Add rounding errors to activations, and to the gradients with respect to them, on the CPU.
+
+    This is how parity.comparison.sections derives the error bounds of gradients and training.
+
+    Args:
+        config: Configuration of the model that runs in this context.
+        noise: {activation name: the rounding errors to add}.
+    """
+
+    def patch(rounding: Rounding) -> Callable[[Tensor], Tensor]:
+        def add_errors(x: Tensor) -> Tensor:
+            values = x.detach().numpy()
+            x = x + torch.from_numpy(rounding.forward(values) - values)
+            if x.requires_grad:
+                x.register_hook(lambda gradient: torch.from_numpy(rounding.backward(gradient.numpy())))
+            return x
+
+        return add_errors
+
+    with taps.probe(config, (), {name: patch(rounding) for name, rounding in noise.items()}):
+        yield
 
 
 def to_device(ids: np.ndarray, compute: Compute) -> Tensor:
-    return torch.from_numpy(ids).long().to("cuda" if compute.device == "gpu" else compute.device)
+    """Token ids as int64 on the device of `compute`."""
+    return torch.from_numpy(ids).long().to(_device(compute))
 
 
-def to_numpy(x: Tensor) -> np.ndarray:
-    """bfloat16, which NumPy has not, as float32."""
-    return (x.float() if x.dtype == torch.bfloat16 else x).detach().cpu().numpy()
+def _device(compute: Compute) -> str:
+    return "cuda" if compute.device == "gpu" else compute.device

@@ -1,18 +1,15 @@
-"""Compare two implementations of GPT-2: every activation, gradients, AdamW, losses, cached decoding, samples.
+"""Compare two implementations of GPT-2: activations, gradients, AdamW updates, losses, cached decoding, samples.
 
-    python scripts/check_parity.py torch jax                              # tiny, in seconds
+    python scripts/check_parity.py torch jax                              # the tiny preset, in seconds
     python scripts/check_parity.py torch jax --preset 124M --positions 1024
     python scripts/check_parity.py jax hf --weights 124M                  # OpenAI's weights
-    python scripts/check_parity.py torch:path/to/openai torch:path/to/hf  # two copies of the same weights?
-    python scripts/check_parity.py jax my_port.py                         # yours: scripts/parity_hf.py is an example
+    python scripts/check_parity.py torch:path/to/openai torch:path/to/hf  # are two copies of weights the same?
+    python scripts/check_parity.py jax my_port.py                         # your own; see scripts/parity_hf.py
 
-Writes report.json, report.html and exits with 1 if something is beyond what rounding allows.
+Writes report.json and report.html. The exit status is 1 if anything differs by more than rounding allows.
 """
 
-import base64
 import dataclasses
-import html
-import io
 import json
 import sys
 import time
@@ -20,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import tyro
 from rich.box import SIMPLE
 from rich.console import Console
@@ -28,169 +24,122 @@ from rich.table import Column, Table
 
 from parity import taps
 from parity.cli import parse
-from parity.comparison import error_bounds, report
-from parity.comparison.implementation import open_implementation, read_weights, sharp_weights
+from parity.comparison import report
+from parity.comparison.case import Case, random_tokens, sharp_weights
+from parity.comparison.error_bounds import rounded
+from parity.comparison.html import html_page
+from parity.comparison.implementation import open_implementation, read_weights
 from parity.comparison.protocol import Compute
+from parity.comparison.sections import SECTIONS, Section, compare_implementations
 from parity.config import as_config
 from parity.errors import InputError, exit_with_message
 from parity.training.settings import recipe
 from parity.weights import initial_weights
+from parity.weights.load import read_folder
 
-_LONG = 24  # rows of a section that are printed whole
+_ALIASES = {"hf": Path(__file__).parent / "parity_hf.py"}
+_MAX_PRINTED = 24  # rows of a section that are all printed; of a longer one, those nearest to their bounds
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     a: tyro.conf.Positional[str] = "torch"
-    """torch, jax, numpy (float64), hf, or a Python file; with :WEIGHTS for weights of its own."""
+    """First implementation: torch, jax, numpy (the float64 reference), hf (Hugging Face transformers) or the path
+    of a Python file. Append :WEIGHTS, a size or a folder, to give it weights of its own."""
     b: tyro.conf.Positional[str] = "jax"
+    """Second implementation, given like the first."""
     weights: str = "sharp"
-    """sharp (initial ones with matrices five times as large, and biases), initial, a size, or a folder."""
+    """Weights of both: initial (freshly initialized), sharp (initial weights with matrices five times as large and
+    random biases, so that attention is sharp), a size such as 124M, or a folder with weights."""
     preset: str = "tiny"
-    """Shape of the model, where the weights do not say."""
+    """Preset of the model's shape for --weights initial and sharp; other weights bring their own shape."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Dtype that both implementations compute in."""
     device: Literal["cpu", "gpu"] = "cpu"
+    """Device that both implementations compute on."""
     precision: Literal["highest", "default"] = "highest"
-    """Of products: in full, or the framework's own, which is TF32 for JAX on a GPU."""
+    """Precision of float32 matrix products on a GPU: highest is full float32, default allows TF32."""
     batch: int = 2
+    """Number of rows of random tokens."""
     positions: int = 24
+    """Number of tokens per row."""
     names: tuple[str, ...] = ("*",)
-    """Activations to compare; * is anything. At 1,024 positions scores and patterns take much memory."""
-    sections: tuple[report.Section, ...] = report.SECTIONS
-    """What to compare."""
+    """Activations to compare, by name; * matches anything. At 1,024 positions, attention scores and patterns of
+    the larger models need much memory."""
+    sections: tuple[Section, ...] = SECTIONS
+    """Sections of the report. Gradients and training need PyTorch for the float64 reference."""
     steps: int = 5
-    """Optimizer steps of the loss path."""
+    """Number of optimizer steps in the training section."""
     new_tokens: int = 32
-    """Tokens sampled of each prompt."""
+    """Number of tokens to sample per prompt in the samples section."""
     seed: int = 0
+    """Seed of the random weights and tokens."""
     out: Path = Path("parity-report")
+    """Folder for report.json and report.html."""
 
 
 def main() -> int:
     args = parse(Args, __doc__)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    begin = time.perf_counter()
+    start = time.perf_counter()
+    case = make_case(args)
+    a, b = (open_implementation(spec, case.config, _ALIASES) for spec in (args.a, args.b))
+    title = (
+        f"A is {args.a}, B is {args.b}: {args.weights} weights, {case.config.n_layer} layers, width "
+        f"{case.config.n_embd}, {args.batch} x {args.positions} tokens, {args.dtype}, "
+        f"{args.precision} precision of matrix products, {args.device}"
+    )
+    console.print(title, highlight=False, soft_wrap=True)
+    with console.status("comparing"):
+        rows = list(compare_implementations(a, b, case, recipe("small").settings, args.sections))
+    for members in report.by_section(rows).values():
+        console.print(section_table(members))
 
-    # Model, weights, tokens
+    failure = report.first_failure(rows)
+    verdict = f"{report.verdict(rows)}; {time.perf_counter() - start:.0f} s"
+    args.out.mkdir(parents=True, exist_ok=True)
+    entries = {"title": title, "verdict": verdict, "rows": [row.to_dict() for row in rows]}
+    (args.out / "report.json").write_text(json.dumps(entries, indent=1) + "\n")
+    (args.out / "report.html").write_text(html_page(title, verdict, rows), encoding="utf-8")
+    console.print(verdict, style="green" if failure is None else "bold red", highlight=False, soft_wrap=True)
+    console.print(f"{args.out / 'report.html'}", highlight=False)
+    return int(failure is not None)
+
+
+def make_case(args: Args) -> Case:
+    """The model, weights and tokens that the options ask for."""
     if args.weights in ("sharp", "initial"):
         config = as_config(args.preset)
         weights = (sharp_weights if args.weights == "sharp" else initial_weights)(config, args.seed)
     else:
-        config = report.config_of(args.weights)
-        weights = read_weights(args.weights, None)
+        config = read_folder(args.weights)[0]
+        weights = read_weights(args.weights)
     if not 2 <= args.positions <= config.n_ctx:
         raise InputError(f"--positions must be in 2..{config.n_ctx}, got {args.positions}")
-    weights = error_bounds.rounded(weights, args.dtype)
-    a, b = (open_implementation(text, Path(__file__).parent / "parity_hf.py", config) for text in (args.a, args.b))
-    case = report.Case(
+    return Case(
         config,
-        weights,
-        report.random_tokens(config, args.batch, args.positions, args.seed),
+        rounded(weights, args.dtype),
+        random_tokens(config, args.batch, args.positions, args.seed),
         Compute(args.dtype, args.device, args.precision),
         taps.select(args.names, config),
         args.steps,
         args.new_tokens,
     )
-    about = (
-        f"A {args.a}, B {args.b}: {args.weights} weights, {config.n_layer} layers of width {config.n_embd}, "
-        f"{args.batch} x {args.positions} tokens, {args.dtype}, products {args.precision}, {args.device}"
-    )
-    console.print(about, highlight=False, soft_wrap=True)
-
-    # Compare
-    found: list[report.Row] = []
-    with console.status("comparing"):
-        truth = open_implementation("torch", Path(), config)
-        for row in report.run(a, b, truth, case, recipe("small").settings, args.sections):
-            found.append(row)
-
-    # Report
-    for section in dict.fromkeys(row.section for row in found):
-        show([row for row in found if row.section == section], console)
-    beyond = report.first_beyond(found)
-    verdict = (
-        f"{len(found)} rows, all within what rounding allows"
-        if beyond is None
-        else f"the first row beyond what rounding allows: {beyond.section}, {beyond.name} ({beyond.detail})"
-    )
-    verdict += f"; {time.perf_counter() - begin:.0f} s"
-    args.out.mkdir(parents=True, exist_ok=True)
-    entries = {"about": about, "verdict": verdict, "rows": [row.to_dict() for row in found]}
-    (args.out / "report.json").write_text(json.dumps(entries, indent=1) + "\n")
-    (args.out / "report.html").write_text(page(about, verdict, found), encoding="utf-8")
-    console.print(verdict, style="green" if beyond is None else "bold red", highlight=False, soft_wrap=True)
-    console.print(f"{args.out / 'report.html'}", highlight=False)
-    return int(beyond is not None)
 
 
-COLUMNS = ("name", "worst |A-B|", "mean |A-B|", "|A-truth|", "|B-truth|", "bound", "share")
-
-
-def cells(row: report.Row) -> list[str]:
-    numbers = (row.between, row.mean, row.a, row.b, row.bound)
-    return [row.name, *("" if n is None else f"{n:.2e}" for n in numbers), f"{row.share:.0%}"]
-
-
-def show(rows: Sequence[report.Row], console: Console) -> None:
-    """A section's rows, or those nearest to their bounds."""
-    kept = rows
-    if len(rows) > _LONG:
-        near = sorted(rows, key=lambda row: -row.share)[: _LONG // 2]
-        kept = [row for row in rows if row in near or not row.ok]
-    title = f"{rows[0].section}: {len(rows)} rows" + (", those nearest to their bound" if kept is not rows else "")
-    name, *numbers = COLUMNS
-    table = Table(Column(name, no_wrap=True), *(Column(n, justify="right") for n in numbers), title=title, box=SIMPLE)
-    for row in kept:
-        table.add_row(*cells(row), style=None if row.ok else "bold red")
-    console.print(table)
-
-
-def page(about: str, verdict: str, rows: Sequence[report.Row]) -> str:
-    """report.html, with its pictures inside."""
-    parts = [
-        "<!doctype html><meta charset='utf-8'><title>parity report</title>",
-        "<style>body{font-family:sans-serif;margin:2em}table{border-collapse:collapse;margin:1em 0}"
-        "td,th{padding:.2em .6em;border-bottom:1px solid #ddd;text-align:right;font-variant-numeric:tabular-nums}"
-        "td:first-child,th:first-child,td:last-child{text-align:left}.bad{background:#fdd}</style>",
-        f"<h1>Parity report</h1><p>{html.escape(about)}</p><p><b>{html.escape(verdict)}</b></p>",
-    ]
-    for section in dict.fromkeys(row.section for row in rows):
-        inside = [row for row in rows if row.section == section]
-        parts.append(f"<h2>{html.escape(section)}</h2>")
-        if len(inside) > 2:
-            parts.append(f"<img alt='errors and bounds' src='data:image/png;base64,{picture(inside)}'>")
-        parts.append("<table><tr>" + "".join(f"<th>{name}</th>" for name in (*COLUMNS, "detail")) + "</tr>")
-        for row in inside:
-            style = "" if row.ok else " class='bad'"
-            texts = "".join(f"<td>{html.escape(text)}</td>" for text in (*cells(row), row.detail))
-            parts.append(f"<tr{style}>{texts}</tr>")
-        parts.append("</table>")
-    return "\n".join(parts) + "\n"
-
-
-def picture(rows: Sequence[report.Row]) -> str:
-    """PNG, as base64, of a section's errors and bounds in their order."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(10, 3.5), layout="constrained")
-    x = np.arange(len(rows))
-    axes.plot(x, [row.bound for row in rows], color="black", label="bound")
-    axes.plot(x, [row.between for row in rows], ".", label="|A-B|")
-    for letter, errors in (("A", [row.a for row in rows]), ("B", [row.b for row in rows])):
-        if None not in errors:
-            axes.plot(x, errors, "_", label=f"|{letter}-truth|")
-    axes.set_yscale("log")
-    step = max(1, len(rows) // 30)
-    axes.set_xticks(x[::step], [row.name for row in rows][::step], rotation=90, fontsize=6)
-    axes.set_ylabel("worst error")
-    axes.legend(fontsize=7, ncols=4, loc="lower right")
-    stream = io.BytesIO()
-    figure.savefig(stream, dpi=110)
-    plt.close(figure)
-    return base64.b64encode(stream.getvalue()).decode()
+def section_table(rows: Sequence[report.Row]) -> Table:
+    """The rows of a section, or those nearest to their bounds."""
+    title, printed = f"{rows[0].section}: {len(rows)} rows", rows
+    if len(rows) > _MAX_PRINTED:
+        nearest = sorted(rows, key=lambda row: -row.share)[: _MAX_PRINTED // 2]
+        printed = [row for row in rows if row in nearest or not row.ok]
+        title += f", of which the {len(printed)} nearest to their bounds"
+    name, *numbers = report.COLUMNS
+    columns = [Column(name, no_wrap=True), *(Column(n, justify="right") for n in numbers)]
+    table = Table(*columns, title=title, box=SIMPLE)
+    for row in printed:
+        table.add_row(*row.cells(), style=None if row.ok else "bold red")
+    return table
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Hugging Face's GPT2LMHeadModel for scripts/check_parity.py: how another implementation joins the comparison.
+"""Hugging Face's GPT2LMHeadModel in a parity report: the worked example of how another implementation joins.
 
-Each function is one of parity/backend.py's; what is missing is left out of the report.
+Each function is one of parity.comparison.protocol.Backend. The report leaves out the sections whose functions
+are missing here.
 """
 
 from collections.abc import Iterable
@@ -10,24 +11,28 @@ import numpy as np
 import torch
 import transformers
 
+from gpt_torch.weights import to_numpy
 from parity import taps
-from parity.comparison.protocol import FULL, Compute, Weights
+from parity.comparison.protocol import DEFAULT_COMPUTE, Compute, Weights
 from parity.config import IGNORE_INDEX, GPTConfig
 from parity.weights import huggingface
 
 
-def build(config: GPTConfig, weights: Weights, compute: Compute = FULL) -> transformers.GPT2LMHeadModel:
+def build(config: GPTConfig, weights: Weights, compute: Compute = DEFAULT_COMPUTE) -> transformers.GPT2LMHeadModel:
+    """Make transformers' model with these weights, without dropout and with the explicit attention."""
     entries = {k: v for k, v in huggingface.config_to_dict(config).items() if not k.endswith("pdrop")}
-    theirs = transformers.GPT2Config(**entries, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, attn_implementation="eager")
-    model = transformers.GPT2LMHeadModel(theirs).eval()
+    hf_config = transformers.GPT2Config(
+        **entries, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, attn_implementation="eager"
+    )
+    model = transformers.GPT2LMHeadModel(hf_config).eval()
     state = {n if n.startswith("lm_head") else f"transformer.{n}": torch.tensor(w) for n, w in weights.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
-    assert set(missing) <= {"lm_head.weight"}, missing  # tied
-    return model.to(getattr(torch, compute.of(weights)))
+    assert set(missing) <= {"lm_head.weight"}, missing  # absent if the head is tied
+    return model.to(getattr(torch, compute.dtype_for(weights)))
 
 
-def logits(config: GPTConfig, weights: Weights, tokens: np.ndarray, compute: Compute = FULL) -> np.ndarray:
+def logits(config: GPTConfig, weights: Weights, tokens: np.ndarray, compute: Compute = DEFAULT_COMPUTE) -> np.ndarray:
     with torch.inference_mode():
         return to_numpy(build(config, weights, compute)(torch.from_numpy(tokens).long()).logits)
 
@@ -37,22 +42,21 @@ def activations(
     weights: Weights,
     tokens: np.ndarray,
     names: Iterable[str] | None = None,
-    compute: Compute = FULL,
+    compute: Compute = DEFAULT_COMPUTE,
 ) -> dict[str, np.ndarray]:
-    """By forward hooks on the modules; scores before the mask are not to be had from outside."""
+    """Read activations with forward hooks; attention scores before the mask cannot be reached from outside."""
     model = build(config, weights, compute)
-    found: dict[str, Any] = {}
+    cache: dict[str, Any] = {}
 
-    def note(module: torch.nn.Module, name: str, of: str) -> None:
+    def record(module: torch.nn.Module, name: str, which: str) -> None:
         def hook(_: Any, inputs: Any, output: Any) -> None:
-            found[name] = inputs[0] if of == "input" else output[0] if isinstance(output, tuple) else output
+            cache[name] = inputs[0] if which == "input" else output[0] if isinstance(output, tuple) else output
 
         module.register_forward_hook(hook)
 
-    note(model.transformer.drop, "embed", "output")
+    record(model.transformer.drop, "embed", "output")
     for number, block in enumerate(model.transformer.h):
-        at = f"blocks.{number}."
-        for module, name, of in (
+        for module, name, which in (
             (block.ln_1, "ln_1", "output"),
             (block.attn.c_attn, "qkv", "output"),
             (block.attn.c_proj, "attn.z", "input"),
@@ -64,46 +68,48 @@ def activations(
             (block.mlp, "mlp.out", "output"),
             (block, "resid_post", "output"),
         ):
-            note(module, at + name, of)
-    note(model.transformer.ln_f, "ln_f", "output")
+            record(module, f"blocks.{number}.{name}", which)
+    record(model.transformer.ln_f, "ln_f", "output")
     with torch.inference_mode():
         output = model(torch.from_numpy(tokens).long(), output_attentions=True)
-    found["logits"] = output.logits
+    cache["logits"] = output.logits
+    heads = (config.n_head, config.head_width)
     for number, pattern in enumerate(output.attentions):
-        at = f"blocks.{number}."
-        found[f"{at}attn.pattern"] = pattern
-        heads = (config.n_head, config.head_width)
-        for name, part in zip("qkv", found.pop(f"{at}qkv").chunk(3, dim=-1), strict=True):
-            found[f"{at}attn.{name}"] = part.unflatten(-1, heads)
-        found[f"{at}attn.z"] = found[f"{at}attn.z"].unflatten(-1, heads)
-    return {name: to_numpy(found[name]) for name in taps.select(names, config) if name in found}
+        block = f"blocks.{number}"
+        cache[f"{block}.attn.pattern"] = pattern
+        for name, part in zip("qkv", cache.pop(f"{block}.qkv").chunk(3, dim=-1), strict=True):
+            cache[f"{block}.attn.{name}"] = part.unflatten(-1, heads)
+        cache[f"{block}.attn.z"] = cache[f"{block}.attn.z"].unflatten(-1, heads)
+    return {name: to_numpy(cache[name]) for name in taps.select(names, config) if name in cache}
 
 
 def cached_logits(
-    config: GPTConfig, weights: Weights, tokens: np.ndarray, start: int, compute: Compute = FULL
+    config: GPTConfig, weights: Weights, tokens: np.ndarray, start: int, compute: Compute = DEFAULT_COMPUTE
 ) -> np.ndarray:
-    model, ids, cache, found = build(config, weights, compute), torch.from_numpy(tokens).long(), None, []
+    model, ids = build(config, weights, compute), torch.from_numpy(tokens).long()
+    cache, rows = None, []
     with torch.inference_mode():
         for end in range(start, ids.shape[1]):
-            part = ids[:, : end + 1] if cache is None else ids[:, end : end + 1]
-            output = model(part, past_key_values=cache, use_cache=True)
+            new = ids[:, : end + 1] if cache is None else ids[:, end : end + 1]
+            output = model(new, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
-            found.append(output.logits[:, -1])
-    return to_numpy(torch.stack(found, dim=1))
+            rows.append(output.logits[:, -1])
+    return to_numpy(torch.stack(rows, dim=1))
 
 
 def loss_and_gradients(
-    config: GPTConfig, weights: Weights, inputs: np.ndarray, targets: np.ndarray, compute: Compute = FULL
+    config: GPTConfig,
+    weights: Weights,
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    compute: Compute = DEFAULT_COMPUTE,
 ) -> tuple[float, dict[str, np.ndarray]]:
     model = build(config, weights, compute)
     logits = model(torch.from_numpy(inputs).long()).logits.flatten(0, 1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    wanted = torch.from_numpy(targets).long().flatten()
-    loss = torch.nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORE_INDEX)
+    loss = torch.nn.functional.cross_entropy(
+        logits, torch.from_numpy(targets).long().flatten(), ignore_index=IGNORE_INDEX
+    )
     loss.backward()
     gradients = {name.removeprefix("transformer."): to_numpy(p.grad) for name, p in model.named_parameters()}
     return loss.item(), gradients
-
-
-def to_numpy(x: torch.Tensor) -> np.ndarray:
-    return (x.float() if x.dtype == torch.bfloat16 else x).detach().numpy()

@@ -9,8 +9,8 @@ from support import numpy_oracle as oracle
 from support.models import BACKENDS, CONFIGS, probing_weights, random_batch
 
 from parity import weights as table
+from parity.comparison.case import sharp_weights
 from parity.comparison.compare import compare
-from parity.comparison.implementation import sharp_weights
 from parity.config import PRESETS
 from parity.weights import huggingface, initial_weights, openai
 

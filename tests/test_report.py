@@ -3,6 +3,8 @@
 import base64
 import json
 import re
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -15,19 +17,22 @@ from support.runs import ROOT, run_script
 import gpt_torch.adapter
 import gpt_torch.model
 from parity import taps
-from parity.comparison import report
-from parity.comparison.implementation import open_implementation, sharp_weights
+from parity.comparison import report, sections
+from parity.comparison.case import Case, random_tokens, sharp_weights
+from parity.comparison.implementation import Implementation, open_implementation
 from parity.comparison.protocol import Compute
+from parity.config import PRESETS
 from parity.errors import InputError
 from parity.training.settings import recipe
 
-HF = ROOT / "scripts" / "parity_hf.py"
+HF = {"hf": ROOT / "scripts" / "parity_hf.py"}
+TORCH, JAX = (Implementation(name, BACKENDS[name]) for name in ("torch", "jax"))
 
 
 def case(dtype="float64", names=("*",), **options):
     weights = {name: array.astype(dtype) for name, array in probing_weights(TINY).items()}
-    tokens = report.random_tokens(TINY, 2, 20)
-    return report.Case(TINY, weights, tokens, Compute(dtype), taps.select(names, TINY), **options)
+    tokens = random_tokens(TINY, 2, 20)
+    return Case(TINY, weights, tokens, Compute(dtype), taps.select(names, TINY), **options)
 
 
 def changed(**changes):
@@ -38,7 +43,7 @@ def changed(**changes):
         new = {name: wrong.get(name, lambda w: w)(array.copy()) for name, array in weights.items()}
         return gpt_torch.adapter.activations(config, new, tokens, names, compute)
 
-    return types.SimpleNamespace(activations=activations)
+    return Implementation("changed", types.SimpleNamespace(activations=activations))
 
 
 def one_element(w):
@@ -58,7 +63,7 @@ def interleave_heads(w):
 def patched(target, attribute, wrong):
     def plant(monkeypatch):
         monkeypatch.setattr(target, attribute, wrong)
-        return BACKENDS["torch"]
+        return TORCH
 
     return plant
 
@@ -117,9 +122,9 @@ PLANTS = {
 @pytest.fixture(scope="module")
 def right():
     """gpt_jax, run once."""
-    one = case()
-    found = BACKENDS["jax"].activations(one.config, one.weights, one.inputs)
-    return types.SimpleNamespace(activations=lambda *_: found)
+    given = case()
+    activations = BACKENDS["jax"].activations(given.config, given.weights, given.inputs)
+    return Implementation("jax", types.SimpleNamespace(activations=lambda *_: activations))
 
 
 @pytest.mark.parametrize("what", PLANTS)
@@ -127,43 +132,40 @@ def right():
 def test_planted_errors_are_located(right, what, order, monkeypatch):
     where, planted = PLANTS[what]
     wrong = planted(monkeypatch) if callable(planted) else planted
-    rows = list(report.activations(*[right, wrong][::order], case()))
-    first = report.first_beyond(rows)
+    rows = list(sections.activations(*[right, wrong][::order], case()))
+    first = report.first_failure(rows)
     assert first is not None
     assert first.name == where
-    small, large = (first.a, first.b)[::order]
+    small, large = (first.error_a, first.error_b)[::order]
     assert large > 10 * max(small, 1e-16)  # the report says which of the two is wrong
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_without_errors_everything_is_within_its_bound(dtype):
-    sides = [open_implementation(name, HF, TINY) for name in ("torch", "jax")]
-    rows = list(report.run(*sides, BACKENDS["torch"], case(dtype), recipe("small").settings))
+    rows = list(sections.compare_implementations(TORCH, JAX, case(dtype), recipe("small").settings))
     assert {row.section for row in rows} == {
         "activations", "gradients", "AdamW updates", "losses", "cached decoding", "sampled tokens",
     }  # fmt: skip
-    assert report.first_beyond(rows) is None
+    assert report.first_failure(rows) is None
     for section in ("activations", "gradients", "AdamW updates", "losses"):
-        assert max(row.share for row in rows if row.section == section) > 0.02  # a bound near what happens
+        assert max(row.share for row in rows if row.section == section) > 0.02  # the bound is not far too large
 
 
 def test_hugging_face_and_numpy_take_part():
-    sides = {name: open_implementation(name, HF, TINY) for name in ("hf", "numpy", "jax")}
-    rows = list(report.run(sides["jax"], sides["hf"], BACKENDS["torch"], case("float32"), recipe("small").settings))
+    sides = {name: open_implementation(name, TINY, HF) for name in ("hf", "numpy", "jax")}
+    rows = list(sections.compare_implementations(sides["jax"], sides["hf"], case("float32"), recipe("small").settings))
     assert len([row for row in rows if row.section == "activations"]) == 3 + 13 * 3  # all but the scores
     assert {row.section for row in rows} == {"activations", "gradients", "cached decoding"}
-    assert report.first_beyond(rows) is None
-    rows = list(report.run(sides["numpy"], sides["jax"], BACKENDS["torch"], case(), recipe("small").settings))
-    assert report.first_beyond(rows) is None
-    assert all(row.a == 0 for row in rows if row.section == "activations")
+    assert report.first_failure(rows) is None
+    rows = list(sections.compare_implementations(sides["numpy"], sides["jax"], case(), recipe("small").settings))
+    assert report.first_failure(rows) is None
+    assert all(row.error_a == 0 for row in rows if row.section == "activations")
 
 
 def test_errors_in_gradients_and_training_are_found(monkeypatch):
     settings = recipe("small").settings
 
     class Wrong:
-        activations = staticmethod(BACKENDS["jax"].activations)
-
         @staticmethod
         def loss_and_gradients(*args):
             loss, gradients = BACKENDS["jax"].loss_and_gradients(*args)
@@ -174,16 +176,18 @@ def test_errors_in_gradients_and_training_are_found(monkeypatch):
             settings = types.SimpleNamespace(**{**vars(settings), "weight_decay": 0.11})
             return BACKENDS["jax"].train(config, weights, settings, *args)
 
-    rows = list(report.gradients(BACKENDS["torch"], Wrong, BACKENDS["torch"], case("float32")))
+    wrong, given = Implementation("wrong", Wrong), case("float32")
+    known = sections.gradient_bounds(given)
+    rows = list(sections.gradients(TORCH, wrong, given, known))
     assert [row.name for row in rows if not row.ok] == ["h.1.mlp.c_fc.bias"]
-    rows = list(report.updates(BACKENDS["torch"], Wrong, BACKENDS["torch"], case("float32"), settings))
+    rows = list(sections.updates(TORCH, wrong, given, settings, known))
     bad = {row.name for row in rows if not row.ok and row.section == "AdamW updates"}
     assert "wte.weight" in bad
     assert not any("bias" in name or "ln_" in name for name in bad)
 
 
 def test_not_finite_is_beyond_any_bound():
-    row = report.row("activations", "x", np.array([1.0, np.nan]), np.ones(2), np.ones(2), 1e9)
+    row = report.make_row("activations", "x", np.array([1.0, np.nan]), np.ones(2), np.ones(2), 1e9)
     assert not row.ok
     assert row.detail == "not finite"
 
@@ -211,7 +215,71 @@ def test_the_script_writes_its_report_and_exits_with_0_or_1(tmp_path):
     )
     result = run_script("check_parity.py", "torch", mine, *options)
     assert result.returncode == 1, result.stdout + result.stderr
-    assert "the first row beyond what rounding allows: activations, blocks.1.ln_2" in result.stdout
+    assert "the first row beyond its error bound is blocks.1.ln_2 (activations;" in result.stdout
+
+
+WITHOUT_TORCH = """
+import runpy, sys
+
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError("planted", name="torch")
+
+sys.meta_path.insert(0, NoTorch())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("numpy", "jax"), 0, "45 rows are within"),
+        (
+            ("jax", "jax"),
+            2,
+            "needs torch, which is not installed: pip install 'gpt-parity[torch]'",
+        ),
+    ],
+)
+def test_only_gradients_and_training_need_torch(arguments, status, message, tmp_path):
+    script = ROOT / "scripts" / "check_parity.py"
+    options = ("--positions", "12", "--sections", "activations", "gradients", "--out", str(tmp_path))
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(script), *arguments, *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == status, result.stdout + result.stderr
+    assert message in result.stdout + result.stderr
+
+
+def test_own_weights_replace_those_of_the_case():
+    calls = []
+
+    def activations(config, weights, *_):
+        calls.append(weights["ln_f.bias"])
+        return {}
+
+    given, own = case("float64"), {"ln_f.bias": np.full(20, 0.5, np.float32)}
+    module = types.SimpleNamespace(activations=activations)
+    for own_weights in (None, own):
+        Implementation("x", module, own_weights).activations(
+            TINY, given.weights, given.inputs, given.names, given.compute
+        )
+    assert calls[0] is given.weights["ln_f.bias"]
+    assert calls[1].dtype == np.float64
+    assert (calls[1] == 0.5).all()
+
+
+def test_the_adapter_restores_the_callers_matmul_precision():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        with gpt_torch.adapter.computing(Compute()):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_two_copies_of_weights(tmp_path):
@@ -228,7 +296,10 @@ def test_two_copies_of_weights(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("torch", "tensorflow"), "'tensorflow' is no implementation; choose torch, jax, numpy, hf, or a Python file"),
+        (
+            ("torch", "tensorflow"),
+            "'tensorflow' is not an implementation; choose one of torch, jax, numpy, hf, or give",
+        ),
         (("torch", "jax", "--positions", "25"), "--positions must be in 2..24"),
         (("torch", "jax", "--names", "blocks.7.*"), "no activation is called 'blocks.7.*'"),
         (("torch:nothing", "jax"), "nothing is no folder"),
@@ -241,7 +312,7 @@ def test_bad_options_are_one_line(arguments, message, tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_sides_of_another_shape_are_refused(tmp_path):
+def test_weights_of_another_shape_are_refused(tmp_path):
     gpt_torch.save_pretrained(gpt_torch.GPTModel(TINY), tmp_path)
     with pytest.raises(InputError, match="another shape"):
-        open_implementation(f"torch:{tmp_path}", HF, gpt_torch.GPTModel("small", seed=None).config)
+        open_implementation(f"torch:{tmp_path}", PRESETS["small"])

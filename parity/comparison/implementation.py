@@ -1,17 +1,22 @@
-"""The implementations that scripts/check_parity.py is asked to compare, by name or from a file."""
+"""The implementations to compare: opened by name or from a Python file, each with weights of its own if need be."""
 
 import dataclasses
-import functools
 import importlib
 import importlib.util
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from parity import weights
+from parity.comparison.error_bounds import Rounding
+from parity.comparison.protocol import DEFAULT_COMPUTE, Batch, Compute, Weights
 from parity.config import GPTConfig
 from parity.errors import InputError
+from parity.training.settings import TrainSettings
+from parity.weights import convert
 from parity.weights.load import read_folder
 
 MODULES = {"torch": "gpt_torch.adapter", "jax": "gpt_jax.adapter", "numpy": "parity.reference"}
@@ -19,68 +24,116 @@ MODULES = {"torch": "gpt_torch.adapter", "jax": "gpt_jax.adapter", "numpy": "par
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """An implementation, and weights of its own if it was given some."""
+    """An implementation of GPT-2, called with the functions of `parity.comparison.protocol.Backend`."""
 
     name: str
     module: Any
-    weights: dict[str, np.ndarray] | None
+    """A module, or any object, with some of the functions of `Backend`."""
+    own_weights: Weights | None = None
+    """Weights that replace those of the call, cast to their dtype; None means the weights of the call."""
 
-    def __getattr__(self, method: str) -> Any:
-        """The implementation's method, which gets the side's own weights in place of the case's."""
-        found = getattr(self.module, method)
-        if self.weights is None or method.startswith("__"):
-            return found
+    def offers(self, function: str) -> bool:
+        """Whether the implementation has this function of `Backend`."""
+        return hasattr(self.module, function)
 
-        @functools.wraps(found)
-        def with_own(config: GPTConfig, given: dict[str, np.ndarray], *args: Any, **options: Any) -> Any:
-            dtype = next(iter(given.values())).dtype
-            return found(config, {n: a.astype(dtype) for n, a in (self.weights or {}).items()}, *args, **options)
+    def logits(
+        self, config: GPTConfig, weights: Weights, tokens: np.ndarray, compute: Compute = DEFAULT_COMPUTE
+    ) -> np.ndarray:
+        return self.module.logits(config, self._weights(weights), tokens, compute)
 
-        return with_own
+    def activations(
+        self, config: GPTConfig, weights: Weights, tokens: np.ndarray, names: Iterable[str], compute: Compute
+    ) -> dict[str, np.ndarray]:
+        return self.module.activations(config, self._weights(weights), tokens, names, compute)
+
+    def cached_logits(
+        self, config: GPTConfig, weights: Weights, tokens: np.ndarray, start: int, compute: Compute
+    ) -> np.ndarray:
+        return self.module.cached_logits(config, self._weights(weights), tokens, start, compute)
+
+    def generate(
+        self, config: GPTConfig, weights: Weights, prompts: Sequence[Sequence[int]], compute: Compute, **options: Any
+    ) -> list[list[int]]:
+        return self.module.generate(config, self._weights(weights), prompts, compute, **options)
+
+    def loss_and_gradients(
+        self, config: GPTConfig, weights: Weights, inputs: np.ndarray, targets: np.ndarray, compute: Compute
+    ) -> tuple[float, dict[str, np.ndarray]]:
+        return self.module.loss_and_gradients(config, self._weights(weights), inputs, targets, compute)
+
+    def train(
+        self,
+        config: GPTConfig,
+        weights: Weights,
+        settings: TrainSettings,
+        batches: Iterable[Batch],
+        after_step: Callable[[dict[str, np.ndarray]], None] | None = None,
+    ) -> list[tuple[float, float]]:
+        return self.module.train(config, self._weights(weights), settings, batches, after_step)
+
+    def perturbed(self, config: GPTConfig, noise: Mapping[str, Rounding]) -> AbstractContextManager[None]:
+        """A context in which rounding errors are added to activations and gradients; only gpt_torch offers it."""
+        return self.module.perturbed(config, noise)
+
+    def _weights(self, weights: Weights) -> Weights:
+        if self.own_weights is None:
+            return weights
+        dtype = next(iter(weights.values())).dtype
+        return {name: array.astype(dtype) for name, array in self.own_weights.items()}
 
 
-def open_implementation(text: str, hugging_face: Path, config: GPTConfig) -> Implementation:
-    """ "torch", "jax", "numpy", "hf", or a Python file; then, after a colon, weights: a size or a folder.
+def open_implementation(spec: str, config: GPTConfig, aliases: Mapping[str, Path] | None = None) -> Implementation:
+    """Open an implementation by name or file.
 
-    `hugging_face`: the file that stands for "hf". Raises InputError for what is neither.
+    Args:
+        spec: "torch", "jax", "numpy", an alias or the path of a Python file; ":WEIGHTS" after it, a size or a
+            folder, gives the implementation weights of its own.
+        config: The configuration of the comparison, which weights of its own must match.
+        aliases: {name: Python file} of further names.
+
+    Raises:
+        InputError: For an unknown name, a framework that is not installed, a file without `activations`, or
+            weights of another shape.
     """
-    name, _, source = text.partition(":")
-    path = hugging_face if name == "hf" else Path(name)
+    name, _, origin = spec.partition(":")
+    files = aliases or {}
+    path = files.get(name, Path(name))
     if name in MODULES:
-        module: Any = importlib.import_module(MODULES[name])
+        module = _import_backend(name)
     elif path.suffix == ".py" and path.is_file():
-        module = _from_file(path)
+        module = _import_file(path)
     else:
-        raise InputError(f"{name!r} is no implementation; choose {', '.join([*MODULES, 'hf'])}, or a Python file")
+        known = ", ".join([*MODULES, *files])
+        raise InputError(f"{name!r} is not an implementation; choose one of {known}, or give a Python file")
     if not hasattr(module, "activations"):
-        raise InputError(f"{path} has no function activations(config, weights, tokens, names, compute)")
-    return Implementation(text, module, read_weights(source, config) if source else None)
+        raise InputError(f"{path} has no function activations(config, weights, tokens, names, compute); define it")
+    return Implementation(spec, module, read_weights(origin, config) if origin else None)
 
 
-def _from_file(path: Path) -> Any:
+def _import_backend(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(MODULES[name])
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"the {name} implementation needs {error.name}, which is not installed: pip install 'gpt-parity[{name}]'"
+        ) from None
+
+
+def _import_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
-        raise InputError(f"{path} cannot be imported")
+        raise InputError(f"{path} cannot be imported as a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def read_weights(source: str, config: GPTConfig | None) -> dict[str, np.ndarray]:
-    """Weights in the huggingface format; raises InputError where they are of another shape than `config`."""
-    found, arrays, format = read_folder(source)
-    if config is not None and dataclasses.replace(found, drop_rate=config.drop_rate) != config:
-        raise InputError(f"{source} holds a model of another shape ({found}) than the other side ({config})")
-    return dict(weights.convert(arrays, format, "huggingface", found, origin=source))
+def read_weights(origin: str, config: GPTConfig | None = None) -> dict[str, np.ndarray]:
+    """Read the weights of a size or folder into memory, in the huggingface format.
 
-
-def sharp_weights(config: GPTConfig, seed: int) -> dict[str, np.ndarray]:
-    """Initial weights with matrices five times as large and random biases: attention is sharp, logits exceed 1."""
-    generator = np.random.default_rng(seed)
-    arrays = weights.initial_weights(config, seed)
-    for name, array in arrays.items():
-        if "bias" in name:
-            array += generator.normal(size=array.shape).astype(np.float32) * 0.1
-        elif "ln_" not in name and name not in ("wte.weight", "wpe.weight"):
-            array *= 5
-    return arrays
+    Raises InputError if `config` is given and differs from theirs in anything but the dropout rate.
+    """
+    own_config, arrays, format = read_folder(origin)
+    if config is not None and dataclasses.replace(own_config, drop_rate=config.drop_rate) != config:
+        raise InputError(f"{origin} holds a model of another shape ({own_config}) than the comparison's ({config})")
+    return dict(convert(arrays, format, "huggingface", own_config, origin=origin))

@@ -1,7 +1,8 @@
-"""What an implementation offers to comparisons: NumPy in, NumPy out, so that no comparison sees a tensor.
+"""What an implementation of GPT-2 offers to a comparison: NumPy arrays in, NumPy arrays out.
 
-An implementation is a module, or any object, with some of the methods below; gpt_torch.adapter, gpt_jax.adapter
-and parity.reference have them all or most, scripts/parity_hf.py shows how Hugging Face's model joins.
+An implementation is a module with some or all of the functions of `Backend`. gpt_torch.adapter and
+gpt_jax.adapter have all of them, parity.reference has those of a forward pass, and scripts/parity_hf.py shows
+how another implementation, that of Hugging Face transformers, joins a comparison.
 """
 
 import dataclasses
@@ -13,42 +14,47 @@ import numpy as np
 from parity.config import GPTConfig
 from parity.training.settings import TrainSettings
 
-Weights = Mapping[str, np.ndarray]  # in the huggingface format
+Weights = Mapping[str, np.ndarray]
+"""{name: array} in the huggingface format of parity.weights."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """In what an implementation computes."""
+    """The dtype, device and matmul precision that an implementation computes with."""
 
     dtype: str | None = None
-    """float32, float64 or bfloat16; by default that of the weights"""
+    """float32, float64 or bfloat16; None means the dtype of the weights."""
     device: str = "cpu"
-    """cpu or gpu"""
+    """cpu or gpu."""
     precision: str = "highest"
-    """highest: products in full; default: the framework's own, which is TF32 for JAX on a GPU"""
+    """Precision of float32 matrix products: "highest" is full float32, "default" allows TF32 on GPUs that have it."""
 
-    def of(self, weights: Weights) -> str:
+    def dtype_for(self, weights: Weights) -> str:
+        """The dtype to compute in, given the weights."""
         return self.dtype or next(iter(weights.values())).dtype.name
 
 
-FULL = Compute()
+DEFAULT_COMPUTE = Compute()
 
 
 class Batch(NamedTuple):
-    """What one optimizer step is given."""
+    """The input of one optimizer step."""
 
     inputs: np.ndarray
-    """int32 [A, B, T], A micro-batches"""
+    """int32 [A, B, T], where A is the number of micro-batches."""
     targets: np.ndarray
-    """int32 [A, B, T]"""
+    """int32 [A, B, T]."""
     lr: float
+    """Learning rate of the step."""
 
 
 class Backend(Protocol):
-    """Fulfilled by gpt_torch.adapter and gpt_jax.adapter."""
+    """The functions that a comparison calls. A section of the report needs only some of them."""
 
-    def logits(self, config: GPTConfig, weights: Weights, tokens: np.ndarray, compute: Compute = FULL) -> np.ndarray:
-        """tokens int [B, T] -> logits [B, T, V], at least float32."""
+    def logits(
+        self, config: GPTConfig, weights: Weights, tokens: np.ndarray, compute: Compute = DEFAULT_COMPUTE
+    ) -> np.ndarray:
+        """Compute the logits [B, T, V], at least in float32, of tokens int [B, T]."""
 
     def activations(
         self,
@@ -56,19 +62,30 @@ class Backend(Protocol):
         weights: Weights,
         tokens: np.ndarray,
         names: Iterable[str] | None = None,
-        compute: Compute = FULL,
+        compute: Compute = DEFAULT_COMPUTE,
     ) -> dict[str, np.ndarray]:
-        """{name of parity/taps.py: activation}; an implementation may have some of them only."""
+        """Compute the named activations (see parity.taps) of tokens int [B, T]; None means all of them.
+
+        An implementation may return only those that it has.
+        """
 
     def cached_logits(
-        self, config: GPTConfig, weights: Weights, tokens: np.ndarray, start: int, compute: Compute = FULL
+        self,
+        config: GPTConfig,
+        weights: Weights,
+        tokens: np.ndarray,
+        start: int,
+        compute: Compute = DEFAULT_COMPUTE,
     ) -> np.ndarray:
-        """Logits [B, T - start, V] of positions `start` on: one token at a time, from cached keys and values."""
+        """Compute the logits [B, T - start, V] of positions `start` to T - 1 with a key-value cache.
+
+        The tokens up to position `start` are the prompt; each later token is fed alone.
+        """
 
     def generate(
         self, config: GPTConfig, weights: Weights, prompts: Sequence[Sequence[int]], compute: Compute, **options: Any
     ) -> list[list[int]]:
-        """The rows of gpt_torch.generate or gpt_jax.generate with these options."""
+        """Sample a continuation of each prompt, with the options of the backends' public `generate`."""
 
     def loss_and_gradients(
         self,
@@ -76,9 +93,9 @@ class Backend(Protocol):
         weights: Weights,
         inputs: np.ndarray,
         targets: np.ndarray,
-        compute: Compute = FULL,
+        compute: Compute = DEFAULT_COMPUTE,
     ) -> tuple[float, dict[str, np.ndarray]]:
-        """Mean cross-entropy in nats over targets [B, T] that are not IGNORE_INDEX, and its gradients by name."""
+        """Compute the mean cross-entropy in nats over the targets [B, T] that count, and its gradients by name."""
 
     def train(
         self,
@@ -86,9 +103,32 @@ class Backend(Protocol):
         weights: Weights,
         settings: TrainSettings,
         batches: Iterable[Batch],
-        after: Callable[[dict[str, np.ndarray]], None] | None = None,
+        after_step: Callable[[dict[str, np.ndarray]], None] | None = None,
     ) -> list[tuple[float, float]]:
-        """(loss, gradient norm) of each step of the backend's Trainer, from these weights, in the settings' dtype.
+        """Train from these weights with the backend's Trainer, on the CPU, in the settings' dtype.
 
-        `after` is given the weights, in the huggingface format, after each step.
+        Args:
+            after_step: Called after each step with the new weights, in the huggingface format.
+
+        Returns:
+            The loss and the gradient norm of each step.
         """
+
+
+def train_steps(
+    trainer: Any,
+    export_weights: Callable[[], Weights],
+    batches: Iterable[Batch],
+    after_step: Callable[[dict[str, np.ndarray]], None] | None,
+) -> list[tuple[float, float]]:
+    """Run one optimizer step per batch: what the `train` functions of both adapters share.
+
+    `export_weights` returns the trainer's current weights; `after_step` gets copies of them.
+    """
+    metrics = []
+    for step, (inputs, targets, lr) in enumerate(batches):
+        result = trainer.train_step(*trainer.to_device(inputs, targets), lr, step)
+        metrics.append((float(result["loss"]), float(result["grad_norm"])))
+        if after_step is not None:
+            after_step({name: array.copy() for name, array in export_weights().items()})
+    return metrics
