@@ -197,7 +197,7 @@ class GPTModel(nnx.Module):
             block, layer_key = block_and_key
             return block(x, mask, key=layer_key)[0], None
 
-        if self.remat != "none":
+        if self.remat != "none" and not taps.probing():  # jax.checkpoint would trace the activations
             layer = jax.checkpoint(layer, policy=REMAT[self.remat])
         if taps.probing():  # each layer by its name
             for number in range(self.config.n_layer):

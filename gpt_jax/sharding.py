@@ -123,7 +123,7 @@ def shard_activations(mesh: Mesh | None) -> contextlib.AbstractContextManager[No
         divided = NamedSharding(mesh, P(*[along.get(letter) for letter in axes.split()]))
         return jax.lax.with_sharding_constraint(x, divided)
 
-    return taps.placing(constrain)
+    return taps.constraining(constrain)
 
 
 def device_put_tree(tree: Any, placed: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Looking inside a model: named activations, read or replaced. The names: parity/taps.py."""
+"""Reading and replacing named activations. Their names are listed in parity/taps.py."""
 
 from collections.abc import Iterable, Mapping
 
@@ -15,20 +15,33 @@ def run_with_cache(
     names: Iterable[str] | str | None = None,
     patches: Mapping[str, taps.Patch] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """tokens int [B, T] -> (logits [B, T, V], {name: activation}), without dropout in a model that has none on.
+    """Run a model, record activations and, with `patches`, replace some.
 
-    `names`: all by default; "blocks.*.attn.pattern" is that of every layer. `patches`: {name: what takes the
-    activation's place, or a function of it}; the cache then has what was put there. Scores and patterns exist
-    only in the explicit attention, which runs for them, with a warning where the model has another. Raises
-    InputError for unknown names and for patches of the wrong shape.
+    Args:
+        model: A `GPTModel`, or `torch.compile` of one. Dropout is applied if the model is in training mode.
+        tokens: int [B, T].
+        names: Activations to record; `*` matches any text, as in "blocks.*.attn.pattern". All by default. Scores and
+            patterns exist in the explicit attention only, which then runs in place of a fused one, with a warning.
+        patches: For each name or pattern a function of the activation, or an array that broadcasts to its shape.
+
+    Returns:
+        (logits float32 [B, T, V], {name: activation}); a replaced activation is recorded as its replacement.
+
+    Raises:
+        InputError: For names that the model does not have, for two patches of one activation, and for a patch of
+            the wrong shape.
     """
-    return taps.run(model, tokens, names, patches, _like)
+    return taps.run(model, tokens, names, patches, _broadcast)
 
 
 def run_with_patches(model: GPTModel, tokens: Tensor, patches: Mapping[str, taps.Patch]) -> Tensor:
-    """Logits [B, T, V] of a run in which activations are replaced: see run_with_cache."""
+    """Run a model with some activations replaced; the arguments and errors are those of `run_with_cache`.
+
+    Returns:
+        Logits float32 [B, T, V].
+    """
     return run_with_cache(model, tokens, (), patches)[0]
 
 
-def _like(value: taps.Patch, x: Tensor) -> Tensor:
+def _broadcast(value: taps.Patch, x: Tensor) -> Tensor:
     return torch.as_tensor(value).to(x).expand_as(x)

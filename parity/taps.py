@@ -1,24 +1,27 @@
-"""Named activations: the places in a model where one can look, or put something else. The same in every backend.
+"""Named activations: the places in a model whose value can be read, replaced or sharded; the same in every backend.
 
-    embed                                    B T D    token and position embedding, added
-    blocks.3.ln_1, blocks.3.ln_2             B T D    what attention and MLP read
+    embed                                    B T D    sum of token and position embedding
+    blocks.3.ln_1, blocks.3.ln_2             B T D    inputs of attention and of the MLP
     blocks.3.attn.q, .k, .v                  B T N H
     blocks.3.attn.scores                     B N T S  scaled, before the mask
     blocks.3.attn.pattern                    B N T S  after mask and softmax
     blocks.3.attn.z                          B T N H  values averaged by the pattern
     blocks.3.attn.out, blocks.3.mlp.out      B T D    what a branch adds to the residual stream
     blocks.3.mlp.pre, .post                  B T F    before and after GELU
-    blocks.3.resid_mid, .resid_post          B T D    the residual stream after attention, after the MLP
-    ln_f                                     B T D
+    blocks.3.resid_mid, .resid_post          B T D    the residual stream after attention and after the MLP
+    ln_f                                     B T D    input of the head
     logits                                   B T V
 
-A model calls tap(name, x) at each place. Without a probe that is x itself, and a compiled program has nothing
-of it; under a probe the activation is noted, or replaced.
+A model calls `tap(name, x)` at each of these places. By default that returns x, and a compiled program contains
+nothing of it. Under `probe` the activation is recorded or replaced; under `constraining` it is given a sharding.
+One call serves both because both need exactly the same two facts, the name of an activation and its axes, at the
+same place; two annotations per activation could only disagree.
 """
 
 import contextlib
 import dataclasses
 import fnmatch
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -26,7 +29,6 @@ from typing import Any
 from parity.config import GPTConfig
 from parity.errors import InputError
 
-# Axes of each activation, in the order in which a forward pass meets them.
 AXES = {
     "embed": "B T D",
     "blocks.{}.ln_1": "B T D",
@@ -46,61 +48,127 @@ AXES = {
     "ln_f": "B T D",
     "logits": "B T V",
 }
+"""The axes of each activation, in the order of a forward pass; `{}` stands for the number of a layer."""
+
 ONLY_EXPLICIT = ("attn.scores", "attn.pattern")
-"""Fused attention never holds these."""
+"""Activations that fused attention never materializes."""
 
 
 def activation_names(config: GPTConfig) -> list[str]:
-    """All names of a model, in the order of a forward pass."""
-    before, layer, after = (
-        [name for name in AXES if name == "embed"],
-        [name for name in AXES if "{}" in name],
-        ["ln_f", "logits"],
-    )
-    return before + [name.format(i) for i in range(config.n_layer) for name in layer] + after
+    """All activation names of a model, in the order of a forward pass."""
+    per_layer = [name for name in AXES if "{}" in name]
+    layers = [name.format(number) for number in range(config.n_layer) for name in per_layer]
+    return ["embed", *layers, "ln_f", "logits"]
 
 
 def axes(name: str) -> str:
-    """The axes of an activation, "B T D" say."""
+    """The axes of an activation, for example "B T D" of "blocks.3.ln_1"."""
     parts = name.split(".")
     return AXES[".".join(["blocks", "{}", *parts[2:]]) if parts[0] == "blocks" else name]
 
 
 def select(names: Iterable[str] | str | None, config: GPTConfig) -> list[str]:
-    """The model's names that match: None is all, and `*` in a name is anything ("blocks.*.attn.pattern").
+    """Expand patterns to the activation names of a model.
 
-    Raises InputError for one that matches nothing.
+    Args:
+        names: A name or several; `*` matches any text, as in "blocks.*.attn.pattern". None selects all.
+        config: The model's configuration.
+
+    Returns:
+        The selected names, each once, in the order of a forward pass.
+
+    Raises:
+        InputError: For a name that matches nothing.
     """
-    known = activation_names(config)
     if names is None:
-        return known
-    chosen: set[str] = set()
-    for name in [names] if isinstance(names, str) else names:
-        found = fnmatch.filter(known, name)
-        if not found:
-            raise InputError(f"no activation is called {name!r}; a model of {config.n_layer} layers has {known}")
-        chosen.update(found)
-    return [name for name in known if name in chosen]
+        return activation_names(config)
+    selected = {match for name in ([names] if isinstance(names, str) else names) for match in _matches(name, config)}
+    return [name for name in activation_names(config) if name in selected]
+
+
+def _matches(pattern: str, config: GPTConfig) -> list[str]:
+    known = activation_names(config)
+    matches = fnmatch.filter(known, pattern)
+    if not matches:
+        raise InputError(f"no activation is called {pattern!r}; a model of {config.n_layer} layers has {known}")
+    return matches
 
 
 Patch = Any
-"""A function of the activation, or what takes its place: an array that broadcasts to its shape."""
+"""A function from an activation to its replacement, or the replacement: an array that broadcasts to its shape."""
+
+
+def expand_patches(patches: Mapping[str, Patch], config: GPTConfig) -> dict[str, Patch]:
+    """Expand patterns in the keys of `patches`: every activation that matches a pattern gets its patch.
+
+    Raises:
+        InputError: For a key that matches nothing, and for an activation that two keys match.
+    """
+    expanded: dict[str, Patch] = {}
+    key_of: dict[str, str] = {}
+    for key, patch in patches.items():
+        for name in _matches(key, config):
+            if name in expanded:
+                raise InputError(f"{name} has two patches, {key_of[name]!r} and {key!r}; give one of them")
+            expanded[name], key_of[name] = patch, key
+    return expanded
+
+
+_tracers: dict[type, Callable[[], Any]] = {}
+
+
+def register_tracer(tracer: type, trace_state: Callable[[], Any]) -> None:
+    """Register the arrays without a value that a framework uses while it traces a function (jit, grad, ...).
+
+    A probe then refuses a tracer of a function that was called under the probe: it would be recorded without a value,
+    and a patch would stay in the compiled function. A backend that traces calls this when it is imported.
+
+    Args:
+        tracer: Class of these arrays.
+        trace_state: Returns what identifies the function that is being traced when it is called.
+    """
+    _tracers[tracer] = trace_state
+
+
+def _trace_states() -> dict[type, Any]:
+    return {tracer: state() for tracer, state in _tracers.items()}
 
 
 @dataclasses.dataclass
 class Probe:
-    """What a run is looked at with."""
+    """What `probe` does with the activations of the models that run in it.
+
+    Attributes:
+        names: Activations to record.
+        patches: Replacements, by name.
+        convert: (value of a patch, activation) -> the value as an array like the activation.
+        cache: Recorded activations, by name.
+        visited: Names in `names` and `patches` that a model has computed.
+        layer: Number of the layer that is running; None outside of the layers.
+        trace_states: What was being traced when the probe was opened; see `register_tracer`.
+    """
 
     names: frozenset[str]
     patches: Mapping[str, Patch]
     convert: Callable[[Any, Any], Any]
-    """(a patch's value, the activation) -> the value as an array like the activation"""
     cache: dict[str, Any] = dataclasses.field(default_factory=dict)
+    visited: set[str] = dataclasses.field(default_factory=set)
     layer: int | None = None
+    trace_states: Mapping[type, Any] = dataclasses.field(default_factory=_trace_states)
 
-    def see(self, name: str, x: Any) -> Any:
+    def visit(self, name: str, x: Any) -> Any:
+        """Record or replace the activation x, and return what the model goes on with."""
         if self.layer is not None:
             name = f"blocks.{self.layer}.{name}"
+        if name not in self.names and name not in self.patches:
+            return x
+        if any(isinstance(x, tracer) and _tracers[tracer]() != state for tracer, state in self.trace_states.items()):
+            raise InputError(
+                f"the activation {name} is computed inside a function that is compiled or transformed (jax.jit, "
+                "jax.grad, jax.vmap, ...) under a probe that was opened outside of it, so it has no value yet; call "
+                "run_with_cache inside that function and return the cache from it"
+            )
+        self.visited.add(name)
         if name in self.patches:
             patch = self.patches[name]
             x = patch(x) if callable(patch) else self._replacement(name, patch, x)
@@ -108,54 +176,83 @@ class Probe:
             self.cache[name] = x
         return x
 
+    def check_all_visited(self) -> None:
+        """Raise InputError if a requested activation was never computed."""
+        if never := sorted((self.names | self.patches.keys()) - self.visited):
+            raise InputError(
+                f"no model computed {', '.join(never)} under the probe: either no model ran, or it ran in a "
+                "function that was compiled before (jax.jit); call run_with_cache inside that function instead"
+            )
+
     def _replacement(self, name: str, value: Any, x: Any) -> Any:
-        shape, wanted = tuple(value.shape), tuple(x.shape)
-        padded = (1,) * (len(wanted) - len(shape)) + shape
-        if len(padded) != len(wanted) or any(a not in (1, b) for a, b in zip(padded, wanted, strict=True)):
-            raise InputError(f"patch of {name} has shape {list(shape)}, the activation [{axes(name)}] {list(wanted)}")
+        shape, expected = tuple(value.shape), tuple(x.shape)
+        padded = (1,) * (len(expected) - len(shape)) + shape
+        if len(padded) != len(expected) or any(a not in (1, b) for a, b in zip(padded, expected, strict=True)):
+            raise InputError(f"patch of {name} has shape {list(shape)}, the activation [{axes(name)}] {list(expected)}")
         return self.convert(value, x)
 
     @property
     def needs_explicit_attention(self) -> bool:
+        """Whether an activation is requested that only the explicit attention computes."""
         return any(name.endswith(ONLY_EXPLICIT) for name in [*self.names, *self.patches])
 
 
-_probe: Probe | None = None
-_place: Callable[[str, Any], Any] | None = None
+Constrain = Callable[[str, Any], Any]
+"""(axes, x) -> x with a sharding; the axes are written as in "B T D"."""
+
+
+class _Active(threading.local):
+    """The probe and the constraint of each thread. Not a ContextVar, which torch.compile cannot trace."""
+
+    def __init__(self) -> None:  # runs once in each thread
+        self.probe: Probe | None = None
+        self.constrain: Constrain | None = None
+
+
+_active = _Active()
 
 
 def tap(name: str, x: Any) -> Any:
-    """x, or what a probe puts in its place; else placed where placing() says."""
-    if _probe is not None:
-        return _probe.see(name, x)
-    return x if _place is None else _place(AXES[name if name in AXES else f"blocks.{{}}.{name}"], x)
+    """Mark x as the activation `name`, without the prefix of its layer.
+
+    Returns:
+        x; under a probe, x or its replacement; otherwise, in `constraining`, x with a sharding.
+    """
+    if _active.probe is not None:
+        return _active.probe.visit(name, x)
+    if _active.constrain is not None:
+        return _active.constrain(AXES[name if name in AXES else f"blocks.{{}}.{name}"], x)
+    return x
 
 
 @contextlib.contextmanager
-def placing(place: Callable[[str, Any], Any]) -> Iterator[None]:
-    """Within it, tap() gives place(axes, x), the axes as in "B T D": the same values, laid over devices."""
-    global _place
-    outer, _place = _place, place
+def constraining(constrain: Constrain) -> Iterator[None]:
+    """In this context, and on this thread, `tap` returns constrain(axes, x): the same values with a sharding."""
+    outer, _active.constrain = _active.constrain, constrain
     try:
         yield
     finally:
-        _place = outer
+        _active.constrain = outer
 
 
 def probing() -> bool:
-    """Whether a probe is at work: layers are then run by name, not scanned over."""
-    return _probe is not None
+    """Whether a probe is open on this thread. A model then runs its layers one by one, not in a scan."""
+    return _active.probe is not None
 
 
 def attention(kind: str) -> str:
-    """The attention to run where a model would run `kind`: scores and patterns exist in the explicit one only."""
-    return "explicit" if _probe is not None and _probe.needs_explicit_attention else kind
+    """The attention to run in place of `kind`: the explicit one if a probe requests scores or patterns."""
+    return "explicit" if _active.probe is not None and _active.probe.needs_explicit_attention else kind
 
 
 def layer(number: int | None) -> None:
-    """Says which layer runs from here on; None: none."""
-    if _probe is not None:
-        _probe.layer = number
+    """Tell the probe which layer runs next, so that it can complete names; None ends the layers."""
+    if _active.probe is not None:
+        _active.probe.layer = number
+
+
+def _convert_nothing(value: Any, x: Any) -> Any:
+    return value
 
 
 @contextlib.contextmanager
@@ -163,20 +260,34 @@ def probe(
     config: GPTConfig,
     names: Iterable[str] | str | None,
     patches: Mapping[str, Patch] | None = None,
-    convert: Callable[[Any, Any], Any] = lambda value, x: value,
+    convert: Callable[[Any, Any], Any] = _convert_nothing,
 ) -> Iterator[dict[str, Any]]:
-    """Within it, models note the activations `names` in the dict it gives, and take `patches`.
+    """Record and replace activations of the models that run in this context, on this thread.
 
-    One probe at a time, and on one thread. Raises InputError for names that the model does not have.
+    Only the innermost of nested probes is active. `run_with_cache` of each backend is the usual way to use one.
+
+    Args:
+        config: Configuration of the models that will run.
+        names: Activations to record, with patterns as in `select`; None records all, () none.
+        patches: Replacements; a pattern as key replaces every activation that it matches.
+        convert: (value of a patch, activation) -> the value as an array like the activation.
+
+    Yields:
+        {name: activation}, filled by the models that run; with a patch, the replacement is recorded.
+
+    Raises:
+        InputError: On entry for names that the model does not have and for an activation with two patches. On exit
+            for an activation that was requested but never computed, because no model ran or it was compiled before.
+            While a model runs, for a patch of the wrong shape and for an activation that is computed inside a
+            function which is compiled under the probe.
     """
-    global _probe
-    wanted = frozenset(select(names, config))
-    select(list(patches or {}), config)
-    outer, _probe = _probe, Probe(wanted, patches or {}, convert)
+    current = Probe(frozenset(select(names, config)), expand_patches(patches or {}, config), convert)
+    outer, _active.probe = _active.probe, current
     try:
-        yield _probe.cache
+        yield current.cache
     finally:
-        _probe = outer
+        _active.probe = outer
+    current.check_all_visited()
 
 
 def run(
@@ -186,11 +297,17 @@ def run(
     patches: Mapping[str, Patch] | None,
     convert: Callable[[Any, Any], Any],
 ) -> tuple[Any, dict[str, Any]]:
-    """run_with_cache() of a backend: model(tokens) under a probe, with a warning where other attention runs for it."""
+    """Run model(tokens) under a probe; both backends' `run_with_cache` call it.
+
+    Warns if the model's fused attention is replaced by the explicit one. Arguments and errors are those of `probe`.
+
+    Returns:
+        (logits, recorded activations).
+    """
     with probe(model.config, names, patches, convert) as cache:
         if attention(model.attention) != model.attention:
             warnings.warn(
-                f"the explicit attention runs, not {model.attention}, which never holds scores and patterns",
+                f"the explicit attention runs instead of {model.attention}, which never computes scores and patterns",
                 stacklevel=3,
             )
         logits = model(tokens)

@@ -1,4 +1,7 @@
-"""The same names in torch, JAX and NumPy: read, replaced, and free where nobody looks."""
+"""Named activations are the same in torch, JAX and NumPy, can be replaced, and cost nothing when unused."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +30,7 @@ def truth():
 
 
 def models(weights, dtype=np.float64):
-    """A model of each backend with ids, and a function to make NumPy arrays."""
+    """{backend: (package, model, token ids as its array)}."""
     made = {}
     for name, package, ids in (("torch", gpt_torch, torch.from_numpy(TOKENS)), ("jax", gpt_jax, jnp.asarray(TOKENS))):
         model = BACKENDS[name].build(TINY, {n: w.astype(dtype) for n, w in weights.items()})
@@ -48,21 +51,21 @@ def test_names_and_axes():
 @pytest.mark.parametrize("name", BACKENDS)
 def test_every_activation_is_within_its_bound_of_the_reference(truth, name):
     exact, bounds = truth
-    found = BACKENDS[name].activations(TINY, probing_weights(TINY), TOKENS)
-    assert list(found) == NAMES == list(exact)
+    activations = BACKENDS[name].activations(TINY, probing_weights(TINY), TOKENS)
+    assert list(activations) == NAMES == list(exact)
     for key in NAMES:
-        assert found[key].shape == tuple(SIZES[axis] for axis in taps.axes(key).split())
-        assert compare(key, found[key], exact[key], bounds[key]).ok
+        assert activations[key].shape == tuple(SIZES[axis] for axis in taps.axes(key).split())
+        assert compare(key, activations[key], exact[key], bounds[key]).ok
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_bounds_hold_and_are_not_empty_in_other_precisions(name, dtype):
-    """Errors use a part of their bound in every place: neither beyond it, nor so small that it says nothing."""
+    """Errors use a fair share of their bound: they stay below it, and the bound is not so large that it is void."""
     weights = error_bounds.rounded(probing_weights(TINY), dtype)
     exact, bounds = error_bounds.activation_bounds(TINY, weights, TOKENS, dtype, NAMES)
-    found = BACKENDS[name].activations(TINY, weights, TOKENS, compute=Compute(dtype))
-    shares = [compare(key, found[key], exact[key], bounds[key]).share for key in NAMES]
+    activations = BACKENDS[name].activations(TINY, weights, TOKENS, compute=Compute(dtype))
+    shares = [compare(key, activations[key], exact[key], bounds[key]).share for key in NAMES]
     assert max(shares) < 0.5
     assert min(shares) > 0.01
     assert 0.05 < np.median(shares) < 0.2
@@ -78,7 +81,7 @@ def test_logits_are_those_of_the_plain_call():
 
 
 def test_an_unused_probe_costs_nothing(monkeypatch):
-    """The program that is compiled is the same, to the letter, as with the taps taken out of the code."""
+    """The compiled program is identical, letter for letter, to that of a model without taps."""
     model, ids = gpt_jax.GPTModel(TINY), jnp.asarray(TOKENS)
 
     def program():
@@ -120,34 +123,36 @@ PATCHES = {
 
 
 @pytest.mark.parametrize("key", PATCHES)
-def test_patches_do_the_same_everywhere(key):
+def test_patches_have_the_same_effect_in_all_implementations(key):
     weights = probing_weights(TINY)
-    with taps.probe(TINY, None, {key: PATCHES[key]}, lambda value, x: np.broadcast_to(value, x.shape)) as want:
+    with taps.probe(TINY, None, {key: PATCHES[key]}, lambda value, x: np.broadcast_to(value, x.shape)) as expected:
         reference.logits(TINY, weights, TOKENS)
     plain = reference.activations(TINY, weights, TOKENS)
-    changed = [name for name in NAMES if not np.array_equal(want[name], plain[name])]
+    changed = [name for name in NAMES if not np.array_equal(expected[name], plain[name])]
     assert changed[0] == key
     with jax.enable_x64(True):
         for package, model, ids in models(weights).values():
             with torch.inference_mode():
                 _, cache = package.run_with_cache(model, ids, patches={key: PATCHES[key]})
             for name in NAMES:
-                result = compare(name, np.asarray(cache[name]), want[name], 1e-12 * max(1, np.abs(want[name]).max()))
+                result = compare(
+                    name, np.asarray(cache[name]), expected[name], 1e-12 * max(1, np.abs(expected[name]).max())
+                )
                 assert result.ok, str(result)
 
 
-def test_fused_attention_gives_way_and_says_so():
+def test_explicit_attention_replaces_fused_attention_with_a_warning():
     model = gpt_torch.GPTModel(TINY, attention="sdpa")
     ids = torch.from_numpy(TOKENS)
-    with pytest.warns(UserWarning, match="explicit attention runs, not sdpa"):
+    with pytest.warns(UserWarning, match="explicit attention runs instead of sdpa"):
         _, cache = gpt_torch.run_with_cache(model, ids, "blocks.*.attn.pattern")
     assert torch.allclose(cache["blocks.0.attn.pattern"].sum(-1), torch.ones(()))
-    _, cache = gpt_torch.run_with_cache(model, ids, ["blocks.1.attn.z", "logits"])  # without a warning
+    _, cache = gpt_torch.run_with_cache(model, ids, ["blocks.1.attn.z", "logits"])  # warns of nothing
     assert list(cache) == ["blocks.1.attn.z", "logits"]
 
 
 @pytest.mark.parametrize("package", [gpt_torch, gpt_jax])
-def test_wrong_names_and_shapes_are_told(package):
+def test_wrong_names_and_shapes_are_refused(package):
     model = package.GPTModel(TINY)
     ids = torch.from_numpy(TOKENS) if package is gpt_torch else jnp.asarray(TOKENS)
     with pytest.raises(InputError, match="no activation is called 'ln_2'"):
@@ -155,3 +160,115 @@ def test_wrong_names_and_shapes_are_told(package):
     with pytest.raises(InputError, match=r"patch of blocks.1.attn.q has shape \[3, 5\], the activation \[B T N H\]"):
         package.run_with_patches(model, ids, {"blocks.1.attn.q": np.ones((3, 5))})
     assert not taps.probing()
+
+
+def in_parallel(*functions):
+    """Run each function on a thread of its own; return their results."""
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return [future.result(timeout=120) for future in [pool.submit(function) for function in functions]]
+
+
+@pytest.mark.parametrize("package", [gpt_torch, gpt_jax])
+def test_threads_do_not_share_a_probe(package):
+    """Three runs of one model are inside their first layer at the same time, each with its own tokens and patch."""
+    _, model, _ = models(probing_weights(TINY), np.float32)[package.__name__.removeprefix("gpt_")]
+    as_ids = torch.from_numpy if package is gpt_torch else jnp.asarray
+    inputs = [as_ids((TOKENS + shift) % TINY.n_vocab) for shift in range(3)]
+
+    def run(ids, factor, wait=lambda: None):
+        def patch(x):
+            wait()
+            return x * factor
+
+        with torch.inference_mode():
+            _, cache = package.run_with_cache(model, ids, patches={"blocks.0.ln_1": patch})
+        return {name: np.asarray(array) for name, array in cache.items()}
+
+    barrier = threading.Barrier(len(inputs), timeout=60)
+    alone = [run(ids, factor) for factor, ids in enumerate(inputs)]
+    together = in_parallel(*(lambda i=i: run(inputs[i], i, barrier.wait) for i in range(len(inputs))))
+    for expected, cache in zip(alone, together, strict=True):
+        assert list(cache) == NAMES
+        for name in NAMES:
+            assert np.array_equal(cache[name], expected[name]), name
+
+
+def test_jax_compiles_in_one_thread_while_another_has_a_probe():
+    _, model, ids = models(probing_weights(TINY), np.float32)["jax"]
+    expected = np.asarray(gpt_jax.run_with_cache(model, ids, "logits")[0])
+    compiled = {}
+
+    def compile_in_another_thread(x):
+        [program] = in_parallel(lambda: jax.jit(lambda model, ids: model(ids)).lower(model, ids))
+        compiled["text"], compiled["logits"] = program.as_text(), program.compile()(model, ids)
+        return x
+
+    _, cache = gpt_jax.run_with_cache(model, ids, patches={"blocks.1.ln_1": compile_in_another_thread})
+    assert list(cache) == NAMES
+    assert np.array_equal(cache["logits"], expected)
+    assert compiled["text"] == jax.jit(lambda model, ids: model(ids)).lower(model, ids).as_text()
+    assert compare("logits", np.asarray(compiled["logits"]), expected, 2e-5).ok
+
+
+def test_torch_compiles_models_whole_and_compiled_models_can_be_looked_into():
+    """fullgraph=True refuses whatever dynamo cannot trace, such as a ContextVar."""
+    _, model, ids = models(probing_weights(TINY), np.float32)["torch"]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        expected = model(ids)
+        assert torch.allclose(compiled(ids), expected, atol=2e-5)
+        for patches in ({}, {"embed": torch.zeros(20)}, {"embed": torch.ones(20)}):
+            _, cache = gpt_torch.run_with_cache(compiled, ids, ["logits", "embed"], patches)
+            _, eager = gpt_torch.run_with_cache(model, ids, ["logits", "embed"], patches)
+            assert list(cache) == list(eager)
+            assert all(torch.allclose(cache[name], eager[name], atol=2e-5) for name in eager)
+        assert torch.allclose(compiled(ids), expected, atol=2e-5)
+
+
+def test_activations_of_compiled_functions_are_refused():
+    """Neither an empty cache, nor a tracer, nor a patch that stays in the compiled program."""
+    model, ids = gpt_jax.GPTModel(TINY), jnp.asarray(TOKENS)
+    programs = {"jit": jax.jit(lambda model, ids: model(ids)), "grad": jax.grad(lambda model, ids: model(ids).sum())}
+    for program in programs.values():
+        for names, patches in (("logits", {}), ((), {"embed": lambda x: x * 0})):
+            with (
+                pytest.raises(InputError, match="inside a function that is compiled"),
+                taps.probe(TINY, names, patches),
+            ):
+                program(model, ids)
+    expected = programs["jit"](model, ids)
+    assert compare("logits", np.asarray(expected), np.asarray(model(ids)), 2e-5).ok
+    for names, patches in (("logits", {}), ((), {"logits": lambda x: x * 0})):
+        with (
+            pytest.raises(InputError, match="no model computed logits under the probe"),
+            taps.probe(TINY, names, patches),
+        ):
+            programs["jit"](model, ids)
+    assert not taps.probing()
+
+
+def test_an_error_under_a_probe_is_not_replaced():
+    with pytest.raises(ZeroDivisionError), taps.probe(TINY, "logits"):
+        _ = 1 / 0
+    with pytest.raises(InputError, match="no model computed logits"), taps.probe(TINY, "logits"):
+        pass
+
+
+@pytest.mark.parametrize("remat", gpt_jax.model.REMAT)
+def test_recomputing_models_can_be_looked_into(remat):
+    model, ids = gpt_jax.GPTModel(TINY, remat=remat), jnp.asarray(TOKENS)
+    _, expected = gpt_jax.run_with_cache(gpt_jax.GPTModel(TINY), ids)
+    _, cache = gpt_jax.run_with_cache(model, ids)
+    assert all(np.array_equal(cache[name], expected[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("package", [gpt_torch, gpt_jax])
+def test_a_pattern_patches_every_match(package):
+    _, model, ids = models(probing_weights(TINY), np.float32)[package.__name__.removeprefix("gpt_")]
+    with torch.inference_mode():
+        _, cache = package.run_with_cache(model, ids, patches={"blocks.*.mlp.out": np.zeros(20, np.float32)})
+        for i in range(TINY.n_layer):
+            assert not cache[f"blocks.{i}.mlp.out"].any()
+            assert np.array_equal(cache[f"blocks.{i}.resid_post"], cache[f"blocks.{i}.resid_mid"])
+        with pytest.raises(InputError, match=r"blocks.1.mlp.out has two patches, 'blocks.\*.mlp.out' and 'blocks.1"):
+            package.run_with_patches(model, ids, {"blocks.*.mlp.out": np.zeros(20), "blocks.1.mlp.*": np.zeros(20)})
