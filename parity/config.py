@@ -1,12 +1,12 @@
-"""Configuration of a GPT-2, and the axis legend that every file of the project follows.
+"""Configuration of a GPT-2 model, and the axis letters that every file of the project uses.
 
-Axis legend, the same letters in comments, einsums, the weight table and sharding rules:
+Comments, einsums, the weight table and the sharding rules all use the same letters:
 
     B batch            T query positions    S key positions     P n_ctx, rows of pos_emb
     D model width      N heads              H head width        C 3: query, key, value
     F MLP width (4 D)  V vocabulary         L layers
 
-`x # [B, T, D]` says that x has these axes, in this order.
+`x # [B, T, D]` means that x has these axes, in this order.
 """
 
 import dataclasses
@@ -15,13 +15,14 @@ from typing import Any
 
 from parity.errors import InputError
 
-# openai/gpt-2 src/model.py, `norm`; torch's default is the same, Flax's is 1e-6.
 LAYER_NORM_EPS = 1e-5
+"""Added to the variance in LayerNorm (openai/gpt-2 src/model.py, `norm`). PyTorch has the same default, Flax 1e-6."""
 
 IGNORE_INDEX = -1
-"""Target of a padded position: it counts in no loss."""
+"""Target of a position that is left out of the loss, such as padding. -100, PyTorch's default, is ignored as well."""
 
-# The notebook's configuration keys -> ours.
+_IGNORED_TARGETS = (IGNORE_INDEX, -100)
+
 NOTEBOOK_NAMES = {
     "vocab_size": "n_vocab",
     "context_length": "n_ctx",
@@ -29,28 +30,36 @@ NOTEBOOK_NAMES = {
     "n_heads": "n_head",
     "n_layers": "n_layer",
 }
+"""{key of the notebook's configuration dict: field of GPTConfig}."""
+
 _LIMITS = {"n_vocab": 2**24, "n_ctx": 2**20, "n_embd": 2**16, "n_head": 2**12, "n_layer": 2**12}
 
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
-    """Shape and options of one model; the size names are those of OpenAI's hparams.json.
+    """Shape and options of a model. The names of the sizes are those of OpenAI's hparams.json.
 
-    Raises InputError for a size that is not a positive integer, for n_embd not divisible by
-    n_head, and for a drop_rate outside [0, 1).
+    Raises:
+        InputError: For a size that is not a positive integer, for n_embd not divisible by n_head, and for a
+            drop_rate outside [0, 1).
     """
 
     n_vocab: int = 50257
+    """Number of tokens in the vocabulary."""
     n_ctx: int = 1024
+    """Length of the context: the largest number of tokens that the model can attend to."""
     n_embd: int = 768
+    """Width of the embeddings and of the residual stream; must be a multiple of n_head."""
     n_head: int = 12
+    """Number of attention heads per layer."""
     n_layer: int = 12
+    """Number of transformer layers."""
     drop_rate: float = 0.0
-    """Dropout after the embeddings, on the attention pattern and on each residual branch."""
+    """Dropout probability, applied to the embeddings, the attention pattern and the output of each residual branch."""
     qkv_bias: bool = True
-    """Whether query, key and value have a bias; GPT-2 does, the notebook's own model does not."""
+    """Whether the query, key and value projections have a bias. GPT-2 has one; the notebook's own model has none."""
     tied_head: bool = True
-    """Whether out_head is tok_emb, as in GPT-2, or a matrix of its own, as in the notebook."""
+    """Whether the output head shares its matrix with the token embedding, as in GPT-2, or has its own."""
 
     def __post_init__(self) -> None:
         for name, limit in _LIMITS.items():
@@ -69,11 +78,12 @@ class GPTConfig:
 
     @property
     def head_width(self) -> int:
+        """Width of one attention head, axis H."""
         return self.n_embd // self.n_head
 
     @property
     def axes(self) -> dict[str, int]:
-        """Size of each axis of the legend that the configuration fixes."""
+        """{axis letter: size}, for the axes whose size the configuration determines."""
         return {
             "V": self.n_vocab,
             "P": self.n_ctx,
@@ -86,7 +96,16 @@ class GPTConfig:
         }
 
     def check_tokens(self, shape: tuple[int, ...], low: int = 0, high: int = 0) -> None:
-        """Raise InputError unless tokens of `shape` [B, T], with ids low..high, fit the model."""
+        """Check tokens before they enter the model.
+
+        Args:
+            shape: Shape of the tokens, which should be [B, T].
+            low: Smallest token id.
+            high: Largest token id.
+
+        Raises:
+            InputError: For other axes, no tokens, more tokens than the context, or an id outside the vocabulary.
+        """
         if len(shape) != 2:
             raise InputError(f"tokens must have axes [B, T], got shape {list(shape)}")
         if 0 in shape:
@@ -99,8 +118,34 @@ class GPTConfig:
                 f"token id {bad} is outside the vocabulary 0..{self.n_vocab - 1}; was the text encoded for this model?"
             )
 
+    def check_targets(self, targets: Any) -> None:
+        """Check the targets of a loss.
+
+        Args:
+            targets: Integers of any shape, with values (not traced): an array of NumPy, PyTorch or JAX.
+
+        Raises:
+            InputError: For a target outside the vocabulary that is not one of the ignored ones, -1 and -100.
+        """
+        wrong = targets[is_counted(targets) & ((targets < 0) | (targets >= self.n_vocab))]
+        if len(wrong):
+            raise InputError(
+                f"target {int(wrong[0])} is outside the vocabulary 0..{self.n_vocab - 1}; "
+                f"mark positions to leave out with {IGNORE_INDEX} (or -100)"
+            )
+
     def to_dict(self) -> dict[str, Any]:
+        """The fields and their values, as config.json files hold them."""
         return dataclasses.asdict(self)
+
+
+def is_counted(targets: Any) -> Any:
+    """Which targets count in a loss: bool, of the shape of `targets`, false where a target is -1 or -100.
+
+    Works for arrays of NumPy, PyTorch and JAX, traced or not.
+    """
+    first, second = _IGNORED_TARGETS
+    return (targets != first) & (targets != second)
 
 
 PRESETS: dict[str, GPTConfig] = {
@@ -108,20 +153,25 @@ PRESETS: dict[str, GPTConfig] = {
     "355M": GPTConfig(n_embd=1024, n_head=16, n_layer=24),
     "774M": GPTConfig(n_embd=1280, n_head=20, n_layer=36),
     "1558M": GPTConfig(n_embd=1600, n_head=25, n_layer=48),
-    # The notebook's from-scratch model: a short context, a head of its own, no q/k/v bias.
+    # The model that the notebook trains from scratch: a short context, an untied head, no q/k/v bias.
     "notebook": GPTConfig(n_ctx=256, drop_rate=0.1, qkv_bias=False, tied_head=False),
-    # What `make train` trains on two CPU cores.
+    # The model that `make train` trains on two CPU cores.
     "small": GPTConfig(n_vocab=257, n_ctx=128, n_embd=128, n_head=4, n_layer=4),
-    # For tests: every axis has another size, so that no two can be confused.
+    # For tests. No two axes have the same size, so that they cannot be confused.
     "tiny": GPTConfig(n_vocab=97, n_ctx=24, n_embd=20, n_head=4, n_layer=3),
 }
+"""Configurations by name: OpenAI's four models by their number of parameters, and small ones."""
 
 
 def as_config(config: "GPTConfig | Mapping[str, Any] | str") -> GPTConfig:
-    """A GPTConfig from a preset's name, from a dict in our or the notebook's names, or as it is.
+    """Return a GPTConfig for a configuration in any of the accepted forms.
 
-    A dict in the notebook's names describes the notebook's model, so its head is untied unless
-    `tied_head` says otherwise. Raises InputError for an unknown preset or key.
+    Args:
+        config: A GPTConfig, the name of a preset, or a dict with the keys of GPTConfig or of the notebook. A dict with
+            the notebook's keys describes the notebook's model, so its head is untied unless it contains `tied_head`.
+
+    Raises:
+        InputError: For an unknown preset or key, and for invalid values.
     """
     if isinstance(config, GPTConfig):
         return config
@@ -139,5 +189,5 @@ def as_config(config: "GPTConfig | Mapping[str, Any] | str") -> GPTConfig:
 
 
 def as_tied(config: GPTConfig) -> GPTConfig:
-    """The same model with out_head tied to tok_emb."""
+    """The configuration of the same model with its head tied to the token embedding."""
     return dataclasses.replace(config, tied_head=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from parity import taps
-from parity.config import IGNORE_INDEX, LAYER_NORM_EPS, GPTConfig
+from parity.config import LAYER_NORM_EPS, GPTConfig, is_counted
 from parity.taps import tap
 
 Weights = Mapping[str, np.ndarray]  # in the huggingface format
@@ -80,12 +80,26 @@ def attention(config: GPTConfig, w: Weights, p: str, x: np.ndarray) -> np.ndarra
 
 
 def loss(config: GPTConfig, weights: Weights, inputs: np.ndarray, targets: np.ndarray) -> Any:
-    """Mean cross-entropy in nats over the targets [B, T] that are not IGNORE_INDEX."""
+    """Mean cross-entropy in nats per target that counts.
+
+    Args:
+        config: Configuration of the model.
+        weights: Weights in the huggingface format.
+        inputs: Token ids, int [B, T].
+        targets: Token ids, int [B, T]; positions with IGNORE_INDEX or -100 are left out.
+
+    Returns:
+        A float64 or complex128 scalar.
+
+    Raises:
+        InputError: For any other target outside the vocabulary.
+    """
+    config.check_targets(targets)
     z = logits(config, weights, inputs)
     top = z.real.max(-1, keepdims=True)
     log_total = np.log(np.exp(z - top).sum(-1)) + top[..., 0]
-    chosen = np.take_along_axis(z, np.maximum(targets, 0)[..., None], -1)[..., 0]
-    return (log_total - chosen)[targets != IGNORE_INDEX].mean()
+    target_logits = np.take_along_axis(z, np.maximum(targets, 0)[..., None], -1)[..., 0]
+    return (log_total - target_logits)[is_counted(targets)].mean()
 
 
 def directional_derivative(

@@ -1,11 +1,14 @@
 import json
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import torch
 from support.models import TINY
 
 import gpt_jax
 import gpt_torch
-from parity.config import PRESETS, GPTConfig, as_config
+from parity.config import IGNORE_INDEX, PRESETS, GPTConfig, as_config, is_counted
 from parity.errors import InputError
 from parity.training.runs import RunFolder, run_config
 from parity.training.settings import TrainSettings, recipe
@@ -50,6 +53,16 @@ def test_bad_configs(config, message):
     for make in (as_config, gpt_torch.GPTModel, gpt_jax.GPTModel):
         with pytest.raises(InputError, match=message):
             make(config)
+
+
+@pytest.mark.parametrize("as_array", [np.asarray, torch.tensor, jnp.asarray], ids=["numpy", "torch", "jax"])
+def test_targets_that_count(as_array):
+    targets = as_array([[0, 96, IGNORE_INDEX], [-100, 5, 5]])
+    assert is_counted(targets).tolist() == [[True, True, False], [False, True, True]]
+    TINY.check_targets(targets)
+    for bad in (-2, -99, 97):
+        with pytest.raises(InputError, match=rf"target {bad} is outside the vocabulary 0..96; mark positions"):
+            TINY.check_targets(as_array([[0, bad], [IGNORE_INDEX, -100]]))
 
 
 @pytest.mark.parametrize("bad", [{"steps": 0}, {"lr": 0.0}, {"warmup": -1}, {"batch_size": 10, "accumulate": 3}])
