@@ -99,11 +99,13 @@ def _fields(cls: type) -> Iterator[tuple[type, dataclasses.Field, Any]]:
 
 
 def _add_help(cls: type) -> None:
-    """Give each field its docstring as tyro's help metadata.
+    """Give each field its docstring as tyro's help metadata, unless it has such metadata already.
 
     tyro's own reader breaks lines wherever the source does, and shows the docstring of a nested class to the user.
     """
     for owner, field, _ in _fields(cls):
+        if field.metadata.get("help"):
+            continue
         texts = (
             parameter.description
             for base in owner.__mro__
