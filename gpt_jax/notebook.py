@@ -1,11 +1,10 @@
-"""The notebook's training functions, by its names; gpt_torch/notebook.py has the same.
+"""The notebook's training functions, under its names; gpt_torch/notebook.py has the same.
 
-They keep its simple loop: a constant learning rate, no clipping. scripts/train_jax.py is the trainer to use.
+They train as simply as the notebook does: a constant learning rate and no gradient clipping. The full trainer is
+scripts/train_jax.py.
 """
 
 import functools
-import itertools
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from gpt_jax.generate import generate_text_simple
 from gpt_jax.loss import calc_loss
 from gpt_jax.model import GPTModel
 from parity import notebook
-from parity.notebook import GPTDatasetV1, plot_losses
+from parity.notebook import GPTDatasetV1, plot_losses, token_ids_to_text
 
 __all__ = [
     "GPTDatasetV1",
@@ -32,18 +31,23 @@ __all__ = [
     "token_ids_to_text",
     "train_model_simple",
 ]
+
+_as_ids = functools.partial(jnp.asarray, dtype=jnp.int32)
 _jitted_loss = jax.jit(calc_loss)
 
 
 def create_dataloader_v1(txt: str, *args: Any, **options: Any) -> notebook.DataLoader:
-    """Batches of shifted windows, int32 arrays [B, T]; the options are those of parity.notebook.create_dataloader."""
-    return notebook.create_dataloader(functools.partial(jnp.asarray, dtype=jnp.int32), txt, *args, **options)
+    """Return batches of windows over a text, int32 arrays [B, T].
+
+    The further arguments are those of `parity.notebook.create_dataloader`.
+    """
+    return notebook.create_dataloader(_as_ids, txt, *args, **options)
 
 
 def calc_loss_batch(input_batch: Array, target_batch: Array, model: GPTModel, device: Any = None) -> Array:
-    """Mean cross-entropy in nats over a batch [B, T], without dropout.
+    """Return the mean cross-entropy of a batch [B, T] in nats per token, without dropout.
 
-    `device` is accepted and changes nothing: JAX computes where the model's arrays are.
+    `device` has no effect, because JAX computes where the model's arrays are.
     """
     return _jitted_loss(model, input_batch, target_batch)
 
@@ -51,10 +55,12 @@ def calc_loss_batch(input_batch: Array, target_batch: Array, model: GPTModel, de
 def calc_loss_loader(
     data_loader: notebook.DataLoader, model: GPTModel, device: Any = None, num_batches: int | None = None
 ) -> float:
-    """Mean of the losses of the first `num_batches` batches, or of all; NaN for an empty loader."""
-    count = len(data_loader) if num_batches is None else min(num_batches, len(data_loader))
-    losses = [float(calc_loss_batch(*batch, model, device)) for batch in itertools.islice(data_loader, count)]
-    return sum(losses) / count if count else float("nan")
+    """Return the mean of the losses of the first `num_batches` batches, or of all; NaN for an empty loader."""
+
+    def loss_of_batch(inputs: Any, targets: Any) -> float:
+        return float(calc_loss_batch(inputs, targets, model, device))
+
+    return notebook.mean_loss(loss_of_batch, data_loader, num_batches)
 
 
 def evaluate_model(
@@ -64,7 +70,7 @@ def evaluate_model(
     device: Any = None,
     eval_iter: int | None = None,
 ) -> tuple[float, float]:
-    """(training loss, validation loss) over `eval_iter` batches of each, without dropout."""
+    """Return (training loss, validation loss), over `eval_iter` batches of each or all, without dropout."""
     losses = [calc_loss_loader(loader, model, device, eval_iter) for loader in (train_loader, val_loader)]
     return losses[0], losses[1]
 
@@ -82,51 +88,56 @@ def train_model_simple(
     tokenizer: Any,
     seed: int = 0,
 ) -> tuple[list[float], list[float], list[int]]:
-    """Train, evaluate every `eval_freq` steps, print a sample after each epoch; the model is changed in place.
+    """Train a model in place, printing the losses and, after each epoch, a sample.
 
-    `optimizer`: optax.adamw(...), say. `seed`: of dropout. Returns (training losses, validation losses,
-    tokens seen), one of each for an evaluation.
+    Args:
+        model: The model.
+        train_loader: Batches of the training text.
+        val_loader: Batches of the validation text.
+        optimizer: An optax optimizer, such as optax.adamw.
+        device: Has no effect, because JAX computes where the model's arrays are.
+        num_epochs: Number of passes over `train_loader`.
+        eval_freq: Steps between evaluations.
+        eval_iter: Batches of each loader per evaluation.
+        start_context: Text that the samples continue.
+        tokenizer: Tokenizer of the samples.
+        seed: Seed of dropout.
+
+    Returns:
+        (training losses, validation losses, tokens seen), one entry per evaluation.
     """
 
     @jax.jit
-    def train_step(model: GPTModel, opt_state: optax.OptState, key: Array, inputs: Array, targets: Array):
+    def update(model: GPTModel, opt_state: optax.OptState, step: Array, inputs: Array, targets: Array) -> Any:
+        key = jax.random.fold_in(jax.random.key(seed), step)
         gradients = jax.grad(calc_loss)(model, inputs, targets, key)
         updates, opt_state = optimizer.update(gradients, opt_state, model)
         return optax.apply_updates(model, updates), opt_state
 
-    train_losses, val_losses, track_tokens_seen = [], [], []
-    tokens_seen, step = 0, 0
     opt_state = optimizer.init(model)
-    for epoch in range(num_epochs):
-        for input_batch, target_batch in train_loader:
-            key = jax.random.fold_in(jax.random.key(seed), step)
-            trained, opt_state = train_step(model, opt_state, key, input_batch, target_batch)
-            nnx.update(model, nnx.state(trained))
-            tokens_seen += input_batch.size
-            if step % eval_freq == 0:
-                train_loss, val_loss = evaluate_model(model, train_loader, val_loader, device, eval_iter)
-                train_losses.append(train_loss)
-                val_losses.append(val_loss)
-                track_tokens_seen.append(tokens_seen)
-                print(f"Ep {epoch + 1} (Step {step:06d}): Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
-            step += 1
-        generate_and_print_sample(model, tokenizer, device, start_context)
-    return train_losses, val_losses, track_tokens_seen
+
+    def train_step(step: int, input_batch: Array, target_batch: Array) -> None:
+        nonlocal opt_state
+        trained, opt_state = update(model, opt_state, jnp.uint32(step), input_batch, target_batch)
+        nnx.update(model, nnx.state(trained))
+
+    return notebook.train_loop(
+        train_step,
+        lambda: evaluate_model(model, train_loader, val_loader, device, eval_iter),
+        lambda: generate_and_print_sample(model, tokenizer, device, start_context),
+        train_loader,
+        num_epochs,
+        eval_freq,
+    )
 
 
 def generate_and_print_sample(model: GPTModel, tokenizer: Any, device: Any, start_context: str) -> None:
-    """Print 50 greedy tokens after a text, on one line."""
+    """Print a text and 50 tokens that continue it, chosen greedily and without dropout, on one line."""
     ids = text_to_token_ids(start_context, tokenizer)
     ids = generate_text_simple(model, ids, max_new_tokens=50, context_size=model.config.n_ctx)
-    print(token_ids_to_text(ids, tokenizer).replace("\n", " "))
+    notebook.print_on_one_line(ids, tokenizer)
 
 
 def text_to_token_ids(text: str, tokenizer: Any) -> Array:
-    """ids [1, T]"""
-    return jnp.array([tokenizer.encode(text, allowed_special={notebook.END_OF_TEXT})])
-
-
-def token_ids_to_text(token_ids: Iterable, tokenizer: Any) -> str:
-    """ids [1, T] -> text"""
-    [row] = token_ids
-    return tokenizer.decode(row.tolist())
+    """Return the token ids of a text, int32 [1, T]."""
+    return _as_ids(notebook.encode_text(text, tokenizer))

@@ -1,46 +1,48 @@
-"""Weights into and out of the Flax model, through the table in parity/weights.py."""
+"""Loading and saving Flax models in the file formats of parity/weights."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flax import nnx
 
-from parity import notebook, weights
-from parity.config import as_tied
+from gpt_jax.model import GPTModel
+from gpt_jax.weights import export_weights, load_weights
+from parity import notebook
 from parity.weights import huggingface
 from parity.weights.load import read_folder
 
-if TYPE_CHECKING:
-    from gpt_jax.model import GPTModel
-from gpt_jax.weights import export_weights, load_weights
 
+def load_weights_into_gpt(model: GPTModel, params: dict[str, Any]) -> None:
+    """Load OpenAI's weights into a model; the notebook's function of this name.
 
-def load_weights_into_gpt(model: "GPTModel", params: dict[str, Any]) -> None:
-    """The notebook's function: OpenAI's weights, nested as download_and_load_gpt2 returns them, into a model.
+    Args:
+        model: A model of the same shape; it is changed in place. An untied head becomes a copy of the embedding.
+        params: Weights nested as `parity.notebook.download_and_load_gpt2` returns them.
 
-    A head of its own becomes a copy of the embedding. Raises InputError for a model of another shape.
+    Raises:
+        InputError: For a model of another shape; the message lists the names that do not fit.
     """
-    arrays = dict(weights.convert(notebook.flatten(params), "openai", "huggingface", as_tied(model.config)))
-    if not model.config.tied_head:
-        arrays["lm_head.weight"] = arrays["wte.weight"]
-    load_weights(model, arrays, origin="params")
+    load_weights(model, notebook.as_huggingface(params, model.config), origin="params")
 
 
-def save_pretrained(model: "GPTModel", folder: str | Path) -> None:
-    """Write config.json and model.safetensors, which load_pretrained of either backend and transformers open."""
+def save_pretrained(model: GPTModel, folder: str | Path) -> None:
+    """Write config.json and model.safetensors, which `load_pretrained` of either backend and transformers can load."""
     huggingface.write(Path(folder), model.config, export_weights(model))
 
 
-def load_pretrained(path: str | Path, **options: Any) -> "GPTModel":
-    """The model in a folder, or one of OpenAI's by its size ("124M"); `options` go to GPTModel.
+def load_pretrained(path: str | Path, **options: Any) -> GPTModel:
+    """Load a model from files.
 
-    A size is downloaded into the cache where it is not there yet. A folder holds OpenAI's original files,
-    is one saved by transformers, or is one of our checkpoints.
+    Args:
+        path: A folder with OpenAI's original files, a folder saved by transformers or `save_pretrained`, or one of our
+            checkpoints; or one of OpenAI's models by its size ("124M"), which is downloaded into the cache once.
+        options: Further arguments of `GPTModel`, for example `attention`.
+
+    Raises:
+        InputError: If there are no such files, or they are damaged.
     """
-    from gpt_jax.model import GPTModel
-
     config, arrays, format = read_folder(path)
-    # Abstract first: the zeros that the constructor makes are never allocated.
+    # An abstract model first: the zeros that the constructor makes are never allocated.
     model = nnx.eval_shape(lambda: GPTModel(config, seed=None, **options))
     load_weights(model, arrays, format, origin=str(path))
     return model

@@ -1,7 +1,7 @@
-"""NumPy arrays into and out of the Flax model, through the table in parity/weights."""
+"""Copying NumPy arrays into and out of a Flax model, by the table in parity/weights."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,32 +9,38 @@ from flax import nnx
 
 from parity import weights
 
-if TYPE_CHECKING:
-    from gpt_jax.model import GPTModel
 
-
-def parameters(model: "GPTModel") -> dict[str, nnx.Param]:
-    """{flax name of the table: parameter}."""
+def parameters(model: nnx.Module) -> dict[str, nnx.Param]:
+    """Return {name: parameter}, with the names that the table has for Flax."""
     return {".".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
 def load_weights(
-    model: "GPTModel", arrays: Mapping[str, Any], format: str = "huggingface", origin: str = "weights"
+    model: nnx.Module, arrays: Mapping[str, Any], format: str = "huggingface", origin: str = "weights"
 ) -> None:
-    """Put arrays, named as in `format`, in place of the model's parameters, in the parameters' dtype.
+    """Replace the model's parameters by arrays, converted to the parameters' dtype.
 
-    Raises InputError that lists every missing, unknown or wrongly shaped name.
+    Args:
+        model: A `GPTModel`; it is changed in place.
+        arrays: {name: array} in the naming and layout of `format`.
+        format: One of `parity.weights.FORMATS`.
+        origin: Where the arrays come from, for messages.
+
+    Raises:
+        InputError: For missing and unknown names and wrong shapes; the message lists all of them.
     """
-    found = parameters(model)
-    new = {}
-    for name, array in weights.convert(arrays, format, "flax", model.config, origin=origin):
+    config = cast(Any, model).config  # not typed: model.py imports this file
+    dtypes = {name: parameter.get_value().dtype for name, parameter in parameters(model).items()}
+    loaded = {}
+    for name, array in weights.convert(arrays, format, "flax", config, origin=origin):
         weights.warn_if_not_finite(name, array, origin)
-        new[name] = jnp.asarray(array, dtype=found[name].get_value().dtype).block_until_ready()
-        del array  # a stack of layers is large: never hold two
-    nnx.update(model, nnx.from_flat_state([(tuple(name.split(".")), nnx.Param(value)) for name, value in new.items()]))
+        loaded[name] = nnx.Param(jnp.asarray(array, dtype=dtypes[name]).block_until_ready())
+        del array  # a stack of layers is large, so never hold two
+    nnx.update(model, nnx.from_flat_state([(tuple(name.split(".")), parameter) for name, parameter in loaded.items()]))
 
 
-def export_weights(model: "GPTModel", format: str = "huggingface") -> dict[str, np.ndarray]:
-    """The model's parameters as NumPy arrays, named and oriented as in `format`."""
+def export_weights(model: nnx.Module, format: str = "huggingface") -> dict[str, np.ndarray]:
+    """Return the parameters of a `GPTModel` as NumPy arrays, in the naming and layout of `format`."""
+    config = cast(Any, model).config  # not typed: model.py imports this file
     arrays = {name: np.asarray(parameter.get_value()) for name, parameter in parameters(model).items()}
-    return dict(weights.convert(arrays, "flax", format, model.config))
+    return dict(weights.convert(arrays, "flax", format, config))

@@ -1,42 +1,48 @@
-"""NumPy arrays into and out of the torch model, through the table in parity/weights."""
+"""Copying NumPy arrays into and out of a PyTorch model, by the table in parity/weights."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parity import weights
 
-if TYPE_CHECKING:
-    from gpt_torch.model import GPTModel
-
 
 def load_weights(
-    model: "GPTModel", arrays: Mapping[str, Any], format: str = "huggingface", origin: str = "weights"
+    model: nn.Module, arrays: Mapping[str, Any], format: str = "huggingface", origin: str = "weights"
 ) -> None:
-    """Copy arrays, named as in `format`, over the model's parameters, in the parameters' dtype.
+    """Copy arrays into the model's parameters, converted to the parameters' dtype.
 
-    Raises InputError that lists every missing, unknown or wrongly shaped name.
+    Args:
+        model: A `GPTModel`; it is changed in place.
+        arrays: {name: array} in the naming and layout of `format`.
+        format: One of `parity.weights.FORMATS`.
+        origin: Where the arrays come from, for messages.
+
+    Raises:
+        InputError: For missing and unknown names and wrong shapes; the message lists all of them.
     """
+    config = cast(Any, model).config  # not typed: model.py imports this file
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, array in weights.convert(arrays, format, "torch", model.config, origin=origin):
+        for name, array in weights.convert(arrays, format, "torch", config, origin=origin):
             weights.warn_if_not_finite(name, array, origin)
             if array.dtype == ml_dtypes.bfloat16:  # torch cannot read this NumPy dtype
                 array = array.astype(np.float32)
             parameters[name].copy_(torch.from_numpy(np.require(array, requirements=["C", "W"])))
 
 
-def export_weights(model: "GPTModel", format: str = "huggingface") -> dict[str, np.ndarray]:
-    """The model's parameters as NumPy arrays, named and oriented as in `format`."""
+def export_weights(model: nn.Module, format: str = "huggingface") -> dict[str, np.ndarray]:
+    """Return the parameters of a `GPTModel` as NumPy arrays, in the naming and layout of `format`."""
+    config = cast(Any, model).config  # not typed: model.py imports this file
     arrays = {name: to_numpy(parameter) for name, parameter in model.named_parameters()}
-    return dict(weights.convert(arrays, "torch", format, model.config))
+    return dict(weights.convert(arrays, "torch", format, config))
 
 
 def to_numpy(x: Tensor) -> np.ndarray:
-    """A tensor's values as a NumPy array of the same dtype; bfloat16 is that of ml_dtypes, as in JAX."""
+    """Return a tensor as a NumPy array of the same dtype; bfloat16 becomes that of ml_dtypes, as in JAX."""
     x = x.detach().cpu()
     return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()

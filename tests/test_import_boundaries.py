@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+import parity
+
 FORBIDDEN = {
     "parity": ["torch", "jax", "flax", "tensorflow"],
     "gpt_torch": ["jax", "flax", "tensorflow", "gpt_jax"],
@@ -24,3 +26,26 @@ def test_imports(package):
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "unneeded"),
+    [
+        ("parity", ["torch", "jax", "numpy", "requests", "rich", "tiktoken"]),
+        ("gpt_torch", ["jax", "requests", "rich", "tiktoken", "matplotlib"]),
+        ("gpt_jax", ["torch", "requests", "tiktoken", "matplotlib"]),  # Flax itself imports rich
+    ],
+)
+def test_importing_a_package_loads_no_more_than_it_needs(package, unneeded):
+    program = f"import sys, {package}; print([name for name in {unneeded!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert result.stdout == "[]\n", result.stderr
+
+
+def test_the_tokenizer_is_exported_lazily():
+    program = "import parity; t = parity.load_tokenizer('bytes'); print(t.decode(t.encode('text')), parity.__version__)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert result.stdout == f"text {parity.__version__}\n", result.stderr
+    assert set(parity.__all__) >= {"GPTConfig", "PRESETS", "as_config", "InputError", "load_tokenizer"}
+    with pytest.raises(AttributeError, match="has no attribute 'tokenizer_of'"):
+        _ = parity.tokenizer_of

@@ -1,4 +1,4 @@
-"""The notebook's code, unchanged, in both backends: loading weights, and its simple training loop."""
+"""The notebook's code runs unchanged in both backends: loading of weights, and its simple training loop."""
 
 import dataclasses
 
@@ -89,12 +89,12 @@ def test_loaders_have_the_same_order_in_both():
     ordered = np.concatenate([np.asarray(inputs) for inputs, _ in loaders(gpt_torch_notebook, shuffle=False)[0]])
     dataset = gpt_torch_notebook.GPTDatasetV1(TEXT[:1500], ByteTokenizer(), 24, 24)
     assert np.array_equal(ordered[5], dataset[5][0])
-    with pytest.raises(InputError, match="a window takes"):
+    with pytest.raises(InputError, match="a window needs"):
         gpt_torch_notebook.GPTDatasetV1("short", ByteTokenizer(), 24, 24)
 
 
 def test_training_is_the_same_in_both(tmp_path, capsys):
-    """torch.optim.AdamW and optax.adamw with equal numbers: the notebook's loop walks one path."""
+    """With torch.optim.AdamW and optax.adamw of equal settings, the losses and samples agree."""
     results = {}
     for name, package in PACKAGES.items():
         model = {"torch": gpt_torch, "jax": gpt_jax}[name].GPTModel(TINY_BYTES, seed=1)

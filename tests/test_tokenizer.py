@@ -57,6 +57,15 @@ def test_special_tokens_are_explicit(tokenizer):
     special = tokenizer.encode(text, {END_OF_TEXT})
     assert special.count(tokenizer.eos_id) == 1
     assert tokenizer.decode(special) == text
+    assert tokenizer.encode(text, "all") == tokenizer.encode(text, [END_OF_TEXT]) == special
+
+
+def test_special_tokens_that_do_not_exist_are_refused(tokenizer):
+    for wrong in (END_OF_TEXT, "none", ""):
+        with pytest.raises(InputError, match=r'allowed_special must be "all" or a collection of special tokens'):
+            tokenizer.encode("a", wrong)
+    with pytest.raises(InputError, match=r"unknown special tokens \['<pad>'\]; the only one is"):
+        tokenizer.encode("a", {"<pad>", END_OF_TEXT})
 
 
 def test_partial_characters(tokenizer):

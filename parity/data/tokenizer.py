@@ -1,72 +1,110 @@
-"""Tokenizers: GPT-2's byte-level BPE from a local vocab.bpe, and plain bytes.
-
-Both have n_vocab, eos_id, encode, decode and token_bytes. Text of a special token is ordinary text
-unless it is named in `allowed_special`; decoding never fails on a character cut in the middle.
-"""
+"""Tokenizers: GPT-2's byte-level BPE from a local vocab.bpe, and plain bytes."""
 
 import codecs
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
-import tiktoken
 
 from parity.errors import InputError
-from parity.storage.download import cache_folder
 
 END_OF_TEXT = "<|endoftext|>"
-# The file that OpenAI published; tiktoken pins the same hash.
+"""The special token of both tokenizers; GPT-2 puts it between documents."""
+
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-# How GPT-2 cuts text before merging (openai/gpt-2 src/encoder.py): contractions, words, numbers, rest, space.
-_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""Hash of the vocab.bpe that OpenAI published; tiktoken pins the same one."""
+
+# How GPT-2 splits text before merging (openai/gpt-2 src/encoder.py): contractions, words, numbers, the rest, space.
+_SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+AllowedSpecial = Literal["all"] | Collection[str]
+"""Special tokens that are recognized in a text: "all", or a collection of them."""
 
 
 class Tokenizer(Protocol):
+    """What the project needs from a tokenizer."""
+
     name: str
+    """Name by which `load_tokenizer` knows it."""
     n_vocab: int
+    """Number of tokens."""
     eos_id: int
+    """Id of the end-of-text token."""
 
-    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]: ...
+    def encode(self, text: str, allowed_special: AllowedSpecial = ()) -> list[int]:
+        """Return the token ids of a text.
+
+        Args:
+            text: The text.
+            allowed_special: Special tokens that are recognized in the text: "all", or a collection such as
+                {"<|endoftext|>"}. The characters of any other special token are encoded as ordinary text.
+
+        Raises:
+            InputError: For a special token that the tokenizer does not have, and for any other string than "all".
+        """
+
     def encode_array(self, text: str) -> np.ndarray:
-        """Ids uint16 [length] of ordinary text: encode() for much text, without the interpreter's lock."""
+        """Return the token ids of ordinary text, uint16 [T]; faster than `encode`, for long texts.
 
-    def decode(self, ids: Iterable[int]) -> str: ...
-    def token_bytes(self, id: int) -> bytes: ...
+        GPT-2's tokenizer releases the interpreter's lock meanwhile.
+        """
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of token ids; an incomplete UTF-8 character becomes U+FFFD.
+
+        Raises:
+            InputError: For an id outside the vocabulary.
+        """
+
+    def token_bytes(self, id: int) -> bytes:
+        """Return the UTF-8 bytes of one token, which may be a part of a character.
+
+        Raises:
+            InputError: For an id outside the vocabulary.
+        """
 
 
 class ByteTokenizer:
-    """The 256 bytes of UTF-8, and the end of text as id 256."""
+    """A tokenizer with the 256 bytes of UTF-8 as tokens, and the end of text as id 256."""
 
     name = "bytes"
     n_vocab = 257
     eos_id = 256
 
-    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        if END_OF_TEXT not in allowed_special:
+    def encode(self, text: str, allowed_special: AllowedSpecial = ()) -> list[int]:
+        """See `Tokenizer.encode`."""
+        if not _special_tokens(allowed_special):
             return list(text.encode("utf-8"))
-        ids: list[int] = []
-        for number, part in enumerate(text.split(END_OF_TEXT)):
-            ids += ([self.eos_id] if number else []) + list(part.encode("utf-8"))
+        first, *others = text.split(END_OF_TEXT)
+        ids = list(first.encode("utf-8"))
+        for part in others:
+            ids += [self.eos_id, *part.encode("utf-8")]
         return ids
 
     def encode_array(self, text: str) -> np.ndarray:
+        """See `Tokenizer.encode_array`."""
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16)
 
     def decode(self, ids: Iterable[int]) -> str:
+        """See `Tokenizer.decode`."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
-        if not 0 <= id < self.n_vocab:
-            raise InputError(f"token id {id} is outside the vocabulary 0..{self.n_vocab - 1}")
+        """See `Tokenizer.token_bytes`."""
+        _check_id(id, self.n_vocab)
         return END_OF_TEXT.encode() if id == self.eos_id else bytes([id])
 
 
 class GPT2Tokenizer:
-    """GPT-2's 50,257 tokens, run by tiktoken on ranks read from `vocab_bpe`; no network.
+    """GPT-2's tokenizer of 50,257 tokens: tiktoken with the merges of a local vocab.bpe; it never uses the network.
 
-    Raises InputError for a missing, damaged or different file.
+    Args:
+        vocab_bpe: Path of OpenAI's vocab.bpe.
+
+    Raises:
+        InputError: If the file is missing, damaged or another one.
     """
 
     name = "gpt2"
@@ -74,39 +112,62 @@ class GPT2Tokenizer:
     eos_id = 50256
 
     def __init__(self, vocab_bpe: str | Path):
+        import tiktoken  # here, so that importing a backend does not load it
+
         self.encoding = tiktoken.Encoding(
             name="gpt2",
-            pat_str=_PIECES,
+            pat_str=_SPLIT_PATTERN,
             mergeable_ranks=_read_ranks(Path(vocab_bpe)),
             special_tokens={END_OF_TEXT: self.eos_id},
             explicit_n_vocab=self.n_vocab,
         )
 
-    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        return self.encoding.encode(text, allowed_special=set(allowed_special), disallowed_special=())
+    def encode(self, text: str, allowed_special: AllowedSpecial = ()) -> list[int]:
+        """See `Tokenizer.encode`."""
+        return self.encoding.encode(text, allowed_special=_special_tokens(allowed_special), disallowed_special=())
 
     def encode_array(self, text: str) -> np.ndarray:
+        """See `Tokenizer.encode_array`."""
         return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
     def decode(self, ids: Iterable[int]) -> str:
+        """See `Tokenizer.decode`."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
-        if not 0 <= id < self.n_vocab:
-            raise InputError(f"token id {id} is outside the vocabulary 0..{self.n_vocab - 1}")
+        """See `Tokenizer.token_bytes`."""
+        _check_id(id, self.n_vocab)
         return self.encoding.decode_single_token_bytes(id)
 
 
+def _special_tokens(allowed_special: AllowedSpecial) -> set[str]:
+    if allowed_special == "all":
+        return {END_OF_TEXT}
+    if isinstance(allowed_special, str):
+        raise InputError(
+            f'allowed_special must be "all" or a collection of special tokens such as {{"{END_OF_TEXT}"}}, '
+            f"got the string {allowed_special!r}"
+        )
+    if unknown := sorted(set(allowed_special) - {END_OF_TEXT}):
+        raise InputError(f"allowed_special: unknown special tokens {unknown}; the only one is {END_OF_TEXT}")
+    return set(allowed_special)
+
+
+def _check_id(id: int, n_vocab: int) -> None:
+    if not 0 <= id < n_vocab:
+        raise InputError(f"token id {id} is outside the vocabulary 0..{n_vocab - 1}")
+
+
 def _read_ranks(path: Path) -> dict[bytes, int]:
-    """Token bytes -> rank, from the merges: 256 bytes first, then one token a merge, in order."""
+    """Return {bytes of a token: its rank}: first the 256 bytes, then one token per merge, in the order of the file."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"vocabulary {path} cannot be read ({error.strerror})") from None
     if hashlib.sha256(data).hexdigest() != VOCAB_BPE_SHA256:
-        raise InputError(f"vocabulary {path} is not OpenAI's vocab.bpe (its sha256 differs); fetch it again")
-    # OpenAI writes each byte as a printable character: those that print stand for themselves, and
-    # come first; the others are counted on from 256.
+        raise InputError(f"vocabulary {path} is not OpenAI's vocab.bpe (its sha256 differs); download it again")
+    # OpenAI writes each byte as a printable character. A byte that is a printable character stands for itself, and
+    # these have the first ranks; the others are written as the characters from 256 on.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -117,9 +178,15 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def load_tokenizer(name: str, vocab_bpe: str | Path | None = None) -> Tokenizer:
-    """ "bytes", or "gpt2" with its vocabulary from `vocab_bpe` or the cache folder.
+    """Return a tokenizer by its name.
 
-    Raises InputError that lists the places looked at.
+    Args:
+        name: "gpt2" or "bytes".
+        vocab_bpe: Path of OpenAI's vocab.bpe, for "gpt2". By default it is looked for in the cache folder, where
+            scripts/download_gpt2.py puts it.
+
+    Raises:
+        InputError: For an unknown name, and if the vocabulary is missing or damaged.
     """
     if name == "bytes":
         return ByteTokenizer()
@@ -127,19 +194,20 @@ def load_tokenizer(name: str, vocab_bpe: str | Path | None = None) -> Tokenizer:
         raise InputError(f"unknown tokenizer {name!r}; choose bytes or gpt2")
     if vocab_bpe is not None:
         return GPT2Tokenizer(vocab_bpe)
-    cached = cache_folder() / "vocab.bpe"
-    of_models = sorted((cache_folder() / "models").glob("*/vocab.bpe"))
-    for found in [cached, *of_models]:
-        if found.is_file():
-            return GPT2Tokenizer(found)
+    from parity.storage.download import cache_folder  # here, because it brings an HTTP client
+
+    default = cache_folder() / "vocab.bpe"
+    for path in [default, *sorted((cache_folder() / "models").glob("*/vocab.bpe"))]:
+        if path.is_file():
+            return GPT2Tokenizer(path)
     raise InputError(
-        f"the gpt2 tokenizer needs OpenAI's vocab.bpe: give --vocab-bpe PATH, or put it at {cached} "
-        "(every GPT-2 checkpoint has it: scripts/download_gpt2.py 124M); or use --tokenizer bytes"
+        f"the gpt2 tokenizer needs OpenAI's vocab.bpe: pass --vocab-bpe PATH, or put the file at {default} "
+        "(scripts/download_gpt2.py 124M downloads it with the model), or use --tokenizer bytes"
     )
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Text as the ids come, each character once it is complete."""
+    """Yield the text of token ids as they arrive, each character as soon as all of its bytes are known."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for id in ids:
         yield decoder.decode(tokenizer.token_bytes(id))
@@ -147,5 +215,5 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> Sequence[int]:
-    """Ids of a prompt; the empty prompt is the end-of-text token alone, as GPT-2 starts documents."""
+    """Return the token ids of a prompt; an empty prompt becomes the end-of-text token, which begins a document."""
     return tokenizer.encode(text) or [tokenizer.eos_id]

@@ -7,7 +7,6 @@ from typing import Any
 from parity.config import GPTConfig
 from parity.errors import InputError
 from parity.weights import huggingface, openai
-from parity.weights.openai_files import SIZES, download_model
 
 
 def find_folder(path: str | Path) -> Path:
@@ -15,6 +14,8 @@ def find_folder(path: str | Path) -> Path:
 
     Raises InputError where there is none.
     """
+    from parity.weights.openai_files import SIZES, download_model  # here, because it brings an HTTP client
+
     folder = download_model(str(path)) if str(path) in SIZES else Path(path)
     if not folder.is_dir():
         raise InputError(
