@@ -1,1 +1,1 @@
-"""What scripts/benchmark.py is made of: peers in processes of their own, turns, and reports."""
+"""The parts of scripts/benchmark.py: workloads, their timing in processes of their own, and the report."""

@@ -1,31 +1,31 @@
-"""What test_benchmark.py measures, in a module that a peer's process imports quickly."""
+"""Workloads that test_benchmark.py measures, in a module that a peer's process imports quickly."""
 
 import os
 import time
 
-from measure.turns import Subject
+from measure.timing import Workload
 
 from parity.errors import InputError
 
 
-def sleeper(seconds):
-    """Says in which process it is, as its device."""
-    return Subject(lambda: time.sleep(seconds), lambda: 2_000_000, str(os.getpid()))
+def sleep(seconds):
+    """Give the number of its process as its device."""
+    return Workload(lambda: time.sleep(seconds), lambda: 2_000_000, str(os.getpid()))
 
 
-def deserter():
-    return Subject(lambda: os._exit(1), lambda: 0, "")
+def die():
+    return Workload(lambda: os._exit(1), lambda: 0, "")
 
 
-def refuser():
+def refuse():
     raise InputError("no such device")
 
 
-def first_slow():
+def slow_first_call():
     calls = []
 
     def call():
         calls.append(1)
         time.sleep(0.3 if len(calls) == 1 else 0.001)
 
-    return Subject(call, lambda: len(calls), os.environ["NAMED"])
+    return Workload(call, lambda: len(calls), os.environ["DEVICE_NAME"])

@@ -1,0 +1,71 @@
+"""Options of scripts/benchmark.py."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from measure.timing import Spec, Workload
+from parity.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    what: tyro.conf.Positional[Literal["train", "generate", "load", "compile", "options", "prepare", "all"]] = "train"
+    """What to measure; see the examples above."""
+    gpu: bool = False
+    """Measure on a GPU, with larger models and batches; by default on the CPU."""
+    preset: str | None = None
+    """For train, compile and options: model and batch of this training preset; by default the benchmark's own."""
+    batch_size: int | None = None
+    """For train, compile and options: windows per step, in one micro-batch; by default the preset's batch."""
+    size: Literal["124M", "355M", "774M", "1558M"] = "124M"
+    """For generate and load: size of the model."""
+    rounds: int = 5
+    """Rounds in which all peers take a turn; one more round at the start warms up and is not counted."""
+    calls: int = 3
+    """Training steps of each peer per round."""
+    threads: int = 0
+    """Threads of torch and of the tokenizers; 0 means one per core. XLA always uses all cores."""
+    peers: tuple[str, ...] = ()
+    """Measure only the first peer and those whose names contain one of these texts; by default all."""
+    vocab_bpe: Path | None = None
+    """For prepare: OpenAI's vocab.bpe; by default the one in the cache."""
+    out: Path | None = None
+    """Folder for results.json and results.md; by default a new one in runs/."""
+    cache: tyro.conf.Suppress[Path] = Path()
+    """Folder with the caches of compiled programs; the script makes one for each benchmark."""
+
+    def spec(self, make: Callable[..., Workload], *arguments: Any, cache: Path | None = None) -> Spec:
+        """The workload `make(*arguments)` on the chosen device.
+
+        Args:
+            make: A function of measure/peers.py.
+            arguments: Its arguments.
+            cache: Folder in which compiled programs are kept; by default one for all peers.
+        """
+        cache = cache or self.cache / "0"
+        if self.gpu:  # peers share its memory, so JAX must not reserve most of it
+            device = {"MEASURE_ON": "gpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        else:
+            device = {"MEASURE_ON": "cpu", "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        caches = {
+            "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch"),
+            "TRITON_CACHE_DIR": str(cache / "triton"),
+        }
+        return Spec(make, arguments, {**device, **caches})
+
+    def selected(self, specs: dict[str, Spec]) -> dict[str, Spec]:
+        """The first peer and those that --peers names."""
+        if unknown := [part for part in self.peers if not any(part in name for name in specs)]:
+            raise InputError(f"--peers: no peer contains {', '.join(unknown)}; the peers are {'; '.join(specs)}")
+        first = next(iter(specs))
+        return {
+            name: spec
+            for name, spec in specs.items()
+            if name == first or not self.peers or any(part in name for part in self.peers)
+        }

@@ -1,0 +1,156 @@
+"""Times workloads that take turns, each in a process of its own, so that they share no memory, threads or GPU pool."""
+
+import contextlib
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, NamedTuple
+
+from rich.progress import track
+
+from parity.errors import InputError
+
+
+class Workload(NamedTuple):
+    """What a peer's process runs."""
+
+    call: Callable[[], Any]
+    """Does one unit of work and waits until it is done."""
+    peak: Callable[[], int]
+    """Returns the peak memory so far in bytes, of the GPU or of this process."""
+    device: str
+
+
+class Spec(NamedTuple):
+    """How a peer's process makes its workload."""
+
+    make: Callable[..., Workload]
+    arguments: tuple[Any, ...] = ()
+    environment: Mapping[str, str] = {}
+    """Environment variables, set before any framework is imported."""
+
+
+class Timings(NamedTuple):
+    """The measured calls of one peer."""
+
+    seconds: list[float]
+    peak: int
+    """Peak memory in bytes; 0 if unknown."""
+    device: str
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @classmethod
+    def merge(cls, runs: Sequence["Timings"]) -> "Timings":
+        """Join the timings of one peer from several processes."""
+        return cls([s for run in runs for s in run.seconds], max(run.peak for run in runs), runs[0].device)
+
+
+class Peer:
+    """A workload in a process of its own, which is idle while other peers have their turn."""
+
+    def __init__(self, name: str, spec: Spec):
+        self.name = name
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        try:
+            self.device = self._run(_start, *spec)
+        except BaseException:
+            # Left to the garbage collector, its thread closes a pipe that concurrent.futures writes to at exit.
+            self._pool.shutdown()
+            raise
+
+    def __enter__(self) -> "Peer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def time_calls(self, count: int) -> list[float]:
+        """Return the seconds of each of `count` calls."""
+        return self._run(_time_calls, count)
+
+    def peak(self) -> int:
+        return self._run(_peak)
+
+    def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return self._pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            raise InputError(
+                f"the process of {self.name} died, perhaps for lack of memory; try a smaller size"
+            ) from None
+
+
+_REFERENCE, _REFERENCE_CALLS = "reference", 10
+
+
+def interleave(
+    specs: Mapping[str, Spec], rounds: int, calls: int, reference: Spec | None = None
+) -> tuple[dict[str, Timings], Timings]:
+    """Time all peers in turn, round after round; one more round at the start warms up and is not counted.
+
+    Args:
+        specs: Workload of each peer.
+        rounds: Number of counted rounds.
+        calls: Calls of each peer per round.
+        reference: A workload that measures what the machine can do; it is called ten times per round.
+
+    Returns:
+        The timings of each peer and those of the reference, which are empty without one.
+    """
+    counts = dict.fromkeys(specs, calls)
+    if reference is not None:
+        specs, counts = {**specs, _REFERENCE: reference}, {**counts, _REFERENCE: _REFERENCE_CALLS}
+    with contextlib.ExitStack() as stack:
+        peers = [
+            stack.enter_context(Peer(name, spec)) for name, spec in track(specs.items(), "starting", transient=True)
+        ]
+        seconds: dict[str, list[float]] = {name: [] for name in specs}
+        for is_counted in track([False] + [True] * rounds, "measuring", transient=True):
+            for peer in peers:
+                new = peer.time_calls(counts[peer.name])
+                if is_counted:
+                    seconds[peer.name] += new
+        timings = {peer.name: Timings(seconds[peer.name], peer.peak(), peer.device) for peer in peers}
+        return timings, timings.pop(_REFERENCE, Timings([], 0, ""))
+
+
+def first_calls(specs: Mapping[str, Spec], rounds: int) -> dict[str, Timings]:
+    """Time the first call of each peer, in a new process each time; the peers take turns."""
+    runs: dict[str, list[Timings]] = {name: [] for name in specs}
+    for _ in track(range(rounds), "measuring", transient=True):
+        for name, spec in specs.items():
+            with Peer(name, spec) as peer:
+                runs[name].append(Timings(peer.time_calls(1), peer.peak(), peer.device))
+    return {name: Timings.merge(of_peer) for name, of_peer in runs.items()}
+
+
+# In the peer's process
+
+_workload: Workload
+
+
+def _start(make: Callable[..., Workload], arguments: Sequence[Any], environment: Mapping[str, str]) -> str:
+    global _workload
+    os.environ.update(environment)  # before a framework is imported
+    _workload = make(*arguments)
+    return _workload.device
+
+
+def _time_calls(count: int) -> list[float]:
+    seconds = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        _workload.call()
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def _peak() -> int:
+    return _workload.peak()
