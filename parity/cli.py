@@ -56,10 +56,9 @@ def parse(
 def parse_known(cls: type[Options], args: Sequence[str] | None = None) -> Options:
     """Read only the options of `cls`, and ignore all others: for options that decide the defaults of the rest.
 
-    `--help` and `--version` are among the ignored ones; the call of `parse` that follows answers them, and warns of
-    deprecated spellings.
+    `--help` and `--version` are among the ignored ones; the call of `parse` that follows answers them.
     """
-    arguments = _current_spellings(cls, sys.argv[1:] if args is None else args, warn=False)
+    arguments = _current_spellings(cls, sys.argv[1:] if args is None else args)
     options, _ = tyro.cli(cls, args=arguments, return_unknown_args=True, add_help=False)
     return options
 
@@ -75,7 +74,7 @@ def versions() -> str:
     return ", ".join(parts)
 
 
-def _current_spellings(cls: type, arguments: Sequence[str], warn: bool = True) -> list[str]:
+def _current_spellings(cls: type, arguments: Sequence[str]) -> list[str]:
     """Replace deprecated options by their current names, and warn of each on standard error."""
     options = {f"--{field.name.replace('_', '-')}" for _, field, _ in _fields(cls)}
     current = []
@@ -83,8 +82,7 @@ def _current_spellings(cls: type, arguments: Sequence[str], warn: bool = True) -
         name, equals, value = argument.partition("=")
         old = name.replace("_", "-")
         if old in DEPRECATED and old not in options and DEPRECATED[old] in options:
-            if warn:
-                sys.stderr.write(f"warning: {old} is deprecated; use {DEPRECATED[old]}\n")
+            sys.stderr.write(f"warning: {old} is deprecated; use {DEPRECATED[old]}\n")
             argument = f"{DEPRECATED[old]}{equals}{value}"
         current.append(argument)
     return current
@@ -106,7 +104,7 @@ def _add_help(cls: type) -> None:
     tyro's own reader breaks lines wherever the source does, and shows the docstring of a nested class to the user.
     """
     for owner, field, _ in _fields(cls):
-        if field.metadata.get("help"):  # a text made from a table of names, or by an earlier call
+        if field.metadata.get("help"):
             continue
         texts = (
             parameter.description

@@ -48,7 +48,15 @@ def vocab_bpe():
 
 
 # Modules that take longest, in the order in which workers should start them.
-SLOWEST = ("test_processes", "test_full_shape", "test_training_parity", "test_generate", "test_generate_parity")
+SLOWEST = (
+    "test_processes",
+    "test_report",
+    "test_training_parity",
+    "test_resume",
+    "test_full_shape",
+    "test_generate",
+    "test_generate_parity",
+)
 # Modules whose tests have nothing in common that is worth keeping on one worker.
 INDEPENDENT = ("test_checkpoints", "test_doctor", "test_openai_checkpoint", "test_plan", "test_prepare", "test_scripts")
 

@@ -1,5 +1,7 @@
 """Same weights, options and seed: same tokens in both backends, and as the oracle chooses."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +44,7 @@ OPTIONS = [
 ]
 
 
+@functools.cache
 def models():
     pair = gpt_torch.GPTModel("tiny"), gpt_jax.GPTModel("tiny")
     for package, model in zip((gpt_torch, gpt_jax), pair, strict=True):
