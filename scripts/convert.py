@@ -69,11 +69,7 @@ def main() -> None:
 
 
 def write_manifest(folder: Path, format: str, config: GPTConfig, converted: dict[str, np.ndarray]) -> None:
-    axes = {}
-    for row in weights.rows(config):
-        stacked = row.per_layer and format == "flax"
-        for layer in range(config.n_layer if row.per_layer else 1):
-            axes[str(row.name(format)).format(layer)] = f"L {row.axes[format]}" if stacked else row.axes[format]
+    axes = {name: row.pattern(format) for row in weights.rows(config) for name in row.names(format, config)}
     entries = {
         name: {
             "shape": list(array.shape),

@@ -80,7 +80,7 @@ def test_refusals_are_one_line(source, tmp_path):
     huggingface.write(tmp_path / "untied", CONFIGS["notebook"], probing_weights(CONFIGS["notebook"], np.float32))
     for arguments, message in (
         ((source, tmp_path / "full"), "not an empty folder"),
-        ((tmp_path / "none", tmp_path / "out"), "no folder"),
+        ((tmp_path / "none", tmp_path / "out"), "not a folder"),
         ((tmp_path / "untied", tmp_path / "out", "--to", "openai"), "no place for lm_head"),
     ):
         result = convert(*arguments)

@@ -4,16 +4,19 @@ import dataclasses
 import json
 import re
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
-from support.models import TINY, probing_weights
+from support.models import BACKENDS, TINY, probing_weights
 
 import gpt_jax
 import gpt_torch
+from parity.comparison.protocol import Compute
+from parity.config import GPTConfig
 from parity.errors import InputError
 from parity.weights import huggingface
 
@@ -84,6 +87,8 @@ def test_sharded_index_is_not_trusted(tmp_path, folder):
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
         ({"model_type": "llama"}, "model_type"),
         ({"n_embd": 10**12}, "n_embd"),
+        ({"scale_attn_weights": False}, "scale_attn_weights is False"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ({"n_layer": 2}, "unknown h.2"),
         ({"n_positions": 23}, r"wpe.weight has shape \[24, 20\], expected \[23, 20\]"),
     ],
@@ -93,6 +98,37 @@ def test_configs_of_other_models(folder, change, message):
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(InputError, match=message):
         gpt_torch.load_pretrained(folder)
+
+
+def test_integers_and_names_stored_twice_are_refused(folder):
+    rewrite(folder, {**WEIGHTS, "wte.weight": WEIGHTS["wte.weight"].astype(np.int8)})
+    with pytest.raises(InputError, match=r"wte\.weight has dtype I8; weights must be one of F64, F32, F16, BF16"):
+        huggingface.read(folder)
+    rewrite(folder, {**WEIGHTS, "transformer.wte.weight": WEIGHTS["wte.weight"]})
+    with pytest.raises(InputError, match=r"wte\.weight is stored a second time"):
+        huggingface.read(folder)
+
+
+def test_configurations_that_config_json_cannot_hold_are_refused(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class LaterConfig(GPTConfig):
+        erf_gelu: bool = False
+
+    with pytest.raises(InputError, match=r"config\.json cannot hold erf_gelu=True"):
+        huggingface.write(tmp_path / "out", LaterConfig(**TINY.to_dict(), erf_gelu=True), {})
+    assert not (tmp_path / "out").exists()
+    huggingface.write(tmp_path / "out", LaterConfig(**TINY.to_dict()), WEIGHTS)
+
+
+def test_bfloat16_models_are_exported_and_saved_in_bfloat16(tmp_path):
+    weights = {name: w.astype(ml_dtypes.bfloat16) for name, w in WEIGHTS.items()}
+    for backend, package in (("torch", gpt_torch), ("jax", gpt_jax)):
+        model = BACKENDS[backend].build(TINY, weights, Compute("bfloat16"))
+        exported = package.export_weights(model)
+        assert all(w.dtype == ml_dtypes.bfloat16 and np.array_equal(w, weights[name]) for name, w in exported.items())
+        package.save_pretrained(model, tmp_path / backend)
+        assert_loads(tmp_path / backend, {name: w.astype(np.float32) for name, w in weights.items()})
+    assert (tmp_path / "torch" / "model.safetensors").stat().st_size < 3 * sum(w.size for w in WEIGHTS.values())
 
 
 def test_pickles_cut_and_missing_files(folder):
@@ -113,7 +149,7 @@ def test_pickles_cut_and_missing_files(folder):
     (folder / "config.json").unlink()
     with pytest.raises(InputError, match="cannot be read"):
         gpt_jax.load_pretrained(folder)
-    with pytest.raises(InputError, match="no folder"):
+    with pytest.raises(InputError, match="not a folder"):
         gpt_jax.load_pretrained(path)
 
 

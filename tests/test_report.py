@@ -302,7 +302,7 @@ def test_two_copies_of_weights(tmp_path):
         ),
         (("torch", "jax", "--positions", "25"), "--positions must be in 2..24"),
         (("torch", "jax", "--names", "blocks.7.*"), "no activation is called 'blocks.7.*'"),
-        (("torch:nothing", "jax"), "nothing is no folder"),
+        (("torch:nothing", "jax"), "nothing is not a folder"),
     ],
 )
 def test_bad_options_are_one_line(arguments, message, tmp_path):

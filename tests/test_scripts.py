@@ -63,7 +63,7 @@ def test_generate_reads_files_and_pipes_and_refuses_what_does_not_fit(finished_r
     for bad, message in (
         (("--run", folder, "--top-k", "999", "x"), "top_k must be in 1..257"),
         (("--run", folder, "--model", "124M", "x"), "either --run"),
-        (("--model", tmp_path / "none", "x"), "no folder"),
+        (("--model", tmp_path / "none", "x"), "not a folder"),
         (("--run", folder, "--checkpoint", "30", "x"), "no step 30; it has 20, 40, 60"),
         (("--run", folder, "--file", tmp_path / "none"), "none"),
         (("--run", folder, "--file", prompt, "x"), "not both"),
@@ -100,7 +100,7 @@ def test_compare_decoding_writes_its_report(finished_runs, tmp_path):
         (["--preset", "tiny", "--corpus", "nothing.txt"], "no file or folder"),
         (["--preset", "tiny", "--batch-size", "0"], "batch_size"),
         (["--preset", "124M"], "vocab.bpe"),
-        (["--preset", "tiny", "--init", "nothing"], "no folder"),
+        (["--preset", "tiny", "--init", "nothing"], "not a folder"),
         (["--preset", "tiny", "--eval-prompts", "nothing.txt"], "--eval-prompts nothing.txt cannot be read"),
         (["--preset", "tiny", "--n-ctx", "2"], "--sample-prompt: 'The ' has 4 tokens, the context is 2"),
     ],

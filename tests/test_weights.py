@@ -1,4 +1,6 @@
 import dataclasses
+import functools
+import weakref
 
 import jax
 import numpy as np
@@ -13,6 +15,7 @@ from gpt_jax.weights import parameters
 from parity import weights as table
 from parity.config import PRESETS, GPTConfig
 from parity.errors import InputError
+from parity.weights.lazy import LazyTensor
 
 PUBLISHED = {"124M": 124_439_808, "355M": 354_823_168, "774M": 774_030_080, "1558M": 1_557_611_200}
 
@@ -47,6 +50,30 @@ def test_round_trips_are_exact(source, target):
     back = dict(table.convert(across, target, "huggingface", TINY))
     assert back.keys() == original.keys()
     assert all(np.array_equal(back[name], original[name]) for name in original)
+
+
+@pytest.mark.parametrize("source", table.FORMATS)
+@pytest.mark.parametrize("target", table.FORMATS)
+def test_conversion_reads_each_tensor_once_and_holds_one(source, target):
+    arrays = dict(table.convert(probing_weights(TINY), "huggingface", source, TINY))
+    read, sizes = {}, []
+
+    def reader(name):
+        assert name not in read
+        assert not [n for n, array in read.items() if array() is not None]  # all others are released
+        array = arrays[name].copy()
+        read[name] = weakref.ref(array)
+        return array
+
+    lazy = {
+        name: LazyTensor(name, array.shape, array.dtype, functools.partial(reader, name))
+        for name, array in arrays.items()
+    }
+    for _, array in table.convert(lazy, source, target, TINY):
+        sizes.append(array.size)
+        del array
+    assert read.keys() == arrays.keys()
+    assert sizes[0] == max(sizes)
 
 
 def test_models_give_back_what_they_were_given(config):

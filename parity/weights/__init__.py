@@ -1,10 +1,11 @@
-"""Weights: THE table of parameters, and every file format it reads and writes."""
+"""Weights: the table of parameters, the converter between formats, and the readers and writers of files."""
 
 from parity.weights.table import (
     FORMATS,
     OUT_HEAD,
     QKV_BIAS,
     ROWS,
+    Format,
     Row,
     check,
     convert,
@@ -20,6 +21,7 @@ __all__ = [
     "OUT_HEAD",
     "QKV_BIAS",
     "ROWS",
+    "Format",
     "Row",
     "check",
     "convert",

@@ -1,10 +1,11 @@
-"""Hugging Face's folder, config.json and model.safetensors, in and out: our own checkpoints too.
+"""Hugging Face's folders with config.json and model.safetensors, which are also the form of our own checkpoints.
 
-Keys: transformers' GPT2Config. Two keys of ours stand beside them, qkv_bias and weights_format;
-transformers keeps what it does not know without acting on it.
+The keys of config.json are those of transformers' GPT2Config, and two of our own: qkv_bias and weights_format.
+transformers keeps keys that it does not know, and ignores them.
 """
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -17,17 +18,32 @@ from safetensors.numpy import save_file
 
 from parity.config import GPTConfig
 from parity.errors import InputError
-from parity.weights import FORMATS
+from parity.weights.lazy import LazyTensor
+from parity.weights.table import FORMATS
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _PREFIX = "transformer."
 _FORMAT = "weights_format"
 _BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
-_REQUIRED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "model_type": "gpt2"}
+# Keys that change the function that a model computes, and their value in GPT-2.
+_REQUIRED = {
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "model_type": "gpt2",
+    "scale_attn_by_inverse_layer_idx": False,
+    "scale_attn_weights": True,
+}
+# The dtype that each dtype of safetensors is read as.
+_DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype("f8"),
+    "F32": np.dtype("f4"),
+    "F16": np.dtype("f4"),
+    "BF16": np.dtype("f4"),
+}
 
 
 def config_to_dict(config: GPTConfig) -> dict[str, Any]:
-    """config.json of transformers' GPT2LMHeadModel for this configuration."""
+    """The entries of config.json of transformers' GPT2LMHeadModel for a configuration."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         **_REQUIRED,
@@ -45,10 +61,20 @@ def config_to_dict(config: GPTConfig) -> dict[str, Any]:
 
 
 def config_from_dict(entries: Mapping[str, Any], origin: str) -> GPTConfig:
-    """The configuration that a config.json describes; raises InputError for another architecture."""
+    """The configuration that the entries of a config.json describe.
+
+    Of transformers' three dropout rates, that of the residual branches is used for all.
+
+    Args:
+        entries: The entries of config.json.
+        origin: Path of the file, for messages.
+
+    Raises:
+        InputError: If an entry is missing, out of range, or describes another architecture.
+    """
     for key, value in _REQUIRED.items():
         if entries.get(key, value) != value:
-            raise InputError(f"{origin}: {key} is {entries[key]!r}; GPT-2 has {value!r}")
+            raise InputError(f"{origin}: {key} is {entries[key]!r}, which is not supported; GPT-2 has {value!r}")
     try:
         return GPTConfig(
             n_vocab=entries["vocab_size"],
@@ -65,10 +91,26 @@ def config_from_dict(entries: Mapping[str, Any], origin: str) -> GPTConfig:
 
 
 def write(folder: Path, config: GPTConfig, arrays: Mapping[str, np.ndarray], format: str = "huggingface") -> None:
-    """Write config.json and model.safetensors; `arrays` are in a format of parity/weights.py.
+    """Write config.json and model.safetensors.
 
-    transformers opens the huggingface format; torch's and flax's carry the names of our models.
+    Args:
+        folder: The folder, which is made if it does not exist.
+        config: Configuration of the model.
+        arrays: The weights, in `format`.
+        format: The format of the names: "huggingface", which transformers opens, or "torch" or "flax", the names
+            of our own models.
+
+    Raises:
+        InputError: If config.json cannot hold the configuration; the message names what it would lose.
     """
+    restored = config_from_dict(config_to_dict(config), str(folder / CONFIG_FILE))
+    lost = [
+        f"{field.name}={getattr(config, field.name)!r}"
+        for field in dataclasses.fields(config)
+        if getattr(restored, field.name, field.default) != getattr(config, field.name)
+    ]
+    if lost:
+        raise InputError(f"{folder}: config.json cannot hold {', '.join(lost)}")
     folder.mkdir(parents=True, exist_ok=True)
     prefix = _PREFIX if format == "huggingface" else ""
     named = {n if n == "lm_head.weight" else prefix + n: a for n, a in arrays.items()}
@@ -78,47 +120,28 @@ def write(folder: Path, config: GPTConfig, arrays: Mapping[str, np.ndarray], for
 
 
 def save_tensors(file: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write a safetensors file; raises OSError where the disk does not take it."""
+    """Write a safetensors file; raises OSError if the disk refuses it."""
     try:
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, file, metadata)
     except SafetensorError as error:
         raise OSError(f"{file}: {error}") from error
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """A tensor that is still in its file; np.asarray(...) reads it, 16-bit floats as float32."""
+def read(path: str | Path) -> tuple[GPTConfig, dict[str, LazyTensor], str]:
+    """Read a folder with config.json and model.safetensors, in one file or several shards.
 
-    name: str
-    path: Path
-    shape: tuple[int, ...]
-    kind: str
-    """safetensors' dtype: F32, F16, BF16, ..."""
+    Names may have the prefix `transformer.`. The mask buffers attn.bias and attn.masked_bias, which are not
+    parameters, are skipped, and so is a tied head that is stored a second time.
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        if self.kind == "BF16":  # NumPy has none: the upper half of a float32
-            array = (self._raw(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        else:
-            with safe_open(self.path, "numpy") as file:
-                array = file.get_tensor(self.name)
-        if array.dtype == np.float16:
-            array = array.astype(np.float32)
-        return array.astype(dtype or array.dtype, copy=False)
+    Args:
+        path: The folder.
 
-    def _raw(self, dtype: Any) -> np.ndarray:
-        with self.path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            begin, end = json.loads(file.read(length))[self.name]["data_offsets"]
-            file.seek(8 + length + begin)
-            return np.frombuffer(file.read(end - begin), dtype).reshape(self.shape)
+    Returns:
+        The configuration, the weights by name, and the name of their format. A tensor is read when it is used;
+        16-bit floats become float32.
 
-
-def read(path: str | Path) -> tuple[GPTConfig, dict[str, StoredTensor], str]:
-    """(configuration, weights, their format) of a folder, one file or sharded.
-
-    Names may carry the `transformer.` prefix or not; the mask buffers attn.bias and attn.masked_bias, which
-    are no parameters, are left out by name. Tensors are read when they are used. Raises InputError that
-    names the file.
+    Raises:
+        InputError: If a file is missing, damaged or does not describe a GPT-2; the message names it.
     """
     folder = Path(path)
     config_path = folder / CONFIG_FILE
@@ -127,25 +150,22 @@ def read(path: str | Path) -> tuple[GPTConfig, dict[str, StoredTensor], str]:
     format = entries.get(_FORMAT, "huggingface")
     if format not in FORMATS:
         raise InputError(f"{config_path}: {_FORMAT} is {format!r}, not one of {', '.join(FORMATS)}")
-    stored: dict[str, StoredTensor] = {}
+    tensors: dict[str, LazyTensor] = {}
     for file in _weight_files(folder):
-        for tensor in _tensors(file):
-            name = tensor.name.removeprefix(_PREFIX)
-            if _BUFFER.fullmatch(name):
-                continue
-            if name in stored:
-                raise InputError(f"{tensor.path}: {name} is there twice, also in {stored[name].path.name}")
-            stored[name] = tensor
-    head, embedding = stored.get("lm_head.weight"), stored.get("wte.weight")
+        for name, tensor in _tensors(file).items():
+            if name in tensors:
+                raise InputError(f"{file}: {name} is stored a second time; save the model again")
+            tensors[name] = tensor
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("wte.weight")
     if config.tied_head and head is not None and embedding is not None and head.shape == embedding.shape:
         if not np.array_equal(np.asarray(head), np.asarray(embedding)):
-            raise InputError(f"{head.path}: lm_head differs from wte, but {config_path} says that they are tied")
-        del stored["lm_head.weight"]  # a tied head stored twice
-    return config, stored, format
+            raise InputError(f"{folder}: lm_head differs from wte, but {CONFIG_FILE} says that they are tied")
+        del tensors["lm_head.weight"]
+    return config, tensors, format
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the shards that its index names; a shard is a file of this folder."""
+    """model.safetensors, or the shards that its index names, which must be files of the same folder."""
     single, index = folder / WEIGHTS_FILE, folder / f"{WEIGHTS_FILE}.index.json"
     if single.is_file():
         return [single]
@@ -163,13 +183,32 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / shard for shard in shards]
 
 
-def _tensors(path: Path) -> list[StoredTensor]:
+def _tensors(path: Path) -> dict[str, LazyTensor]:
+    """{name without prefix: tensor} of the parameters in a safetensors file."""
+    tensors: dict[str, LazyTensor] = {}
     try:
         with safe_open(path, "numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return [StoredTensor(n, path, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()]
+            for stored_name in file.keys():  # noqa: SIM118
+                name = stored_name.removeprefix(_PREFIX)
+                if _BUFFER.fullmatch(name):
+                    continue
+                entry = file.get_slice(stored_name)
+                dtype = _DTYPES.get(entry.get_dtype())
+                if dtype is None:
+                    known = ", ".join(_DTYPES)
+                    raise InputError(f"{path}: {name} has dtype {entry.get_dtype()}; weights must be one of {known}")
+                if name in tensors:
+                    raise InputError(f"{path}: {name} is stored a second time; save the model again")
+                read = functools.partial(_read_tensor, path, stored_name)
+                tensors[name] = LazyTensor(name, tuple(entry.get_shape()), dtype, read)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read as safetensors ({error}); fetch or save it again") from None
+        raise InputError(f"{path} cannot be read as safetensors ({error}); download or save it again") from None
+    return tensors
+
+
+def _read_tensor(path: Path, name: str) -> np.ndarray:
+    with safe_open(path, "numpy") as file:
+        return file.get_tensor(name)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

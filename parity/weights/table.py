@@ -1,14 +1,12 @@
-"""THE table of parameters: names, axes and orientation in every format, and the one converter.
+"""The table of all parameters: their names, axes and orientation in every format, and the one converter.
 
-Formats:
+    openai       OpenAI's TensorFlow checkpoint: variables start with `model/`, matrices are [1, in, out].
+    huggingface  transformers' GPT2LMHeadModel without the prefix `transformer.`: matrices are [in, out].
+    torch        The state dict of gpt_torch.GPTModel: matrices are [out, in], as nn.Linear keeps them.
+    flax         The parameter paths of gpt_jax.GPTModel: heads are axes of their own, and layers are stacked.
 
-    openai       OpenAI's TF checkpoint; matrices are [1, in, out], variables start with `model/`
-    huggingface  transformers' GPT2LMHeadModel without its `transformer.` prefix; [in, out]
-    torch        state_dict of gpt_torch.GPTModel; nn.Linear keeps [out, in]
-    flax         parameter paths of gpt_jax.GPTModel; axes unmerged, the L layers stacked in front
-
-Axes are written as einops patterns over the letters of parity.config. So the orientation of every
-tensor is stated, never guessed: a square matrix converts as surely as any other.
+Axes are einops patterns over the letters of parity.config. The table states the orientation of every tensor, so
+that a square matrix converts as safely as any other.
 """
 
 import dataclasses
@@ -25,39 +23,78 @@ from einops import rearrange
 from parity.config import GPTConfig
 from parity.errors import InputError
 
-FORMATS = ("openai", "huggingface", "torch", "flax")
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How a format lays out the tensors of a model."""
+
+    name: str
+    stacked: bool = False
+    """Whether the tensors of all layers are stacked in one, with the layer axis L in front."""
+
+
+FORMATS = {format.name: format for format in (
+    Format("openai"), Format("huggingface"), Format("torch"), Format("flax", stacked=True),
+)}  # fmt: skip
+"""All formats by name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One parameter. In names, `{}` is the layer; `None` says that the format cannot hold it."""
+    """One parameter of the model, or the same parameter of every layer.
+
+    The fields openai, huggingface, torch and flax are its names; `{}` stands for the number of the layer, and
+    None means that the format cannot hold the parameter.
+    """
 
     openai: str | None
     huggingface: str
     torch: str
     flax: str
     axes: Mapping[str, str]
-    """{format: einops pattern}, of one layer."""
+    """{format: einops pattern of one layer's tensor}."""
     init: str
-    """normal, residual (normal, scaled down by depth), position, zeros or ones."""
+    """Initial value: normal, residual (normal, scaled down by depth), position, zeros or ones."""
 
     def name(self, format: str) -> str | None:
+        """The name in a format, with `{}` for the layer."""
         return getattr(self, format)
+
+    def names(self, format: str, config: GPTConfig) -> list[str]:
+        """The names of all tensors of this row in a format.
+
+        Raises InputError if the format cannot hold the parameter: OpenAI's has no untied head.
+        """
+        name = self.name(format)
+        if name is None:
+            raise InputError(f"the {format} format has no place for {self.huggingface}; use tied_head=True")
+        if self.stacked(format) or not self.per_layer:
+            return [name]
+        return [name.format(layer) for layer in range(config.n_layer)]
+
+    def pattern(self, format: str) -> str:
+        """The einops pattern of a tensor as the format stores it: with L in front if layers are stacked."""
+        return f"L {self.axes[format]}" if self.stacked(format) else self.axes[format]
+
+    def stacked(self, format: str) -> bool:
+        """Whether one tensor of the format holds this parameter of all layers."""
+        return self.per_layer and FORMATS[format].stacked
 
     @property
     def per_layer(self) -> bool:
+        """Whether every layer has this parameter."""
         return "{}" in self.huggingface
 
     @property
     def decayed(self) -> bool:
-        """Whether AdamW decays it: matrices and embeddings, not biases and LayerNorm."""
+        """Whether AdamW decays it: matrices and embeddings are decayed, biases and LayerNorm are not."""
         return self.init in ("normal", "residual", "position")
 
 
 def _row(openai: str | None, huggingface: str, torch: str, flax: str, axes: str, init: str) -> Row:
-    """`axes`: of openai, huggingface, torch and flax, separated by `|`; one alone holds for all."""
-    each = [part.strip() for part in axes.split("|")]
-    by_format = dict(zip(FORMATS, each if len(each) == 4 else each * 4, strict=True))
+    """`axes` holds the patterns in the order of FORMATS, separated by `|`; a single one is that of all formats."""
+    patterns = [pattern.strip() for pattern in axes.split("|")]
+    by_format = dict.fromkeys(FORMATS, axes) if len(patterns) == 1 else dict(zip(FORMATS, patterns, strict=True))
     return Row(openai, huggingface, torch, flax, by_format, init)
 
 
@@ -98,50 +135,49 @@ OUT_HEAD = "lm_head.weight"
 
 
 def rows(config: GPTConfig) -> list[Row]:
-    """The rows that a model of this configuration has."""
+    """The rows of the table that a model of this configuration has."""
     absent = ({OUT_HEAD} if config.tied_head else set()) | (set() if config.qkv_bias else {QKV_BIAS})
     return [row for row in ROWS if row.huggingface not in absent]
 
 
-def _shape(axes: str, config: GPTConfig) -> tuple[int, ...]:
+def _shape(pattern: str, config: GPTConfig) -> tuple[int, ...]:
     sizes = {**config.axes, "1": 1}
-    groups = re.findall(r"\(([^)]*)\)|(\S+)", axes)
+    groups = re.findall(r"\(([^)]*)\)|(\S+)", pattern)
     return tuple(math.prod(sizes[letter] for letter in (merged or single).split()) for merged, single in groups)
 
 
 def shapes(config: GPTConfig, format: str) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of every parameter of a model in one format, in the table's order.
+    """{name: shape} of every tensor of a model in one format, in the table's order.
 
-    Raises InputError where the format cannot hold the model: OpenAI's has no untied head.
+    Raises InputError if the format cannot hold the model: OpenAI's has no untied head.
     """
-    found: dict[str, tuple[int, ...]] = {}
-    for row in rows(config):
-        name, shape = row.name(format), _shape(row.axes[format], config)
-        if name is None:
-            raise InputError(f"the {format} format has no place for {row.huggingface}; use tied_head=True")
-        if row.per_layer and format == "flax":
-            found[name] = (config.n_layer, *shape)
-        elif row.per_layer:
-            found |= {name.format(layer): shape for layer in range(config.n_layer)}
-        else:
-            found[name] = shape
-    return found
+    return {name: _shape(row.pattern(format), config) for row in rows(config) for name in row.names(format, config)}
 
 
 def n_params(config: GPTConfig) -> int:
-    """Number of parameters, a tied head counted once."""
+    """Number of parameters; a tied head is counted once."""
     return sum(math.prod(shape) for shape in shapes(config, "huggingface").values())
 
 
-def check(found: Mapping[str, tuple[int, ...]], config: GPTConfig, format: str, origin: str) -> None:
-    """Raise one InputError that lists every missing, unknown and wrongly shaped name."""
+def check(shapes_by_name: Mapping[str, tuple[int, ...]], config: GPTConfig, format: str, origin: str) -> None:
+    """Check that tensors are exactly those of a model.
+
+    Args:
+        shapes_by_name: {name: shape} of the tensors.
+        config: Configuration of the model.
+        format: The format that the names are in.
+        origin: Where the tensors come from, for the message.
+
+    Raises:
+        InputError: Once, with all names that are missing, unknown or of a wrong shape.
+    """
     expected = shapes(config, format)
-    problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in found]
-    problems += [f"unknown {name} {list(shape)}" for name, shape in found.items() if name not in expected]
+    problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in shapes_by_name]
+    problems += [f"unknown {name} {list(shape)}" for name, shape in shapes_by_name.items() if name not in expected]
     problems += [
-        f"{name} has shape {list(found[name])}, expected {list(shape)}"
+        f"{name} has shape {list(shapes_by_name[name])}, expected {list(shape)}"
         for name, shape in expected.items()
-        if name in found and tuple(found[name]) != shape
+        if name in shapes_by_name and tuple(shapes_by_name[name]) != shape
     ]
     if problems:
         raise InputError(
@@ -158,68 +194,102 @@ def convert(
     dtype: Any = None,
     origin: str = "weights",
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (name, array) in the target format, checking names and shapes of the source first.
+    """Convert the weights of a model from one format to another.
 
-    `weights` may load its values on access: each is taken once, and the largest tensors come first,
-    so that a model's memory is never needed twice. Arrays may be views of the source's.
-    `dtype=None` keeps each tensor's own. Raises InputError (see `check`).
+    The largest tensors come first and each tensor is read once, so that a caller that drops each array after use
+    never holds the model twice.
+
+    Args:
+        weights: {name: array}; values may be lazy (anything that np.asarray reads).
+        from_format: The format of `weights`, one of FORMATS.
+        to_format: The format of the result.
+        config: Configuration of the model.
+        dtype: Dtype of the result; None keeps the dtype of each tensor.
+        origin: Where the weights come from, for messages.
+
+    Yields:
+        (name, array) of each tensor; arrays may be views of the given ones.
+
+    Raises:
+        InputError: If names or shapes do not fit the model (see `check`), or `to_format` cannot hold it.
     """
     check({name: tuple(array.shape) for name, array in weights.items()}, config, from_format, origin)
-    shapes(config, to_format)  # that the target can hold it
-    by_size = sorted(rows(config), key=lambda row: -math.prod(_shape(row.axes[to_format], config)))
-    for row in by_size:
-        pattern = f"{row.axes[from_format]} -> {row.axes[to_format]}"
-        source_name, target_name = row.name(from_format), row.name(to_format)
-        assert source_name is not None
-        assert target_name is not None
-
-        def one(array: Any, pattern: str = pattern) -> np.ndarray:
-            sizes = {letter: size for letter, size in config.axes.items() if letter in pattern}
-            moved = rearrange(np.asarray(array), pattern, **sizes)
-            return moved if dtype is None else moved.astype(dtype, copy=False)
-
-        if not row.per_layer:
-            yield target_name, one(weights[source_name])
-        elif from_format == to_format == "flax":
-            yield target_name, np.asarray(weights[source_name], dtype)
-        elif to_format == "flax":
-            first = one(weights[source_name.format(0)])
-            stacked = np.empty((config.n_layer, *first.shape), first.dtype)
-            stacked[0] = first
-            for layer in range(1, config.n_layer):
-                stacked[layer] = one(weights[source_name.format(layer)])
-            yield target_name, stacked
-            del stacked, first
+    sizes = {name: math.prod(shape) for name, shape in shapes(config, to_format).items()}
+    for row in sorted(rows(config), key=lambda row: -sizes[row.names(to_format, config)[0]]):
+        names = row.names(to_format, config)
+        arrays = _arrays(row, weights, from_format, to_format, config, dtype)
+        if row.stacked(to_format) and not row.stacked(from_format):
+            yield names[0], _stack(arrays, config.n_layer)
         else:
-            stack = np.asarray(weights[source_name]) if from_format == "flax" else None
+            for name in names:
+                yield name, next(arrays)
+
+
+def _arrays(
+    row: Row, weights: Mapping[str, Any], from_format: str, to_format: str, config: GPTConfig, dtype: Any
+) -> Iterator[np.ndarray]:
+    """Yield a row's tensors in the target's axes: one per layer, or the whole stack if both formats stack.
+
+    No array is held here while the next one is read.
+    """
+    both_stacked = row.stacked(from_format) and row.stacked(to_format)
+    pattern = " -> ".join(row.pattern(f) if both_stacked else row.axes[f] for f in (from_format, to_format))
+    sizes = {letter: size for letter, size in config.axes.items() if letter in pattern}
+
+    def convert_array(array: Any) -> np.ndarray:
+        converted = rearrange(np.asarray(array), pattern, **sizes)
+        return converted if dtype is None else converted.astype(dtype, copy=False)
+
+    for name in row.names(from_format, config):
+        if row.stacked(from_format) and not both_stacked:
+            stack = np.asarray(weights[name])
             for layer in range(config.n_layer):
-                array = weights[source_name.format(layer)] if stack is None else stack[layer]
-                yield target_name.format(layer), one(array)
+                yield convert_array(stack[layer])
+        else:
+            yield convert_array(weights[name])
+
+
+def _stack(arrays: Iterator[np.ndarray], n_layer: int) -> np.ndarray:
+    """Stack the arrays of all layers, holding one of them at a time."""
+    first = next(arrays)
+    stacked = np.empty((n_layer, *first.shape), first.dtype)
+    stacked[0] = first
+    del first
+    for layer in range(1, n_layer):
+        stacked[layer] = next(arrays)
+    return stacked
 
 
 def warn_if_not_finite(name: str, array: np.ndarray, origin: str) -> None:
-    """Warn, naming it, of a tensor with NaN or infinity."""
+    """Warn of a tensor that has NaN or infinite values, and name it."""
     if not np.isfinite(array.sum(dtype=np.float64)):
         count = array.size - int(np.isfinite(array).sum())
-        warnings.warn(f"{origin}: {name} has {count} values that are not finite", stacklevel=3)
+        if count:
+            warnings.warn(f"{origin}: {name} has {count} values that are not finite", stacklevel=3)
 
 
 def initial_weights(
     config: GPTConfig, seed: int, dtype: Any = np.float32, scheme: Literal["gpt2", "torch"] = "gpt2"
 ) -> dict[str, np.ndarray]:
-    """Initial weights in the huggingface format: the same for both backends.
+    """Draw initial weights in the huggingface format, the same ones for both backends.
 
-    gpt2: as in openai/gpt-2 src/model.py, normal with 0.02, 0.01 for wpe; LayerNorm 1 and 0; biases 0.
-    Radford et al. 2019, section 2.3: projections onto the residual stream scaled by 1/sqrt(2 L).
-    torch: what the layers of torch.nn draw by default, and so the notebook's own model: embeddings normal
-    with 1, matrices and biases uniform up to 1/sqrt(fan_in).
-    Each tensor's numbers depend on the seed and its own name only.
+    The numbers of each tensor depend only on the seed and on its name.
+
+    Args:
+        config: Configuration of the model.
+        seed: Seed of the random generator.
+        dtype: Dtype of the result; numbers are drawn in float32.
+        scheme: "gpt2", as in openai/gpt-2 src/model.py: normal with standard deviation 0.02, and 0.01 for
+            position embeddings; biases 0, LayerNorm scale 1 and shift 0; projections onto the residual stream
+            are scaled by 1/sqrt(2 L) (Radford et al. 2019, section 2.3). "torch", the defaults of torch.nn and
+            so of the notebook's model: embeddings normal with standard deviation 1, matrices and biases uniform
+            in +-1/sqrt(fan_in).
     """
     scale = {"normal": 0.02, "position": 0.01, "residual": 0.02 / math.sqrt(2 * config.n_layer)}
     sizes = shapes(config, "huggingface")
     weights = {}
     for row in rows(config):
-        for name in (row.huggingface.format(layer) for layer in range(config.n_layer if row.per_layer else 1)):
+        for name in row.names("huggingface", config):
             shape = sizes[name]
             generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(name.encode())])))
             if "ln_" in name or (scheme == "gpt2" and row.init == "zeros"):

@@ -1,0 +1,202 @@
+"""TensorFlow's tensor bundles, read and written with NumPy alone.
+
+A bundle is `PREFIX.index`, a LevelDB table from tensor names to protocol buffers (dtype, shape, shard, offset,
+size, crc32c), and `PREFIX.data-*`, the tensors' little-endian bytes. Sources: TensorFlow's
+core/protobuf/tensor_bundle.proto and core/util/tensor_bundle.
+
+No file is trusted: every length is checked before it is used, every block and tensor is checked against its
+checksum, and the names of the shards are made here and never taken from a file.
+"""
+
+import dataclasses
+import functools
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from parity.errors import InputError
+from parity.weights.lazy import LazyTensor
+from parity.weights.leveldb import DamageError, encode_varint, masked_crc, read_table, read_varint, write_table
+
+_MAX_INDEX_BYTES = 64 * 2**20  # the index of the 1558M model has 21 kB
+# TensorFlow's types.proto. GPT-2 is float32; a bundle may also hold the others.
+_DTYPES: dict[int, np.dtype] = {
+    1: np.dtype("<f4"),
+    2: np.dtype("<f8"),
+    3: np.dtype("<i4"),
+    9: np.dtype("<i8"),
+    19: np.dtype("<f2"),
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where a tensor is stored, according to the index."""
+
+    name: str
+    path: Path
+    offset: int
+    """In bytes."""
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    crc: int
+    """Masked crc32c of the tensor's bytes."""
+
+
+def read_bundle(prefix: Path) -> dict[str, LazyTensor]:
+    """{name: tensor} of a bundle; a tensor is read, and its checksum checked, when it is used.
+
+    Raises InputError that names the file.
+    """
+    return {
+        name: LazyTensor(name, entry.shape, entry.dtype, functools.partial(_read_tensor, entry))
+        for name, entry in read_index(prefix).items()
+    }
+
+
+def _read_tensor(entry: Entry) -> np.ndarray:
+    with entry.path.open("rb") as file:
+        file.seek(entry.offset)
+        content = file.read(math.prod(entry.shape) * entry.dtype.itemsize)
+    if masked_crc(content) != entry.crc:
+        raise InputError(f"{entry.path}: {entry.name} is damaged (its crc32c differs); download the file again")
+    return np.frombuffer(content, entry.dtype).reshape(entry.shape)
+
+
+def read_index(prefix: Path) -> dict[str, Entry]:
+    """{name: entry} of `prefix`.index, checked against the sizes of the shards; raises InputError."""
+    index = prefix.with_name(prefix.name + ".index")
+    try:
+        size = index.stat().st_size
+        if size > _MAX_INDEX_BYTES:
+            raise DamageError(f"{size} bytes are too many for an index")
+        return _parse_index(list(read_table(index.read_bytes())), prefix)
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read ({error.strerror})") from None
+    except DamageError as error:
+        raise InputError(f"{index} is not an intact tensor bundle: {error}; download the checkpoint again") from None
+
+
+def write_bundle(prefix: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write {name: array} as one shard and its index.
+
+    Raises InputError for a dtype that a bundle cannot hold.
+    """
+    entries = [(b"", _varint_field(1, 1) + _message_field(3, _varint_field(1, 1)))]  # header: one shard, version 1
+    offset = 0
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    with prefix.with_name(f"{prefix.name}.data-00000-of-00001").open("wb") as data:
+        for name in sorted(arrays, key=str.encode):
+            array = np.asarray(arrays[name])
+            little = array.dtype.newbyteorder("<")
+            if little not in _CODES:
+                raise InputError(f"{name}: a tensor bundle holds {[str(d) for d in _CODES]}, not {array.dtype}")
+            content = array.astype(little, copy=False).tobytes()
+            data.write(content)
+            dims = b"".join(_message_field(2, _varint_field(1, dim)) for dim in array.shape)
+            entry = _varint_field(1, _CODES[little]) + _message_field(2, dims)
+            entry += (_varint_field(4, offset) if offset else b"") + _varint_field(5, len(content))
+            entry += bytes([6 << 3 | 5]) + struct.pack("<I", masked_crc(content))
+            entries.append((name.encode(), entry))
+            offset += len(content)
+    prefix.with_name(f"{prefix.name}.index").write_bytes(write_table(entries))
+
+
+def _parse_index(table: list[tuple[bytes, bytes]], prefix: Path) -> dict[str, Entry]:
+    if not table or table[0][0] != b"":
+        raise DamageError("it has no header")
+    header = _message(table[0][1])
+    shards = _integer(header, 1)
+    if _integer(header, 2):
+        raise DamageError("it is big-endian")
+    if not 1 <= shards <= 99_999:
+        raise DamageError(f"it claims {shards} shards")
+    sizes: dict[Path, int] = {}
+    entries: dict[str, Entry] = {}
+    for key, value in table[1:]:
+        try:
+            name = key.decode()
+        except UnicodeDecodeError:
+            raise DamageError(f"the name {key!r} is not UTF-8") from None
+        fields = _message(value)
+        if 7 in fields:
+            raise DamageError(f"{name} is partitioned, which GPT-2's variables are not")
+        dtype = _DTYPES.get(_integer(fields, 1))
+        if dtype is None:
+            raise DamageError(f"{name} has TensorFlow's dtype number {_integer(fields, 1)}, which is not supported")
+        shape = _shape(name, fields)
+        shard, offset, size = (_integer(fields, number) for number in (3, 4, 5))
+        if shard >= shards:
+            raise DamageError(f"{name} is in shard {shard} of {shards}")
+        path = prefix.with_name(f"{prefix.name}.data-{shard:05d}-of-{shards:05d}")
+        if path not in sizes:
+            sizes[path] = path.stat().st_size
+        if size != math.prod(shape) * dtype.itemsize:
+            raise DamageError(f"{name} of shape {list(shape)} has {size} bytes")
+        if offset + size > sizes[path]:
+            raise DamageError(f"{name} ends at byte {offset + size}, but {path.name} has {sizes[path]}")
+        [crc] = fields.get(6, [None])[-1:]
+        if not isinstance(crc, bytes) or len(crc) != 4:
+            raise DamageError(f"{name} has no crc32c")
+        entries[name] = Entry(name, path, offset, shape, dtype, struct.unpack("<I", crc)[0])
+    return entries
+
+
+def _shape(name: str, fields: dict[int, list[int | bytes]]) -> tuple[int, ...]:
+    """Dimensions of the TensorShapeProto in field 2."""
+    [encoded] = fields.get(2, [b""])[-1:]
+    if not isinstance(encoded, bytes):
+        raise DamageError(f"{name} has no shape")
+    dims = []
+    for part in _message(encoded).get(2, []):
+        if not isinstance(part, bytes):
+            raise DamageError(f"{name} has no shape")
+        dims.append(_integer(_message(part), 1))
+    if len(dims) > 8 or any(dim >= 2**40 for dim in dims):
+        raise DamageError(f"{name} has the absurd shape {dims}")
+    return tuple(dims)
+
+
+# Protocol buffers
+
+
+def _message(data: bytes) -> dict[int, list[int | bytes]]:
+    """Decode a protocol buffer -> {field number: values}; values are integers, or bytes if not varints."""
+    fields: dict[int, list[int | bytes]] = {}
+    place = 0
+    while place < len(data):
+        tag, place = read_varint(data, place)
+        value: int | bytes
+        if tag & 7 == 0:
+            value, place = read_varint(data, place)
+        elif tag & 7 in (1, 2, 5):
+            if tag & 7 == 2:
+                length, place = read_varint(data, place)
+            else:
+                length = 8 if tag & 7 == 1 else 4
+            if place + length > len(data):
+                raise DamageError("a field is longer than its message")
+            value, place = data[place : place + length], place + length
+        else:
+            raise DamageError(f"a field has wire type {tag & 7}")
+        fields.setdefault(tag >> 3, []).append(value)
+    return fields
+
+
+def _integer(fields: dict[int, list[int | bytes]], number: int) -> int:
+    [value] = fields.get(number, [0])[-1:]
+    if not isinstance(value, int):
+        raise DamageError(f"field {number} is not an integer")
+    return value
+
+
+def _varint_field(number: int, value: int) -> bytes:
+    return bytes([number << 3]) + encode_varint(value)
+
+
+def _message_field(number: int, content: bytes) -> bytes:
+    return bytes([number << 3 | 2]) + encode_varint(len(content)) + content
