@@ -1,12 +1,14 @@
-"""The arrows: parity <- backends; importing one framework's package never loads the other's."""
+"""The dependency rule: parity <- backends <- scripts, the layers inside each package, and what an import loads."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import parity
 
+ROOT = Path(__file__).parents[1]
 FORBIDDEN = {
     "parity": ["torch", "jax", "flax", "tensorflow"],
     "gpt_torch": ["jax", "flax", "tensorflow", "gpt_jax"],
@@ -14,8 +16,17 @@ FORBIDDEN = {
 }
 
 
+def test_import_contracts():
+    """The contracts in pyproject.toml; they see every import in the source, also those inside functions."""
+    program = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " 0 broken." in result.stdout
+
+
 @pytest.mark.parametrize("package", FORBIDDEN)
 def test_imports(package):
+    """What is loaded at run time, which includes what third parties load."""
     program = (
         "import importlib, pkgutil, sys\n"
         f"package = importlib.import_module({package!r})\n"

@@ -25,7 +25,7 @@ COMMON = {
     "stream",
 }
 NAMES = {
-    parity: {"PRESETS", "GPTConfig", "InputError", "as_config"},
+    parity: {"PRESETS", "GPTConfig", "InputError", "as_config", "load_tokenizer"},
     gpt_torch: COMMON,
     gpt_jax: COMMON | {"for_decoding"},
 }
