@@ -1,13 +1,14 @@
 """GPT-2 in Flax NNX, compiled by XLA."""
 
 from gpt_jax.activations import run_with_cache, run_with_patches
-from gpt_jax.decoding import for_decoding
+from gpt_jax.decoding import DecodingModel, for_decoding
 from gpt_jax.generate import generate, generate_text_simple, stream
 from gpt_jax.model import GPTModel, cast
 from gpt_jax.pretrained import load_pretrained, load_weights_into_gpt, save_pretrained
 from gpt_jax.weights import export_weights, load_weights
 
 __all__ = [
+    "DecodingModel",
     "GPTModel",
     "cast",
     "export_weights",

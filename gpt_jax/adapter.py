@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax.activations import run_with_cache
-from gpt_jax.decoding import for_decoding
+from gpt_jax.decoding import DecodingModel, for_decoding
 from gpt_jax.devices import choose_device
 from gpt_jax.generate import generate as generate_rows
 from gpt_jax.loss import calc_loss
@@ -64,7 +64,7 @@ def cached_logits(
     with computing(compute):
         model, ids = for_decoding(build(config, weights, compute)), jnp.asarray(tokens)
         cache, pad_lengths = model.new_cache(*ids.shape), jnp.zeros(len(ids), jnp.int32)
-        decode = jax.jit(GPTModel.decode)
+        decode = jax.jit(DecodingModel.decode)
         row, cache = decode(model, ids[:, : start + 1], cache, 0, pad_lengths)  # [B, V]
         rows = [row]
         for slot in range(start + 1, ids.shape[1]):

@@ -1,21 +1,94 @@
-"""A model's weights laid out for decoding, where a product has one row a prompt and reads every weight.
+"""A GPT-2 whose weights are arranged for decoding, where each matrix product has one row per prompt.
 
-The layers lie apart, so that the loop slices no stack. On a CPU each matrix is also stored by output,
-in as many groups as there are cores, and comes first in its product: XLA then reads it on all cores at
-nearly the speed of memory, for one row or for eight. docs/results/performance.md has the measurements.
+Such products are limited by the memory traffic of reading every weight. The layers are unstacked, so that the
+decoding loop never slices a stacked array. On a CPU each matrix is also stored transposed, [out, in], split into as
+many groups of outputs as there are cores, and is the left operand of its product: XLA then reads it on all cores at
+nearly the bandwidth of the memory, for one row as for eight. docs/results/performance.md has the measurements.
 """
 
 import functools
 import math
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from gpt_jax.model import GPTModel
+from gpt_jax.model import GPTModel, LayerCache, head_logits
+from parity.errors import InputError
+
+Cache = list[LayerCache]
+"""One entry per layer."""
+
+
+class DecodingModel(nnx.Module):
+    """A copy of a GPTModel for generation with a key/value cache; made by for_decoding().
+
+    It shares the embedding tables of the GPTModel and copies the other weights. It offers decode() and new_cache()
+    only: logits of whole sequences, gradients, activations and files need the GPTModel.
+    """
+
+    def __init__(self, model: GPTModel, groups: int | None):
+        """`groups`: the number of groups that each matrix is split into; None keeps matrices as they are."""
+        self.config = config = model.config
+        self.attention = "explicit"
+        self.tok_emb: Any = model.tok_emb
+        self.pos_emb = model.pos_emb
+        blocks = [jax.tree.map(lambda a, i=i: a[i], model.trf_blocks) for i in range(config.n_layer)]
+        self.final_norm = model.final_norm
+        if not config.tied_head:
+            self.out_head: Any = model.out_head
+        if groups is not None:
+            self.tok_emb = RowMajorEmbedding(model.tok_emb)
+            if not config.tied_head:
+                self.out_head = RowMajorLinear(model.out_head, groups)
+            for block in blocks:
+                for branch, name in (
+                    (block.att, "qkv_proj"),
+                    (block.att, "out_proj"),
+                    (block.ff, "in_proj"),
+                    (block.ff, "out_proj"),
+                ):
+                    setattr(branch, name, RowMajorLinear(getattr(branch, name), groups))
+        self.blocks = nnx.List(blocks)
+
+    def decode(self, tokens: Array, cache: Cache, slot: Any, pad_lengths: Array) -> tuple[Array, Cache]:
+        """Logits of the token after `tokens`, whose keys and values are written into the cache.
+
+        Args:
+            tokens: int [B, T], for the cache slots slot..slot+T-1.
+            cache: From new_cache(), or from the call before.
+            slot: The first slot to write.
+            pad_lengths: int [B]. The first pad_lengths[b] slots of row b are padding: they are not attended to,
+                and positions count from the slot after them.
+
+        Returns:
+            (logits [B, V], the updated cache).
+        """
+        slots = jnp.arange(cache[0][0].shape[1])  # [S]
+        queries = slot + jnp.arange(tokens.shape[1])  # [T]
+        mask = (slots <= queries[:, None]) & (slots >= pad_lengths[:, None, None])  # [B, T, S]
+        positions = jnp.clip(queries - pad_lengths[:, None], 0, self.config.n_ctx - 1)  # [B, T]
+        x = self.tok_emb(tokens) + self.pos_emb(positions)  # [B, T, D]
+        updated = []
+        for block, layer_cache in zip(self.blocks, cache, strict=True):
+            x, layer_cache = block(x, mask[:, None], layer_cache, slot)  # [B, T, D]
+            updated.append(layer_cache)
+        x = self.final_norm(x[:, -1])  # [B, D]
+        return head_logits(self, x), updated
+
+    def new_cache(self, batch_size: int, length: int) -> Cache:
+        """Zero keys and values of `length` slots for each layer."""
+        dtype = self.tok_emb.embedding[...].dtype
+        shape = (batch_size * self.config.n_head, length, self.config.head_width)  # [BN, S, H]
+        return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.config.n_layer)]
+
+    def hidden(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise InputError("a model from for_decoding() can only generate; use the GPTModel that it was made from")
+
+    __call__ = hidden
 
 
 class RowMajorLinear(nnx.Module):
@@ -31,13 +104,14 @@ class RowMajorLinear(nnx.Module):
         self.bias = None if linear.bias is None else nnx.Param(linear.bias[...])
 
     def __call__(self, x: Array) -> Array:
-        lead = x.shape[: -self.n_in_axes]
-        y = by_output(self.weight[...], x.reshape(math.prod(lead), -1)).reshape(*lead, *self.out_shape)
+        batch_shape = x.shape[: -self.n_in_axes]
+        y = row_major_product(self.weight[...], x.reshape(math.prod(batch_shape), -1))
+        y = y.reshape(*batch_shape, *self.out_shape)
         return y if self.bias is None else y + self.bias[...]
 
 
 class RowMajorEmbedding(nnx.Module):
-    """nnx.Embed, whose table [V, D] is by output already, with such a product in `attend`."""
+    """nnx.Embed, whose table [V, D] is row-major already, with such a product in `attend`."""
 
     def __init__(self, embedding: nnx.Embed):
         self.embedding = nnx.Param(embedding.embedding[...])
@@ -46,42 +120,32 @@ class RowMajorEmbedding(nnx.Module):
         return self.embedding[...][ids]
 
     def attend(self, x: Array) -> Array:
-        return by_output(self.embedding[...][None], x)
+        return row_major_product(self.embedding[...][None], x)
 
 
-def by_output(weight: Array, x: Array) -> Array:
-    """weight [G, O, I], x [R, I] -> [R, GO]"""
-    if len(x) == len(weight) == 1:  # a little faster as a product with a vector
+def row_major_product(weight: Array, x: Array) -> Array:
+    """x @ W of a matrix W [in, out] stored as [groups, out / groups, in]; x [rows, in] -> [rows, out]."""
+    if len(x) == len(weight) == 1:  # a matrix-vector product is slightly faster
         return jax.lax.optimization_barrier(weight[0] @ x[0])[None]
-    each = jnp.broadcast_to(x, (weight.shape[0], *x.shape))
-    y = jax.lax.dot_general(weight, each, (((2,), (2,)), ((0,), (0,))))  # [G, O, R]
-    # Without the barrier XLA may fuse a bias into the product, as a loop that is ten times slower.
+    copies = jnp.broadcast_to(x, (weight.shape[0], *x.shape))
+    y = jax.lax.dot_general(weight, copies, (((2,), (2,)), ((0,), (0,))))  # [groups, out / groups, rows]
+    # Without the barrier XLA may fuse a bias into the product, which becomes a loop that is ten times slower.
     return jax.lax.optimization_barrier(y).reshape(-1, x.shape[0]).T
 
 
-def for_decoding(model: GPTModel) -> GPTModel:
-    """A copy of the model for generation only; to generate many times, make it once.
+def for_decoding(model: GPTModel | DecodingModel) -> DecodingModel:
+    """Convert a model for generation; convert it once if you call generate() often.
 
-    Shares the embeddings and copies the other weights. generate() makes one itself where it is given
-    an ordinary model; this takes about as long as three tokens of generation.
+    generate() and stream() convert a GPTModel themselves, which takes about as long as generating three tokens.
+    A DecodingModel is returned as it is.
     """
-    if isinstance(model.trf_blocks, nnx.List):
+    if isinstance(model, DecodingModel):
         return model
     [device] = model.tok_emb.embedding[...].devices()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return _lay_out(model, cores if device.platform == "cpu" else None)
+    return _convert(model, cores if device.platform == "cpu" else None)
 
 
 @functools.partial(jax.jit, static_argnames="groups")
-def _lay_out(model: Any, groups: int | None) -> GPTModel:
-    blocks = [jax.tree.map(lambda a, i=i: a[i], model.trf_blocks) for i in range(model.config.n_layer)]
-    if groups is not None:
-        for block in blocks:
-            for branch, names in ((block.att, ("qkv_proj", "out_proj")), (block.ff, ("in_proj", "out_proj"))):
-                for name in names:
-                    setattr(branch, name, RowMajorLinear(getattr(branch, name), groups))
-        model.tok_emb = RowMajorEmbedding(model.tok_emb)
-        if not model.config.tied_head:
-            model.out_head = RowMajorLinear(model.out_head, groups)
-    model.trf_blocks = nnx.List(blocks)
-    return model
+def _convert(model: GPTModel, groups: int | None) -> DecodingModel:
+    return DecodingModel(model, groups)

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gpt_jax.decoding import for_decoding
-from gpt_jax.model import Cache, GPTModel
+from gpt_jax.decoding import Cache, DecodingModel, for_decoding
+from gpt_jax.model import GPTModel
 from parity.sampling import Request, Sampling, check_finite, prepare
 
 
 def generate(
-    model: GPTModel,
+    model: GPTModel | DecodingModel,
     prompts: Sequence[Sequence[int]] | Array | None = None,
     max_new_tokens: int = 50,
     context_size: int | None = None,
@@ -76,13 +76,18 @@ def generate(
     return rows
 
 
-def generate_text_simple(model: GPTModel, idx: Array, max_new_tokens: int, context_size: int) -> Array:
+def generate_text_simple(model: GPTModel | DecodingModel, idx: Array, max_new_tokens: int, context_size: int) -> Array:
     """The notebook's greedy generation: ids [B, T] -> [B, T + max_new_tokens]."""
     return generate(model, idx, max_new_tokens, context_size)
 
 
 def stream(
-    model: GPTModel, prompts: Sequence[Sequence[int]], max_new_tokens: int = 50, *, every: int = 1, **options: Any
+    model: GPTModel | DecodingModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 50,
+    *,
+    every: int = 1,
+    **options: Any,
 ) -> Iterator[list[int | None]]:
     """The tokens of generate() with the same options as they come: a step's tokens, None for a row that ended.
 
@@ -154,12 +159,14 @@ def numbers_and_rules(sampling: Sampling, logprobs: bool = False) -> tuple[dict[
     return numbers, rules
 
 
-def _run(model: GPTModel, request: Request, every: int, logprobs: bool = False) -> Iterator[tuple[int, State]]:
+def _run(
+    model: GPTModel | DecodingModel, request: Request, every: int, logprobs: bool = False
+) -> Iterator[tuple[int, State]]:
     """The state after the first token and then after each `every` steps, until every row has ended."""
     numbers, rules = numbers_and_rules(request.sampling, logprobs)
-    model = for_decoding(model)
+    decoder = for_decoding(model)
     arrays = (request.uniforms, request.first, request.limits, request.stops, request.stop_lengths)
-    state = _start(model, request.tokens, arrays, numbers, cache_length=request.cache_length, rules=rules)
+    state = _start(decoder, request.tokens, arrays, numbers, cache_length=request.cache_length, rules=rules)
     cropped_loop = functools.partial(_cropped_loop, context_size=request.context_size)
     for end, loop in ((request.cached_tokens + 1, _cached_loop), (request.max_new_tokens, cropped_loop)):
         end = min(end, request.max_new_tokens)
@@ -169,7 +176,7 @@ def _run(model: GPTModel, request: Request, every: int, logprobs: bool = False) 
             if step >= end or not state.running:
                 break
             yield step, state
-            state = loop(model, state, arrays, numbers, np.int32(min(step + every, end)), rules=rules)
+            state = loop(decoder, state, arrays, numbers, np.int32(min(step + every, end)), rules=rules)
     yield min(step, request.max_new_tokens), state
 
 

@@ -8,10 +8,16 @@ import numpy as np
 from flax import nnx
 
 from parity import weights
+from parity.errors import InputError
 
 
 def parameters(model: nnx.Module) -> dict[str, nnx.Param]:
-    """Return {name: parameter}, with the names that the table has for Flax."""
+    """Return {name: parameter}, with the names that the table has for Flax.
+
+    Raises InputError for a DecodingModel, whose weights are arranged in another way.
+    """
+    if not hasattr(model, "trf_blocks"):
+        raise InputError("a model from for_decoding() can only generate; use the GPTModel that it was made from")
     return {".".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 

@@ -19,13 +19,14 @@ from parity.config import LAYER_NORM_EPS, GPTConfig, as_config
 from parity.taps import tap
 from parity.weights import initial_weights
 
-Cache = list[tuple[Tensor, Tensor]]  # for each layer keys and values, both [B, S, N, H]
+LayerCache = tuple[Tensor, Tensor]  # keys and values of one layer, both [B, S, N, H]
+Cache = list[LayerCache]  # one entry per layer
 
 
 class MultiHeadAttention(nn.Module):
     """Causal self-attention (Vaswani et al. 2017, section 3.2.2; OpenAI's `attn`).
 
-    x [B, T, D] -> [B, T, D]. `mask`: bool, broadcastable to [B, N, T, S], true where a query may look.
+    x [B, T, D] -> [B, T, D]. `mask`: bool, broadcastable to [B, N, T, S], true where a query may attend.
     `attention`: "explicit", the formula as written here, or "sdpa", torch's fused kernel.
     """
 
@@ -37,26 +38,30 @@ class MultiHeadAttention(nn.Module):
         self.out_proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.drop_rate)
 
-    def forward(self, x: Tensor, mask: Tensor, cache: tuple[Tensor, Tensor] | None = None, slot: int = 0) -> Tensor:
-        q, k, v = self.qkv_proj(x).unflatten(-1, self.heads).unbind(2)  # each [B, T, N, H]
-        q, k, v = tap("attn.q", q), tap("attn.k", k), tap("attn.v", v)
+    def forward(self, x: Tensor, mask: Tensor, cache: LayerCache | None = None, slot: int = 0) -> Tensor:
+        qkv = self.qkv_proj(x).unflatten(-1, self.heads)  # [B, T, C, N, H]
+        q, k, v = qkv.unbind(2)  # each [B, T, N, H]
+        q = tap("attn.q", q)
+        k = tap("attn.k", k)
+        v = tap("attn.v", v)
         if cache is not None:
-            for buffer, new in zip(cache, (k, v), strict=True):
-                buffer[:, slot : slot + new.shape[1]] = new
-            k, v = cache  # [B, S, N, H]
-        explicit = taps.attention(self.attention) == "explicit"
-        z = self._explicit(q, k, v, mask) if explicit else self._sdpa(q, k, v, None if cache is None else mask)
-        return tap("attn.out", self.out_proj(tap("attn.z", z).flatten(2)))  # [B, T, D]
+            k, v = update_cache(cache, k, v, slot)  # each [B, S, N, H]
+        if taps.attention(self.attention) == "explicit":
+            z = self._explicit(q, k, v, mask)  # [B, T, N, H]
+        else:
+            z = self._sdpa(q, k, v, None if cache is None else mask)  # [B, T, N, H]
+        z = tap("attn.z", z)
+        return tap("attn.out", self.out_proj(z.flatten(2)))  # [B, T, D]
 
     def _explicit(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         scores = torch.einsum("BTNH,BSNH->BNTS", q, k) / math.sqrt(q.shape[-1])
-        scores = tap("attn.scores", at_least_float32(scores))  # [B, N, T, S]
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        pattern = self.dropout(tap("attn.pattern", scores.softmax(dim=-1).to(v.dtype)))
-        return torch.einsum("BNTS,BSNH->BTNH", pattern, v)
+        scores = tap("attn.scores", at_least_float32(scores))
+        scores = torch.where(mask, scores, torch.finfo(scores.dtype).min)
+        pattern = tap("attn.pattern", torch.softmax(scores, dim=-1).to(v.dtype))
+        return torch.einsum("BNTS,BSNH->BTNH", self.dropout(pattern), v)
 
     def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # [B, N, T, H]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, N, T, H]
         drop_rate = self.dropout.p if self.training else 0.0
         z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop_rate, is_causal=mask is None)
         return z.transpose(1, 2)
@@ -72,15 +77,15 @@ class LayerNorm(nn.Module):
         self.shift = nn.Parameter(torch.zeros(n_embd))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = at_least_float32(x)
-        mean = wide.mean(dim=-1, keepdim=True)
-        var = (wide - mean).square().mean(dim=-1, keepdim=True)
-        normed = (wide - mean) * torch.rsqrt(var + self.eps)
+        x32 = at_least_float32(x)
+        mean = x32.mean(dim=-1, keepdim=True)
+        var = torch.square(x32 - mean).mean(dim=-1, keepdim=True)
+        normed = (x32 - mean) * torch.rsqrt(var + self.eps)
         return (normed * self.scale + self.shift).to(x.dtype)
 
 
 class GELU(nn.Module):
-    """The tanh form, as in OpenAI's `gelu`; torch's default is the erf form, some 5e-4 away."""
+    """The tanh approximation, as in OpenAI's `gelu`; torch's default, the erf form, differs by up to 5e-4."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
@@ -96,12 +101,13 @@ class FeedForward(nn.Module):
         self.out_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = tap("mlp.pre", self.in_proj(x))  # [B, T, F]
-        return tap("mlp.out", self.out_proj(tap("mlp.post", self.gelu(x))))  # [B, T, D]
+        h = tap("mlp.pre", self.in_proj(x))  # [B, T, F]
+        h = tap("mlp.post", self.gelu(h))  # [B, T, F]
+        return tap("mlp.out", self.out_proj(h))  # [B, T, D]
 
 
 class TransformerBlock(nn.Module):
-    """OpenAI's `block`: LayerNorm before each branch, the branch added to the residual stream."""
+    """OpenAI's `block`: LayerNorm before each branch, and each branch is added to the residual stream."""
 
     def __init__(self, config: GPTConfig, attention: str):
         super().__init__()
@@ -111,18 +117,25 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(config)
         self.dropout = nn.Dropout(config.drop_rate)
 
-    def forward(self, x: Tensor, mask: Tensor, cache: tuple[Tensor, Tensor] | None = None, slot: int = 0) -> Tensor:
-        z = self.att(tap("ln_1", self.norm1(x)), mask, cache, slot)
-        x = tap("resid_mid", x + self.dropout(z))  # [B, T, D]
-        return tap("resid_post", x + self.dropout(self.ff(tap("ln_2", self.norm2(x)))))  # [B, T, D]
+    def forward(self, x: Tensor, mask: Tensor, cache: LayerCache | None = None, slot: int = 0) -> Tensor:
+        h = tap("ln_1", self.norm1(x))  # [B, T, D]
+        h = self.att(h, mask, cache, slot)  # [B, T, D]
+        x = tap("resid_mid", x + self.dropout(h))  # [B, T, D]
+        h = tap("ln_2", self.norm2(x))  # [B, T, D]
+        h = self.ff(h)  # [B, T, D]
+        return tap("resid_post", x + self.dropout(h))  # [B, T, D]
 
 
 class GPTModel(nn.Module):
     """OpenAI's `model`: tokens [B, T] -> logits [B, T, V].
 
-    `config`: a GPTConfig, a preset's name, or the notebook's dict. `seed`: of the initial weights,
-    which equal those of gpt_jax.GPTModel with the same seed; None leaves torch's own.
-    Dropout follows train() and eval(); a new model is in eval mode.
+    Dropout follows train() and eval(); a new model is in eval mode. To generate text use gpt_torch.generate.
+
+    Args:
+        config: A GPTConfig, the name of a preset, or a dict with the notebook's keys.
+        seed: Seed of the initial weights, which equal those of gpt_jax.GPTModel with the same seed. None keeps
+            torch's own initial weights, for a model whose weights are loaded next.
+        attention: "explicit" or "sdpa"; see MultiHeadAttention.
     """
 
     def __init__(self, config: GPTConfig | Mapping[str, Any] | str, seed: int | None = 0, attention: str = "explicit"):
@@ -141,55 +154,72 @@ class GPTModel(nn.Module):
         self.eval()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens int [B, T] -> logits float32 [B, T, V].
+        """Logits of the next token at each position.
 
-        Raises InputError for ids outside the vocabulary and for T beyond the context.
+        Args:
+            tokens: Integer ids [B, T].
+
+        Returns:
+            Logits [B, T, V], float32 (float64 if the parameters are).
+
+        Raises:
+            InputError: If T exceeds n_ctx or an id is outside the vocabulary.
         """
-        return self._logits(self.hidden(tokens))
+        return head_logits(self, self.hidden(tokens))
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """What the head reads: tokens int [B, T] -> [B, T, D]. Raises as a call does."""
+        """The input of the output head, [B, T, D]; arguments and errors are those of a call."""
         self.config.check_tokens(tokens.shape)
         check_ids(tokens, self.config)
-        T = tokens.shape[1]
-        slots = torch.arange(T, device=tokens.device)
+        slots = torch.arange(tokens.shape[1], device=tokens.device)  # [T]
         mask = slots[None, :] <= slots[:, None]  # [T, S]
         x = self.tok_emb(tokens) + self.pos_emb(slots)  # [B, T, D]
-        x = tap("embed", self.drop_emb(x))
+        x = tap("embed", self.drop_emb(x))  # [B, T, D]
         for number, block in enumerate(self.trf_blocks):
             taps.layer(number)
-            x = block(x, mask)
+            x = block(x, mask)  # [B, T, D]
         taps.layer(None)
-        return tap("ln_f", self.final_norm(x))
+        return tap("ln_f", self.final_norm(x))  # [B, T, D]
 
-    def decode(self, tokens: Tensor, cache: Cache, slot: int, first: Tensor) -> Tensor:
-        """Logits [B, V] after the last of `tokens` [B, T], which take the cache slots from `slot` on.
+    def decode(self, tokens: Tensor, cache: Cache, slot: int, pad_lengths: Tensor) -> Tensor:
+        """Logits of the token after `tokens`, whose keys and values are written into the cache, in place.
 
-        Row b begins at slot first[b]: earlier slots are padding, and positions count from there.
-        The cache is written in place.
+        Args:
+            tokens: Integer ids [B, T], for the cache slots slot..slot+T-1.
+            cache: From new_cache().
+            slot: The first slot to write.
+            pad_lengths: int [B]. The first pad_lengths[b] slots of row b are padding: they are not attended to,
+                and positions count from the slot after them.
+
+        Returns:
+            Logits [B, V].
         """
         slots = torch.arange(cache[0][0].shape[1], device=tokens.device)  # [S]
         queries = slots[slot : slot + tokens.shape[1]]  # [T]
-        mask = (slots <= queries[:, None]) & (slots >= first[:, None, None])  # [B, T, S]
-        positions = (queries - first[:, None]).clamp(0, self.config.n_ctx - 1)  # [B, T]
+        mask = (slots <= queries[:, None]) & (slots >= pad_lengths[:, None, None])  # [B, T, S]
+        positions = (queries - pad_lengths[:, None]).clamp(0, self.config.n_ctx - 1)  # [B, T]
         x = self.tok_emb(tokens) + self.pos_emb(positions)  # [B, T, D]
         for block, layer_cache in zip(self.trf_blocks, cache, strict=True):
-            x = block(x, mask[:, None], layer_cache, slot)
-        return self._logits(self.final_norm(x[:, -1]))
+            x = block(x, mask[:, None], layer_cache, slot)  # [B, T, D]
+        x = self.final_norm(x[:, -1])  # [B, D]
+        return head_logits(self, x)
 
-    def new_cache(self, batch: int, length: int) -> Cache:
-        """Empty keys and values of `length` slots for each layer."""
+    def new_cache(self, batch_size: int, length: int) -> Cache:
+        """Zero keys and values of `length` slots for each layer."""
         weight = self.tok_emb.weight
-        shape = (batch, length, self.config.n_head, self.config.head_width)  # [B, S, N, H]
+        shape = (batch_size, length, self.config.n_head, self.config.head_width)  # [B, S, N, H]
         return [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.trf_blocks]
 
-    def _logits(self, x: Tensor) -> Tensor:
-        head = self.tok_emb if self.config.tied_head else self.out_head
-        return tap("logits", at_least_float32(F.linear(x, head.weight)))  # [..., V]
+
+def head_logits(model: GPTModel, x: Tensor) -> Tensor:
+    """x [..., D] -> logits [..., V], at least float32."""
+    head = model.tok_emb if model.config.tied_head else model.out_head
+    logits = F.linear(x, head.weight)  # [..., V]
+    return tap("logits", at_least_float32(logits))
 
 
 def cast(model: GPTModel, dtype: torch.dtype | str) -> GPTModel:
-    """The model with its parameters in `dtype`, in place; it then computes in it."""
+    """The model itself, its parameters converted in place to `dtype`, in which it then computes."""
     return model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
@@ -197,8 +227,16 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def update_cache(cache: LayerCache, k: Tensor, v: Tensor, slot: int) -> LayerCache:
+    """Write k and v [B, T, N, H] at `slot` of the cache, in place, and return all of its keys and values."""
+    keys, values = cache
+    keys[:, slot : slot + k.shape[1]] = k
+    values[:, slot : slot + v.shape[1]] = v
+    return cache
+
+
 def check_ids(tokens: Tensor, config: GPTConfig) -> None:
-    """Raise InputError for an id outside the vocabulary; a traced or meta tensor has no ids yet."""
+    """Raise InputError for an id outside the vocabulary; the ids of a traced or meta tensor are unknown."""
     if tokens.device.type == "meta" or torch.compiler.is_compiling():
         return
     low, high = tokens.aminmax()

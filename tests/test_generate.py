@@ -24,6 +24,7 @@ from gpt_jax.generate import _cached_loop, _start, numbers_and_rules
 from gpt_jax.generate import choose as choose_jax
 from gpt_jax.generate import kept as kept_jax
 from gpt_jax.generate import penalised as penalised_jax
+from gpt_jax.train import calc_loss
 from gpt_torch.generate import choose as choose_torch
 from gpt_torch.generate import kept as kept_torch
 from gpt_torch.generate import penalised as penalised_torch
@@ -270,6 +271,27 @@ def test_a_bucket_compiles_once():
         gpt_jax.generate(model, [prompt], new, seed=seed, temperature=temperature)
         list(gpt_jax.stream(model, [prompt], new, seed=seed, temperature=temperature))
     assert (_start._cache_size(), _cached_loop._cache_size()) == before
+
+
+def test_a_decoding_model_generates_and_refuses_what_needs_the_gpt_model(tmp_path):
+    model = models()[1]
+    decoder = gpt_jax.for_decoding(model)
+    assert gpt_jax.for_decoding(decoder) is decoder
+    assert gpt_jax.generate(decoder, PROMPTS, 9, seed=2) == gpt_jax.generate(model, PROMPTS, 9, seed=2)
+    assert list(gpt_jax.stream(decoder, PROMPTS, 9, seed=2)) == list(gpt_jax.stream(model, PROMPTS, 9, seed=2))
+    tokens = jnp.asarray(PROMPTS[1:2])
+    for misuse in (
+        lambda: decoder(tokens),
+        lambda: jax.jit(gpt_jax.GPTModel.__call__)(decoder, tokens),
+        lambda: calc_loss(decoder, tokens, tokens),
+        lambda: gpt_jax.run_with_cache(decoder, tokens),
+        lambda: gpt_jax.save_pretrained(decoder, tmp_path / "saved"),
+        lambda: gpt_jax.export_weights(decoder),
+        lambda: gpt_jax.load_weights(decoder, gpt_jax.export_weights(model)),
+    ):
+        with pytest.raises(InputError, match="use the GPTModel that it was made from"):
+            misuse()
+    assert not hasattr(model, "decode")
 
 
 def test_torch_mode_is_restored():
