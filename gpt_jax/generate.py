@@ -1,8 +1,8 @@
-"""Generation in JAX: the whole loop one compiled program, the rules of parity/sampling.py."""
+"""Generation in JAX: the whole loop is one compiled program. parity/sampling.py has the options and the rules."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,68 +11,66 @@ from jax import Array
 
 from gpt_jax.decoding import Cache, DecodingModel, for_decoding
 from gpt_jax.model import GPTModel
-from parity.sampling import Request, Sampling, check_finite, prepare
+from gpt_jax.sampling import choose
+from parity.generation import Request, RowInputs, check_finite, pick_prompts, prepare
+from parity.sampling import ActiveRules, GenerateOptions, integer
 
 
 def generate(
     model: GPTModel | DecodingModel,
     prompts: Sequence[Sequence[int]] | Array | None = None,
     max_new_tokens: int = 50,
-    context_size: int | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    eos_id: int | None = None,
-    *,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    stop: Sequence[Sequence[int]] = (),
-    samples: int = 1,
-    seed: int = 0,
-    first_row: int = 0,
-    overflow: Literal["crop", "stop"] = "crop",
-    return_logprobs: bool = False,
+    *notebook_options: Any,
     idx: Array | None = None,
+    return_logprobs: bool = False,
+    **options: Unpack[GenerateOptions],
 ) -> Any:
-    """Continue each prompt; rows of token ids, prompt included, cut after `eos_id` or a `stop` sequence.
+    """Continue each prompt with generated tokens.
 
-    The same weights, options and seed give the same tokens as gpt_torch.generate. `temperature=0` is
-    greedy, 1.0 the default. `samples` rows for each prompt, next to each other. `return_logprobs`:
-    (rows, for each row the log-probabilities in nats of its new tokens, from the logits as the model
-    gives them). The other options: parity/sampling.py. Raises InputError for empty prompts, ids and
-    options out of range, and logits that are not finite.
+    The same weights, options and seed give the same tokens as gpt_torch.generate.
 
-    As in the notebook, ids [B, T] in an array (or as `idx`) give ids [B, T + new], greedy by default;
-    a row that met `eos_id` ends before it, and is filled up with it if others are longer.
+    Args:
+        model: A GPTModel, or the result of for_decoding(), which is faster to call often.
+        prompts: A list of prompts, each a list of token ids; their lengths may differ. Or, as in the notebook, an
+            array of ids [B, T]: decoding is then greedy unless `temperature` says otherwise, and rows are returned
+            as an array.
+        max_new_tokens: Largest number of new tokens per prompt.
+        notebook_options: `context_size`, `temperature`, `top_k` and `eos_id` may also be given by position, in this
+            order.
+        idx: The notebook's name of `prompts`.
+        return_logprobs: Whether to return the log-probabilities of the new tokens, too. They are those of the model
+            itself, in nats, before the temperature and all filters. Needs prompts in lists.
+        options: Each option, its range and its default: parity.sampling.GenerateOptions.
+
+    Returns:
+        One row per prompt and sample: its ids and the new ids, which end with `eos_id` or a stop sequence if one was
+        generated. With return_logprobs, a pair: the rows, and for each row the list of its new tokens'
+        log-probabilities. For an array of prompts, an array [B, T + new] of its dtype, where rows end before `eos_id`
+        and shorter rows are padded with it.
+
+    Raises:
+        InputError: For an empty prompt, an unknown option, ids and options out of range, and logits that are not
+            finite; the message names which.
     """
-    ids = prompts if idx is None else idx
-    if temperature is None:
-        temperature = 0.0 if isinstance(ids, Array) else 1.0
+    ids = pick_prompts(prompts, idx)
     request = prepare(
         model.config,
-        ids.tolist() if isinstance(ids, Array) else ids or [],
+        ids,
         max_new_tokens,
-        context_size=context_size,
-        overflow=overflow,
-        eos_id=eos_id,
-        stop=stop,
-        samples=samples,
-        seed=seed,
-        first_row=first_row,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
+        options,
+        notebook_options,
+        as_array=isinstance(ids, Array),
+        return_logprobs=return_logprobs,
     )
-    for step, state in _run(model, request, request.max_new_tokens, return_logprobs):  # noqa: B007
-        pass
-    rows = request.rows(np.asarray(state.new_tokens), np.asarray(state.lengths))
+    *_, state = _states(model, request, steps_per_call=request.max_new_tokens)
+    new_tokens = np.asarray(state.new_tokens)  # [B, new]
+    logprobs = np.asarray(state.logprobs)  # [B, new]
+    lengths = np.asarray(state.lengths)  # [B]
+    rows = request.rows(new_tokens, lengths)
     if isinstance(ids, Array):
-        return jnp.asarray(request.rectangle(rows, eos_id), ids.dtype)
+        return jnp.asarray(request.rectangle(rows), ids.dtype)
     if return_logprobs:
-        lengths = np.asarray(state.lengths)
-        return rows, [row[:n].tolist() for row, n in zip(np.asarray(state.logprobs), lengths, strict=True)]
+        return rows, [row[:length].tolist() for row, length in zip(logprobs, lengths, strict=True)]
     return rows
 
 
@@ -83,173 +81,186 @@ def generate_text_simple(model: GPTModel | DecodingModel, idx: Array, max_new_to
 
 def stream(
     model: GPTModel | DecodingModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]] | Array,
     max_new_tokens: int = 50,
     *,
     every: int = 1,
-    **options: Any,
+    **options: Unpack[GenerateOptions],
 ) -> Iterator[list[int | None]]:
-    """The tokens of generate() with the same options as they come: a step's tokens, None for a row that ended.
+    """Yield the tokens of generate() as they are generated.
 
-    `every`: so many steps run in one call of the compiled loop, and come together.
+    Args:
+        model: As in generate().
+        prompts: As in generate().
+        max_new_tokens: As in generate().
+        every: Number of tokens per call of the compiled loop; they are yielded together.
+        options: As in generate().
+
+    Yields:
+        For each step a list with the new token of each row, or None for a row that has ended.
+
+    Raises:
+        InputError: As generate(); for bad prompts and options at once, before the first token.
     """
-    request = prepare(model.config, prompts, max_new_tokens, **options)
+    request = prepare(model.config, prompts, max_new_tokens, options, as_array=isinstance(prompts, Array))
+    steps_per_call = integer({"every": every}, "every", 1, 1, 2**31 - 1)
+    return _stream(model, request, steps_per_call)  # a generator of its own, so that bad options raise here
 
-    def steps() -> Iterator[list[int | None]]:
-        shown = 0
-        for step, state in _run(model, request, every):
-            tokens, lengths = np.asarray(state.new_tokens), np.asarray(state.lengths)
-            for i in range(shown, step):
-                yield [int(row[i]) if length > i else None for row, length in zip(tokens, lengths, strict=True)]
-            shown = step
 
-    return steps()  # so that bad options are told of at once
+def _stream(model: GPTModel | DecodingModel, request: Request, steps_per_call: int) -> Iterator[list[int | None]]:
+    n_yielded = 0
+    for state in _states(model, request, steps_per_call):
+        new_tokens, lengths, step = np.asarray(state.new_tokens), np.asarray(state.lengths), int(state.step)
+        for number in range(n_yielded, min(step, request.max_new_tokens)):
+            tokens = new_tokens[:, number]
+            yield [int(t) if length > number else None for t, length in zip(tokens, lengths, strict=True)]
+        n_yielded = step
 
 
 class State(NamedTuple):
     """What the loop carries from token to token."""
 
     step: Array
-    """int32, new tokens so far"""
+    """int32, number of new tokens so far"""
     text: Array
-    """int32 [B, P + new], the prompts at the right end of their bucket, then the new tokens"""
+    """int32 [B, P + new], the right-aligned prompts, then the new tokens"""
     lengths: Array
-    """int32 [B], new tokens of each row"""
+    """int32 [B], number of new tokens of each row"""
     ended: Array
     """bool [B]"""
     seen: Array | None
-    """bool [B, V], the tokens of the row, where a penalty asks for them"""
+    """bool [B, V], the tokens of the row, if a repetition penalty needs them"""
     logprobs: Array
     """float32 [B, new]"""
     failed_at: Array
-    """int32, the first step with logits that are not finite, or -1"""
+    """int32, the first step whose logits were not finite, or -1"""
     cache: Cache
 
     @property
+    def prompt_width(self) -> int:
+        return self.text.shape[1] - self.logprobs.shape[1]
+
+    @property
     def new_tokens(self) -> Array:
-        return self.text[:, self.text.shape[1] - self.logprobs.shape[1] :]
+        return self.text[:, self.prompt_width :]
+
+    @property
+    def slot(self) -> Array:
+        """The slot of the next token in `text` and in the cache."""
+        return self.prompt_width + self.step
 
     @property
     def running(self) -> Array:
         return ~self.ended.all() & (self.failed_at < 0)
 
 
-class Rules(NamedTuple):
-    """The part of parity.sampling.Sampling that shapes the program; the numbers come with each call."""
+class StaticOptions(NamedTuple):
+    """The options that shape the compiled program; the values of all others are among its inputs."""
 
-    greedy: bool
-    top_k: int | None
-    top_p: bool
-    min_p: bool
-    repetition_penalty: bool
-    logprobs: bool
+    active: ActiveRules
+    return_logprobs: bool
 
 
-def numbers_and_rules(sampling: Sampling, logprobs: bool = False) -> tuple[dict[str, float], Rules]:
-    rules = Rules(
-        sampling.temperature == 0,
-        sampling.top_k,
-        sampling.top_p is not None,
-        sampling.min_p is not None,
-        sampling.repetition_penalty is not None,
-        logprobs,
-    )
-    # Python numbers: under jit they take the precision of the logits, as they do in torch.
-    numbers = {name: float(value) for name, value in vars(sampling).items() if value is not None and name != "top_k"}
-    return numbers, rules
+def _states(model: GPTModel | DecodingModel, request: Request, steps_per_call: int) -> Iterator[State]:
+    """The state after the first token, and after each further call of the compiled loop, until every row has ended.
 
-
-def _run(
-    model: GPTModel | DecodingModel, request: Request, every: int, logprobs: bool = False
-) -> Iterator[tuple[int, State]]:
-    """The state after the first token and then after each `every` steps, until every row has ended."""
-    numbers, rules = numbers_and_rules(request.sampling, logprobs)
+    The buffers of a state are donated to the next call, so a state is valid until the next one is asked for.
+    """
     decoder = for_decoding(model)
-    arrays = (request.uniforms, request.first, request.limits, request.stops, request.stop_lengths)
-    state = _start(decoder, request.tokens, arrays, numbers, cache_length=request.cache_length, rules=rules)
-    cropped_loop = functools.partial(_cropped_loop, context_size=request.context_size)
-    for end, loop in ((request.cached_tokens + 1, _cached_loop), (request.max_new_tokens, cropped_loop)):
-        end = min(end, request.max_new_tokens)
-        while True:
-            step = int(state.step)
-            check_finite(int(state.failed_at))
-            if step >= end or not state.running:
-                break
-            yield step, state
-            state = loop(decoder, state, arrays, numbers, np.int32(min(step + every, end)), rules=rules)
-    yield min(step, request.max_new_tokens), state
+    inputs = request.inputs
+    static = StaticOptions(request.active, request.return_logprobs)
+    state = _start(decoder, request.tokens, inputs, cache_length=request.cache_length, static=static)
+    n_steps = _check(state)
+    yield state
+    last_cached = min(request.n_cached_steps + 1, request.max_new_tokens)
+    while n_steps < last_cached and state.running:
+        until = np.int32(min(n_steps + steps_per_call, last_cached))
+        state = _cached_loop(decoder, state, inputs, until, static=static)
+        n_steps = _check(state)
+        yield state
+    while n_steps < request.max_new_tokens and state.running:
+        until = np.int32(min(n_steps + steps_per_call, request.max_new_tokens))
+        state = _cropped_loop(decoder, state, inputs, until, static=static, context_size=request.context_size)
+        n_steps = _check(state)
+        yield state
 
 
-@functools.partial(jax.jit, static_argnames=("cache_length", "rules"))
-def _start(model, tokens, arrays, numbers, *, cache_length: int, rules: Rules) -> State:
-    """The prompts read and the first token chosen."""
-    uniforms, first, limits, *_ = arrays
+def _check(state: State) -> int:
+    """The number of steps so far; raises InputError if logits were not finite."""
+    check_finite(int(state.failed_at))
+    return int(state.step)
+
+
+@functools.partial(jax.jit, static_argnames=("cache_length", "static"))
+def _start(
+    decoder: DecodingModel, tokens: Array, inputs: RowInputs, *, cache_length: int, static: StaticOptions
+) -> State:
+    """Read the prompts and choose the first token."""
     B, P = tokens.shape
     seen = None
-    if rules.repetition_penalty:
-        inside = jnp.arange(P) >= first[:, None]
-        seen = jnp.zeros((B, model.config.n_vocab), bool).at[jnp.arange(B)[:, None], tokens].max(inside)
+    if static.active.repetition_penalty:
+        is_prompt = jnp.arange(P) >= inputs.pad_lengths[:, None]  # [B, P]
+        seen = jnp.zeros((B, decoder.config.n_vocab), bool).at[jnp.arange(B)[:, None], tokens].max(is_prompt)
     state = State(
         step=jnp.int32(0),
-        text=jnp.concatenate([tokens, jnp.zeros(uniforms.shape, jnp.int32)], axis=1),
+        text=jnp.concatenate([tokens, jnp.zeros(inputs.uniforms.shape, jnp.int32)], axis=1),
         lengths=jnp.zeros(B, jnp.int32),
-        ended=limits == 0,
+        ended=inputs.max_new_per_row == 0,
         seen=seen,
-        logprobs=jnp.zeros(uniforms.shape, jnp.float32),
+        logprobs=jnp.zeros(inputs.uniforms.shape, jnp.float32),
         failed_at=jnp.int32(-1),
         cache=[],
     )
-    logits, cache = model.decode(tokens, model.new_cache(B, cache_length), 0, first)
-    return _add_token(state, logits, cache, arrays, numbers, rules)
+    logits, cache = decoder.decode(tokens, decoder.new_cache(B, cache_length), 0, inputs.pad_lengths)
+    return _add_token(state, logits, cache, inputs, static)
 
 
-@functools.partial(jax.jit, static_argnames="rules", donate_argnums=1)
-def _cached_loop(model, state: State, arrays, numbers, until, *, rules: Rules) -> State:
-    """Tokens up to step `until`, each one reading the cache."""
+@functools.partial(jax.jit, static_argnames="static", donate_argnums=1)
+def _cached_loop(
+    decoder: DecodingModel, state: State, inputs: RowInputs, until: Array, *, static: StaticOptions
+) -> State:
+    """Generate up to step `until`, while the context has room."""
 
     def one_token(state: State) -> State:
-        slot = state.text.shape[1] - state.logprobs.shape[1] + state.step - 1
-        token = jax.lax.dynamic_slice_in_dim(state.text, slot, 1, axis=1)  # [B, 1]
-        logits, cache = model.decode(token, state.cache, slot, arrays[1])
-        return _add_token(state, logits, cache, arrays, numbers, rules)
+        token = jax.lax.dynamic_slice_in_dim(state.text, state.slot - 1, 1, axis=1)  # [B, 1]
+        logits, cache = decoder.decode(token, state.cache, state.slot - 1, inputs.pad_lengths)
+        return _add_token(state, logits, cache, inputs, static)
 
     return jax.lax.while_loop(lambda state: state.running & (state.step < until), one_token, state)
 
 
-@functools.partial(jax.jit, static_argnames=("rules", "context_size"), donate_argnums=1)
-def _cropped_loop(model, state: State, arrays, numbers, until, *, rules: Rules, context_size: int) -> State:
-    """Tokens up to step `until`, each one computed from the last tokens anew, as in the notebook."""
+@functools.partial(jax.jit, static_argnames=("static", "context_size"), donate_argnums=1)
+def _cropped_loop(
+    decoder: DecodingModel, state: State, inputs: RowInputs, until: Array, *, static: StaticOptions, context_size: int
+) -> State:
+    """Generate up to step `until`, recomputing the last `context_size` tokens for each token, as in the notebook."""
 
     def one_token(state: State) -> State:
-        cropped = state.text.shape[1] - state.logprobs.shape[1] + state.step - context_size
-        window = jax.lax.dynamic_slice_in_dim(state.text, cropped, context_size, axis=1)
-        empty = model.new_cache(window.shape[0], context_size)
-        logits, _ = model.decode(window, empty, 0, jnp.maximum(arrays[1] - cropped, 0))
-        return _add_token(state, logits, state.cache, arrays, numbers, rules)
+        n_cropped = state.slot - context_size
+        window = jax.lax.dynamic_slice_in_dim(state.text, n_cropped, context_size, axis=1)  # [B, context_size]
+        pad_lengths = jnp.maximum(inputs.pad_lengths - n_cropped, 0)
+        logits, _ = decoder.decode(window, decoder.new_cache(len(window), context_size), 0, pad_lengths)
+        return _add_token(state, logits, state.cache, inputs, static)
 
     return jax.lax.while_loop(lambda state: state.running & (state.step < until), one_token, state)
 
 
-def _add_token(state: State, logits: Array, cache: Cache, arrays, numbers, rules: Rules) -> State:
+def _add_token(state: State, logits: Array, cache: Cache, inputs: RowInputs, static: StaticOptions) -> State:
     """Choose a token for each row from logits [B, V], and note which rows it ends."""
-    uniforms, _, limits, stops, stop_lengths = arrays
     step = state.step
-    slot = state.text.shape[1] - state.logprobs.shape[1] + step
     finite = (jnp.isfinite(logits.max(axis=-1)) | state.ended).all()
-    token = choose(logits, state.seen, uniforms[:, step], numbers, rules)  # [B]
+    token = choose(logits, state.seen, inputs.uniforms[:, step], inputs.options, static.active)  # [B]
     logprobs = state.logprobs
-    if rules.logprobs:
-        chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    if static.return_logprobs:
+        chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]  # [B]
         logprobs = logprobs.at[:, step].set((chosen - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32))
-    text = state.text.at[:, slot].set(token)
+    text = state.text.at[:, state.slot].set(token)
     lengths = state.lengths + ~state.ended
-    tail = jax.lax.dynamic_slice_in_dim(text, slot + 1 - stops.shape[1], stops.shape[1], axis=1)
-    matches = ((tail[:, None] == stops) | (stops < 0)).all(axis=-1) & (stop_lengths <= step + 1)  # [B, stops]
     return State(
         step=step + 1,
         text=text,
         lengths=lengths,
-        ended=state.ended | (lengths >= limits) | matches.any(axis=-1),
+        ended=state.ended | (lengths >= inputs.max_new_per_row) | _stopped(text, state.slot + 1, inputs, step + 1),
         seen=None if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True),
         logprobs=logprobs,
         failed_at=jnp.where(finite, state.failed_at, step),
@@ -257,57 +268,9 @@ def _add_token(state: State, logits: Array, cache: Cache, arrays, numbers, rules
     )
 
 
-def choose(logits: Array, seen: Array | None, u: Array, numbers: dict[str, Any], rules: Rules) -> Array:
-    """logits [B, V], seen bool [B, V], u [B] -> token ids [B], by the rules of parity/sampling.py."""
-    logits = penalised(logits, seen, numbers, rules)
-    if rules.greedy:
-        return logits.argmax(axis=-1).astype(jnp.int32)
-    probs = kept(logits, numbers, rules)
-    cdf = probs.cumsum(axis=-1)
-    beyond = (cdf > u[:, None] * cdf[:, -1:]) & (probs > 0)
-    last_kept = probs.shape[-1] - 1 - (probs > 0)[:, ::-1].argmax(axis=-1)
-    return jnp.where(beyond.any(axis=-1), beyond.argmax(axis=-1), last_kept).astype(jnp.int32)
-
-
-def penalised(logits: Array, seen: Array | None, numbers: dict[str, Any], rules: Rules) -> Array:
-    if seen is None or not rules.repetition_penalty:
-        return logits
-    penalty = numbers["repetition_penalty"]
-    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def kept(logits: Array, numbers: dict[str, Any], rules: Rules) -> Array:
-    """Probabilities [B, V] before the filters, zero for tokens that a filter dropped."""
-    logits = logits / numbers["temperature"]
-    if rules.top_k is not None:
-        k = rules.top_k
-        logits = jnp.where(_largest(logits, lambda above: above.sum(axis=-1) < k), logits, -jnp.inf)
-    probs = jax.nn.softmax(logits, axis=-1)  # [B, V]
-    largest = probs.max(axis=-1, keepdims=True)
-    if rules.top_p:
-
-        def within(above: Array, probs: Array = probs) -> Array:
-            return jnp.where(above, probs, 0).sum(axis=-1) < numbers["top_p"]
-
-        probs = jnp.where(_largest(probs, within), probs, 0.0)
-    if rules.min_p:
-        probs = jnp.where(probs < numbers["min_p"] * largest, 0.0, probs)
-    return probs
-
-
-def _largest(values: Array, few_enough: Callable[[Array], Array]) -> Array:
-    """Which values [B, V] to keep: those for which the set of strictly larger ones is `few_enough`.
-
-    Bisection over the floats in order of their bits; on a CPU twenty times faster than XLA's sort or top_k.
-    """
-    bits = jax.lax.bitcast_convert_type(values, f"int{8 * values.dtype.itemsize}")
-    ordered = jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)  # integers in the floats' order
-
-    def halve(ends):
-        low, high = ends
-        middle = (low & high) + ((low ^ high) >> 1)
-        enough = few_enough(ordered > middle[:, None])
-        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
-
-    start = ordered.min(axis=-1), ordered.max(axis=-1)
-    return ordered >= jax.lax.while_loop(lambda ends: (ends[0] < ends[1]).any(), halve, start)[1][:, None]
+def _stopped(text: Array, end: Array, inputs: RowInputs, n_new: Array) -> Array:
+    """bool [B], true where the last of the `n_new` new tokens, before slot `end`, ends a stop sequence of the row."""
+    width = inputs.stops.shape[2]
+    tail = jax.lax.dynamic_slice_in_dim(text, end - width, width, axis=1)[:, None]  # [B, 1, W]
+    matches = ((tail == inputs.stops) | (inputs.stops < 0)).all(axis=-1)  # [B, stops]
+    return (matches & (inputs.stop_lengths <= n_new)).any(axis=-1)

@@ -1,73 +1,74 @@
-"""Generation in PyTorch: a cached loop, the rules of parity/sampling.py."""
+"""Generation in PyTorch: a loop over a key/value cache. parity/sampling.py has the options and the rules."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gpt_torch.model import GPTModel
-from parity.sampling import Request, Sampling, check_finite, prepare
+from gpt_torch.sampling import choose
+from parity.generation import Request, RowInputs, check_finite, pick_prompts, prepare
+from parity.sampling import GenerateOptions, RowOptions
 
 
 def generate(
     model: GPTModel,
     prompts: Sequence[Sequence[int]] | Tensor | None = None,
     max_new_tokens: int = 50,
-    context_size: int | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    eos_id: int | None = None,
-    *,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    stop: Sequence[Sequence[int]] = (),
-    samples: int = 1,
-    seed: int = 0,
-    first_row: int = 0,
-    overflow: Literal["crop", "stop"] = "crop",
-    return_logprobs: bool = False,
+    *notebook_options: Any,
     idx: Tensor | None = None,
+    return_logprobs: bool = False,
+    **options: Unpack[GenerateOptions],
 ) -> Any:
-    """Continue each prompt; rows of token ids, prompt included, cut after `eos_id` or a `stop` sequence.
+    """Continue each prompt with generated tokens.
 
-    The same weights, options and seed give the same tokens as gpt_jax.generate. `temperature=0` is
-    greedy, 1.0 the default. `samples` rows for each prompt, next to each other. `return_logprobs`:
-    (rows, for each row the log-probabilities in nats of its new tokens, from the logits as the model
-    gives them). The other options: parity/sampling.py. Raises InputError for empty prompts, ids and
-    options out of range, and logits that are not finite.
+    The same weights, options and seed give the same tokens as gpt_jax.generate.
 
-    As in the notebook, ids [B, T] in an array (or as `idx`) give ids [B, T + new], greedy by default;
-    a row that met `eos_id` ends before it, and is filled up with it if others are longer.
+    Args:
+        model: A GPTModel. It runs in eval mode, and its mode is restored.
+        prompts: A list of prompts, each a list of token ids; their lengths may differ. Or, as in the notebook, an
+            array of ids [B, T]: decoding is then greedy unless `temperature` says otherwise, and rows are returned
+            as an array.
+        max_new_tokens: Largest number of new tokens per prompt.
+        notebook_options: `context_size`, `temperature`, `top_k` and `eos_id` may also be given by position, in this
+            order.
+        idx: The notebook's name of `prompts`.
+        return_logprobs: Whether to return the log-probabilities of the new tokens, too. They are those of the model
+            itself, in nats, before the temperature and all filters. Needs prompts in lists.
+        options: Each option, its range and its default: parity.sampling.GenerateOptions.
+
+    Returns:
+        One row per prompt and sample: its ids and the new ids, which end with `eos_id` or a stop sequence if one was
+        generated. With return_logprobs, a pair: the rows, and for each row the list of its new tokens'
+        log-probabilities. For an array of prompts, an array [B, T + new] of its dtype, where rows end before `eos_id`
+        and shorter rows are padded with it.
+
+    Raises:
+        InputError: For an empty prompt, an unknown option, ids and options out of range, and logits that are not
+            finite; the message names which.
     """
-    ids = prompts if idx is None else idx
-    if temperature is None:
-        temperature = 0.0 if isinstance(ids, Tensor) else 1.0
+    ids = pick_prompts(prompts, idx)
     request = prepare(
         model.config,
-        ids.tolist() if isinstance(ids, Tensor) else ids or [],
+        ids,
         max_new_tokens,
-        context_size=context_size,
-        overflow=overflow,
-        eos_id=eos_id,
-        stop=stop,
-        samples=samples,
-        seed=seed,
-        first_row=first_row,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
+        options,
+        notebook_options,
+        as_array=isinstance(ids, Tensor),
+        return_logprobs=return_logprobs,
     )
-    generated, logprobs, lengths = _new_arrays(request)
-    for step, (token, logprob, length) in enumerate(_loop(model, request)):
-        generated[:, step], logprobs[:, step], lengths = token, logprob, length
-    rows = request.rows(generated, lengths)
+    new_tokens = np.zeros(request.inputs.uniforms.shape, np.int32)  # [B, new]
+    logprobs = np.zeros(request.inputs.uniforms.shape)  # [B, new]
+    lengths = np.zeros(len(request.prompts), np.int32)  # [B]
+    for number, step in enumerate(_steps(model, request)):
+        new_tokens[:, number] = step.token
+        logprobs[:, number] = step.logprob
+        lengths = step.lengths
+    rows = request.rows(new_tokens, lengths)
     if isinstance(ids, Tensor):
-        return torch.from_numpy(request.rectangle(rows, eos_id)).to(ids)
+        return torch.from_numpy(request.rectangle(rows)).to(ids)
     if return_logprobs:
         return rows, [row[:length].tolist() for row, length in zip(logprobs, lengths, strict=True)]
     return rows
@@ -79,110 +80,105 @@ def generate_text_simple(model: GPTModel, idx: Tensor, max_new_tokens: int, cont
 
 
 def stream(
-    model: GPTModel, prompts: Sequence[Sequence[int]], max_new_tokens: int = 50, **options: Any
+    model: GPTModel,
+    prompts: Sequence[Sequence[int]] | Tensor,
+    max_new_tokens: int = 50,
+    **options: Unpack[GenerateOptions],
 ) -> Iterator[list[int | None]]:
-    """The tokens of generate() with the same options as they come: a step's tokens, None for a row that ended."""
-    request = prepare(model.config, prompts, max_new_tokens, **options)
+    """Yield the tokens of generate() as they are generated.
 
-    def steps() -> Iterator[list[int | None]]:
-        for step, (token, _, lengths) in enumerate(_loop(model, request)):
-            yield [int(t) if length > step else None for t, length in zip(token, lengths, strict=True)]
+    Args:
+        model: As in generate().
+        prompts: As in generate().
+        max_new_tokens: As in generate().
+        options: As in generate().
 
-    return steps()  # so that bad options are told of at once
+    Yields:
+        For each step a list with the new token of each row, or None for a row that has ended.
+
+    Raises:
+        InputError: As generate(); for bad prompts and options at once, before the first token.
+    """
+    request = prepare(model.config, prompts, max_new_tokens, options, as_array=isinstance(prompts, Tensor))
+    return _stream(model, request)  # a generator of its own, so that bad options raise here
 
 
-def _new_arrays(request: Request) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Empty tokens int32 [B, new] and log-probabilities float64 [B, new], lengths int32 [B]."""
-    shape = request.uniforms.shape
-    return np.zeros(shape, np.int32), np.zeros(shape), np.zeros(shape[0], np.int32)
+def _stream(model: GPTModel, request: Request) -> Iterator[list[int | None]]:
+    for number, step in enumerate(_steps(model, request)):
+        yield [int(t) if length > number else None for t, length in zip(step.token, step.lengths, strict=True)]
+
+
+class Step(NamedTuple):
+    """The result of one step of the loop."""
+
+    token: np.ndarray
+    """int64 [B]"""
+    logprob: np.ndarray
+    """float64 [B], zeros unless they were asked for"""
+    lengths: np.ndarray
+    """int32 [B], number of new tokens of each row so far"""
 
 
 @torch.inference_mode()
-def _loop(model: GPTModel, request: Request) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """For each step (tokens [B], their log-probabilities [B], lengths [B] so far), until every row has ended."""
+def _steps(model: GPTModel, request: Request) -> Iterator[Step]:
+    """The steps until every row has ended."""
     was_training = model.training
-    model.eval()  # dropout has no place here
+    model.eval()  # generation has no dropout
     try:
         device = model.tok_emb.weight.device
-        text, first, uniforms, limits, stops = (
-            torch.from_numpy(array).to(device)
-            for array in (request.tokens, request.first, request.uniforms, request.limits, request.stops)
-        )
+        inputs = _to_device(request.inputs, device)
+        text = torch.from_numpy(request.tokens).to(device)  # [B, P], and each new token
         B, P = text.shape
         C = request.context_size
         seen = None
-        if request.sampling.repetition_penalty is not None:
-            padding = torch.arange(P, device=device) < first[:, None]  # [B, P]
+        if request.active.repetition_penalty:
+            is_prompt = torch.arange(P, device=device) >= inputs.pad_lengths[:, None]  # [B, P]
             seen = torch.zeros((B, model.config.n_vocab), dtype=torch.int32, device=device)
-            seen = seen.scatter_add(1, text.long(), (~padding).int()) > 0  # [B, V]
+            seen = seen.scatter_add(1, text.long(), is_prompt.int()) > 0  # [B, V]
         lengths = torch.zeros(B, dtype=torch.int32, device=device)
-        ended = limits == 0
+        ended = inputs.max_new_per_row == 0
         if ended.all():
             return
         cache = model.new_cache(B, request.cache_length)
-        logits = model.decode(text, cache, 0, first)
-        for step in range(request.max_new_tokens):
+        logits = model.decode(text, cache, 0, inputs.pad_lengths)  # [B, V]
+        for number in range(request.max_new_tokens):
             finite = logits.amax(dim=-1).isfinite() | ended
-            check_finite(-1 if finite.all() else step)
-            token = choose(logits, seen, uniforms[:, step], request.sampling)  # [B]
-            logprob = logits.log_softmax(dim=-1).gather(-1, token[:, None])[:, 0]  # [B]
+            check_finite(-1 if finite.all() else number)
+            token = choose(logits, seen, inputs.uniforms[:, number], inputs.options, request.active)  # [B]
+            logprob = logits.new_zeros(B)
+            if request.return_logprobs:
+                logprob = logits.log_softmax(dim=-1).gather(-1, token[:, None])[:, 0]  # [B]
             lengths = lengths + (~ended).int()
-            text = torch.cat([text, token[:, None].int()], dim=1)  # [B, P + step + 1]
+            text = torch.cat([text, token[:, None].int()], dim=1)  # [B, P + number + 1]
             if seen is not None:
                 seen.scatter_(1, token[:, None], True)
-            ended = ended | (lengths >= limits) | _stopped(text, stops, request.stop_lengths, step)
-            yield token.cpu().numpy(), logprob.double().cpu().numpy(), lengths.cpu().numpy()
+            ended = ended | (lengths >= inputs.max_new_per_row) | _stopped(text, inputs, number + 1)
+            yield Step(token.cpu().numpy(), logprob.double().cpu().numpy(), lengths.cpu().numpy())
             if ended.all():
                 return
-            if step < request.cached_tokens:
-                logits = model.decode(token[:, None], cache, P + step, first)
-            else:  # the last C tokens anew, as in the notebook
-                cropped = P + step + 1 - C
-                window_first = (first - cropped).clamp(min=0)
-                logits = model.decode(text[:, cropped:], model.new_cache(B, C), 0, window_first)
+            if number < request.n_cached_steps:
+                logits = model.decode(token[:, None], cache, P + number, inputs.pad_lengths)
+            else:  # the context is full: recompute the last C tokens
+                n_cropped = P + number + 1 - C
+                pad_lengths = (inputs.pad_lengths - n_cropped).clamp(min=0)
+                logits = model.decode(text[:, n_cropped:], model.new_cache(B, C), 0, pad_lengths)
     finally:
         model.train(was_training)
 
 
-def _stopped(text: Tensor, stops: Tensor, stop_lengths: np.ndarray, step: int) -> Tensor:
-    """[B], true where the new tokens end with one of the stops."""
-    stops = stops[torch.from_numpy(stop_lengths <= step + 1)]
-    tail = text[:, None, -stops.shape[1] :]  # [B, 1, W]
-    return ((tail == stops) | (stops < 0)).all(dim=-1).any(dim=-1)
+def _to_device(inputs: RowInputs, device: torch.device) -> RowInputs:
+    def convert(array: np.ndarray) -> Tensor:
+        x = torch.from_numpy(array)
+        if device.type == "mps" and x.dtype == torch.float64:  # which mps does not have
+            x = x.float()
+        return x.to(device)
+
+    arrays = {name: convert(array) for name, array in inputs._asdict().items() if name != "options"}
+    return RowInputs(**arrays, options=RowOptions(*map(convert, inputs.options)))
 
 
-def choose(logits: Tensor, seen: Tensor | None, u: Tensor, sampling: Sampling) -> Tensor:
-    """logits [B, V], seen bool [B, V], u [B] -> token ids [B], by the rules of parity/sampling.py."""
-    logits = penalised(logits, seen, sampling)
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    probs = kept(logits, sampling)
-    cdf = probs.cumsum(dim=-1)
-    beyond = (cdf > u[:, None] * cdf[:, -1:]) & (probs > 0)
-    last_kept = probs.shape[-1] - 1 - (probs > 0).flip(-1).int().argmax(dim=-1)
-    return torch.where(beyond.any(dim=-1), beyond.int().argmax(dim=-1), last_kept)
-
-
-def penalised(logits: Tensor, seen: Tensor | None, sampling: Sampling) -> Tensor:
-    if seen is None or sampling.repetition_penalty is None:
-        return logits
-    lowered = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
-    return torch.where(seen, lowered, logits)
-
-
-def kept(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities [B, V] before the filters, zero for tokens that a filter dropped."""
-    logits = logits / sampling.temperature
-    if sampling.top_k is not None:
-        smallest = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    probs = logits.softmax(dim=-1)  # [B, V]
-    largest = probs.amax(dim=-1, keepdim=True)
-    if sampling.top_p is not None:
-        ordered = probs.sort(dim=-1, descending=True).values
-        mass_before = ordered.cumsum(dim=-1) - ordered
-        count = (mass_before < sampling.top_p).sum(dim=-1, keepdim=True)  # at least 1: nothing is before the first
-        probs = probs.masked_fill(probs < ordered.gather(-1, count - 1), 0.0)
-    if sampling.min_p is not None:
-        probs = probs.masked_fill(probs < sampling.min_p * largest, 0.0)
-    return probs
+def _stopped(text: Tensor, inputs: RowInputs, n_new: int) -> Tensor:
+    """bool [B], true where the last of the `n_new` new tokens ends a stop sequence of the row."""
+    tail = text[:, None, -inputs.stops.shape[2] :]  # [B, 1, W]
+    matches = ((tail == inputs.stops) | (inputs.stops < 0)).all(dim=-1)  # [B, stops]
+    return (matches & (inputs.stop_lengths <= n_new)).any(dim=-1)

@@ -1,210 +1,216 @@
-"""What a generator is asked for, checked and laid out once for both backends.
+"""The options of generation, and the rules from logits to a token that both backends follow.
 
-From logits to a token, the rules that both follow (tests/support/numpy_oracle.py has them in float64). The
-order, and what each step keeps, is that of Hugging Face's logits processors; equals at a limit all stay:
+The rules, in this order (tests/support/numpy_oracle.py has them in float64). What each keeps is what Hugging Face's
+logits processors keep; tokens that tie at a limit are all kept:
 
-1. repetition_penalty (Keskar et al. 2019): logits of tokens already in the row, prompt included, are
-   divided by it where positive and multiplied where negative.
-2. temperature 0: the largest logit, the lowest id among equals. Otherwise logits / temperature.
-3. top_k: keep logits not below the k-th largest.
-4. top_p (Holtzman et al. 2020): of what is left, keep tokens while the more probable ones together
-   have less than top_p; so the one that reaches top_p stays.
+1. repetition_penalty (Keskar et al. 2019): the logits of tokens that are already in the row, prompt included, are
+   divided by it where positive and multiplied by it where negative.
+2. temperature 0 (greedy): the token with the largest logit, of equal ones the lowest id. Otherwise:
+3. top_k: keep logits that are not below the k-th largest. Divide by the temperature; softmax.
+4. top_p (Holtzman et al. 2020): of what is left, keep tokens while the more probable ones together have less
+   than top_p, so the token that reaches top_p is kept.
 5. min_p (Nguyen et al. 2024): keep tokens at least min_p times as probable as the most probable one.
-6. Inverse CDF over the kept tokens in order of id: the first whose cumulative mass exceeds
-   u * total, and the last kept token where rounding leaves none; u from parity/noise.py.
-
-A row ends with its eos_id, with the last token of a stop sequence, after max_new_tokens, or, with
-overflow="stop", where the context is full. With overflow="crop" a longer row goes on from its last
-`context_size` tokens, computed anew for each token, as in the notebook.
+6. Inverse CDF over the kept tokens in order of id: the first token whose cumulative mass exceeds u * total, or the
+   last kept token if rounding leaves none. u is the uniform of (seed, row, position); see uniforms().
 """
 
-import dataclasses
+import hashlib
 import math
-from collections.abc import Sequence
-from typing import Literal
+import operator
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 
-from parity.config import GPTConfig
 from parity.errors import InputError
 
-SMALLEST_BUCKET = 16
+_SMALLEST = 2.0**-126  # the smallest normal float32: smaller numbers can become 0 in float32 arithmetic
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen from logits; the rules are at the top of this file."""
+class SamplingOptions(TypedDict, total=False):
+    """Options that may be given for all prompts, or for one prompt in `per_prompt`. None means the default."""
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-
-    def check(self, n_vocab: int) -> None:
-        """Raise InputError that names an option out of its range."""
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise InputError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
-        if self.top_k is not None and not 1 <= self.top_k <= n_vocab:
-            raise InputError(f"top_k must be in 1..{n_vocab}, got {self.top_k}; leave it out to keep all tokens")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise InputError(f"min_p must be in [0, 1], got {self.min_p}")
-        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < math.inf:
-            raise InputError(f"repetition_penalty must be positive (1 changes nothing), got {self.repetition_penalty}")
+    temperature: float | None
+    """Divides the logits; 0 is greedy, and a tiny one nearly so. Default 1.0, or 0 if the prompts are an array."""
+    top_k: int | None
+    """Sample from the top_k most probable tokens only, in 1..n_vocab. Default: all tokens."""
+    top_p: float | None
+    """Sample from the fewest most probable tokens that together have probability top_p, in (0, 1]. Default: all."""
+    min_p: float | None
+    """Sample from tokens at least min_p times as probable as the most probable one, in [0, 1]. Default: all."""
+    repetition_penalty: float | None
+    """Above 1, makes tokens that are already in the row less probable; in [0.001, 1000]. Default 1: no change."""
+    eos_id: int | None
+    """Id of the end-of-text token, with which a row ends. Default: no token ends a row."""
+    stop: Sequence[Sequence[int]] | None
+    """Sequences of ids. A row ends when its new tokens end with one of them. Default: none."""
+    seed: int | None
+    """Seed of the random numbers, in 0..2**64-1. Default 0."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """Prompts laid out for a cached loop: row b's first token is at slot first[b] of the bucket."""
+class PromptOptions(SamplingOptions, total=False):
+    """Options of one prompt, which replace those given for all prompts."""
 
-    prompts: list[list[int]]
-    """One a row, whole: `samples` rows for each prompt given."""
-    tokens: np.ndarray
-    """int32 [B, P], the last context_size tokens of each prompt at the right end, zeros before it."""
-    first: np.ndarray
-    """int32 [B]"""
-    uniforms: np.ndarray
-    """float32 [B, new], one for each token to come, `new` a bucket."""
-    limits: np.ndarray
-    """int32 [B]: a row ends after this many new tokens."""
-    stops: np.ndarray
-    """int32 [stops, W], sequences that end a row, at the right end; -1 before them matches anything."""
-    stop_lengths: np.ndarray
-    """int32 [stops]"""
-    context_size: int
-    cached_tokens: int
-    """So many new tokens fit the context in every row; then each needs the context computed anew."""
-    sampling: Sampling
-
-    @property
-    def max_new_tokens(self) -> int:
-        return int(self.limits.max())
-
-    @property
-    def cache_length(self) -> int:
-        return self.tokens.shape[1] + bucket(self.cached_tokens)
-
-    def rows(self, generated: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
-        """Prompts with the first lengths[b] tokens of their continuations [B, new]."""
-        return [
-            prompt + new[:length]
-            for prompt, new, length in zip(self.prompts, generated.tolist(), lengths.tolist(), strict=True)
-        ]
-
-    def rectangle(self, rows: list[list[int]], eos_id: int | None) -> np.ndarray:
-        """Rows as the notebook has them, int64 [B, T]: each ends before its eos_id, and is filled up with it."""
-        ended = [len(row) > len(prompt) and row[-1] == eos_id for row, prompt in zip(rows, self.prompts, strict=True)]
-        rows = [row[:-1] if end else row for row, end in zip(rows, ended, strict=True)]
-        longest = max(map(len, rows))
-        return np.array([row + [eos_id or 0] * (longest - len(row)) for row in rows], np.int64)
+    max_new_tokens: int | None
+    """Largest number of new tokens of this prompt, at least 1. Default: that of the call."""
+    row: int | str | None
+    """Row of the random numbers: a number in 0..2**64-1, or a text such as a request's id, which is hashed (SHA-256)
+    to one. Default: the place in the batch. With a row of its own a prompt gives the same tokens in every batch."""
 
 
-def bucket(length: int) -> int:
-    """The next power of two, at least SMALLEST_BUCKET: one compiled program serves a whole bucket."""
-    return max(SMALLEST_BUCKET, 1 << max(0, length - 1).bit_length())
+class GenerateOptions(SamplingOptions, total=False):
+    """Options of generate() and stream() in both backends."""
+
+    context_size: int | None
+    """Largest number of tokens that the model attends to, in 1..n_ctx; longer prompts are cropped from the left.
+    Default: n_ctx, and longer prompts are an error."""
+    overflow: Literal["crop", "stop"]
+    """When a row fills the context: "crop" (default) continues from its last context_size tokens, all recomputed for
+    each new token, as in the notebook; "stop" ends the row."""
+    samples: int
+    """Number of continuations of each prompt, at least 1; they are adjacent rows of the result. Default 1."""
+    first_row: int
+    """Row of the random numbers of the first prompt, in 0..2**32-1, to generate a list of prompts in parts. Default 0.
+    Continuation j of prompt i has row first_row + i * samples + j."""
+    per_prompt: Sequence[PromptOptions] | None
+    """Options for each prompt, one dict (which may be empty) per prompt. Default: all prompts share the options."""
 
 
-def prepare(
-    config: GPTConfig,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    *,
-    context_size: int | None = None,
-    overflow: Literal["crop", "stop"] = "crop",
-    eos_id: int | None = None,
-    stop: Sequence[Sequence[int]] = (),
-    samples: int = 1,
-    seed: int = 0,
-    first_row: int = 0,
-    **sampling: float | None,
-) -> Request:
-    """Check every option and lay the prompts out; raises InputError that names the option.
+class RowOptions(NamedTuple):
+    """The sampling options of each row, arrays [B]. An option that is off has a value that changes nothing."""
 
-    `context_size`: how many tokens the model may see, by default and at most n_ctx; given, it also
-    crops longer prompts, which are errors otherwise. `first_row`: the noise's row of prompts[0], for
-    a list of prompts that is generated in parts.
+    greedy: Any
+    """bool"""
+    temperature: Any
+    """float, positive (1 in greedy rows)"""
+    top_k: Any
+    """int32, n_vocab where off"""
+    top_p: Any
+    """float, infinity where off"""
+    min_p: Any
+    """float, 0 where off"""
+    repetition_penalty: Any
+    """float, 1 where off"""
+
+
+class ActiveRules(NamedTuple):
+    """The rules that at least one row uses. A compiled program has only these; their values are its inputs."""
+
+    sampled: bool
+    top_k: bool
+    top_p: bool
+    min_p: bool
+    repetition_penalty: bool
+
+
+def check_options(options: Mapping[str, Any], n_vocab: int, where: str = "") -> dict[str, Any]:
+    """Check the options of one prompt, and fill in what is off or not given.
+
+    Args:
+        options: PromptOptions without values that are None.
+        n_vocab: Size of the vocabulary.
+        where: Beginning of each error message.
+
+    Returns:
+        The fields of RowOptions for this prompt, and its eos_id (or None), stop, seed, row and max_new_tokens.
+
+    Raises:
+        InputError: That names an option whose value is out of range.
     """
-    rules = Sampling(**sampling)  # type: ignore[arg-type]
-    rules.check(config.n_vocab)
-    if len(prompts) == 0:
-        raise InputError("prompts: give at least one")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if samples < 1:
-        raise InputError(f"samples must be at least 1, got {samples}")
-    if overflow not in ("crop", "stop"):
-        raise InputError(f'overflow must be "crop" or "stop", got {overflow!r}')
-    if context_size is not None and not 1 <= context_size <= config.n_ctx:
-        raise InputError(f"context_size must be in 1..{config.n_ctx}, the model's context, got {context_size}")
-    if not 0 <= seed < 2**64:
-        raise InputError(f"seed must be in 0..2**64-1, got {seed}")
-    if not 0 <= first_row < 2**32:
-        raise InputError(f"first_row must be in 0..2**32-1, got {first_row}")
-    if eos_id is not None and not 0 <= eos_id < config.n_vocab:
-        raise InputError(f"eos_id {eos_id} is outside the vocabulary 0..{config.n_vocab - 1}")
-    ends = [list(map(int, end)) for end in stop]
-    for end in ends:
-        if not end or min(end) < 0 or max(end) >= config.n_vocab:
-            raise InputError(f"stop: each sequence needs ids in 0..{config.n_vocab - 1}, got {end}")
-    ends += [] if eos_id is None else [[eos_id]]
+    temperature = number(options, "temperature", 1.0, 0, sys.float_info.max, "0 (greedy) or positive", where)
+    top_p = number(options, "top_p", 1.0, math.ulp(0.0), 1, "in (0, 1]", where)
+    eos_id = integer(options, "eos_id", -1, 0, n_vocab - 1, "; it must be in the vocabulary", where)
+    row = options.get("row", 0)
+    if isinstance(row, str):
+        row = int.from_bytes(hashlib.sha256(row.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+    return {
+        "greedy": temperature == 0,
+        "temperature": 1.0 if temperature == 0 else min(max(temperature, _SMALLEST), 1 / _SMALLEST),
+        "top_k": integer(options, "top_k", n_vocab, 1, n_vocab, "; leave it out to keep all tokens", where),
+        "top_p": math.inf if top_p == 1 else max(top_p, _SMALLEST),
+        "min_p": number(options, "min_p", 0.0, 0, 1, "in [0, 1]", where),
+        "repetition_penalty": number(
+            options, "repetition_penalty", 1.0, 1e-3, 1e3, "in [0.001, 1000] (1 changes nothing)", where
+        ),
+        "eos_id": None if eos_id < 0 else eos_id,
+        "stop": [_check_stop(sequence, n_vocab, where) for sequence in options.get("stop", ())],
+        "seed": integer(options, "seed", 0, 0, 2**64 - 1, "", where),
+        "row": integer({"row": row}, "row", 0, 0, 2**64 - 1, "; or it is a text", where),
+        "max_new_tokens": integer(options, "max_new_tokens", 1, 1, 2**31 - 1, "", where),
+    }
 
-    context = context_size or config.n_ctx
-    as_lists = [[int(token) for token in prompt] for prompt in prompts for _ in range(samples)]
-    for number, prompt in enumerate(as_lists):
-        if not prompt:
-            raise InputError(
-                f"prompt {number // samples} is empty; start with the end-of-text token to generate from nothing"
-            )
-        seen_length = min(len(prompt), context_size or len(prompt))
-        config.check_tokens((1, seen_length), min(prompt), max(prompt))
-    cropped = [prompt[-context:] for prompt in as_lists]
-    lengths = np.array([len(prompt) for prompt in cropped], np.int32)
-    limits = np.full(len(cropped), max_new_tokens, np.int32)
-    if overflow == "stop":
-        limits = np.minimum(limits, context - lengths)
-    stops = np.full((len(ends), max(map(len, ends), default=1)), -1, np.int32)
-    for row, end in zip(stops, ends, strict=True):
-        row[-len(end) :] = end
-    width = bucket(max(int(lengths.max()), stops.shape[1]))
-    tokens = np.zeros((len(cropped), width), np.int32)
-    for row, prompt in zip(tokens, cropped, strict=True):
-        row[width - len(prompt) :] = prompt
-    positions = np.array([len(prompt) for prompt in as_lists])
-    noise = uniforms(seed, first_row + np.arange(len(cropped)), positions, bucket(int(limits.max())))
-    return Request(
-        prompts=as_lists,
-        tokens=tokens,
-        first=width - lengths,
-        uniforms=noise,
-        limits=limits,
-        stops=stops,
-        stop_lengths=np.array([len(end) for end in ends], np.int32),
-        context_size=context,
-        cached_tokens=min(int(limits.max()), context - int(lengths.max())),
-        sampling=rules,
+
+def row_options(checked: Sequence[Mapping[str, Any]], n_vocab: int) -> tuple[RowOptions, ActiveRules]:
+    """The results of check_options() for each row as arrays, and the rules that they need."""
+    dtypes = {"greedy": bool, "top_k": np.int32}
+    rows = RowOptions(
+        *(np.array([row[name] for row in checked], dtypes.get(name, np.float64)) for name in RowOptions._fields)
+    )
+    return rows, ActiveRules(
+        sampled=not rows.greedy.all(),
+        top_k=bool((rows.top_k < n_vocab).any()),
+        top_p=bool((rows.top_p < 1).any()),
+        min_p=bool((rows.min_p > 0).any()),
+        repetition_penalty=bool((rows.repetition_penalty != 1).any()),
     )
 
 
-def check_finite(failed_at: int) -> None:
-    """Raise InputError if generation met logits that are not finite, at new token `failed_at` (-1: it did not)."""
-    if failed_at >= 0:
+def refuse_unknown(options: Mapping[str, Any], known: Any, where: str = "") -> None:
+    """Raise InputError for an option that the TypedDict `known` does not declare."""
+    if unknown := sorted(options.keys() - known.__optional_keys__):
         raise InputError(
-            f"the model's logits are not finite at new token {failed_at} (counted from 0): "
-            "its weights hold NaN or infinity, or overflow in their dtype"
+            f"{where}unknown option {', '.join(unknown)}; the options are {', '.join(sorted(known.__optional_keys__))}"
         )
 
 
-def uniforms(seed: int, rows: np.ndarray, starts: np.ndarray, count: int) -> np.ndarray:
-    """Uniforms float32 [len(rows), count] in [0, 1): row r's are for positions starts[r] onwards.
+def integer(
+    options: Mapping[str, Any], name: str, default: int, low: int, high: int, hint: str = "", where: str = ""
+) -> int:
+    """options[name] as an int; raises InputError, ending in `hint`, unless it is an integer in low..high."""
+    if name not in options:
+        return default
+    try:
+        value = operator.index(options[name])
+    except TypeError:
+        value = low - 1
+    if not low <= value <= high:
+        raise InputError(f"{where}{name} must be in {low}..{high}, got {options[name]!r}{hint}")
+    return value
 
-    Multiples of 2**-24, so that float32 and float64 models compare against the same numbers. The
-    number for (seed, row, position) does not depend on what else is asked for.
+
+def number(
+    options: Mapping[str, Any], name: str, default: float, low: float, high: float, text: str, where: str = ""
+) -> float:
+    """options[name] as a float; raises InputError unless it is in low..high, which `text` describes."""
+    try:
+        value = float(options.get(name, default))
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not low <= value <= high:
+        raise InputError(f"{where}{name} must be {text}, got {options[name]!r}")
+    return value
+
+
+def _check_stop(sequence: Sequence[int], n_vocab: int, where: str) -> list[int]:
+    try:
+        ids = [operator.index(token) for token in sequence]
+    except TypeError:
+        ids = []
+    if not ids or min(ids) < 0 or max(ids) >= n_vocab:
+        raise InputError(f"{where}stop: each sequence needs token ids in 0..{n_vocab - 1}, got {sequence!r:.60}")
+    return ids
+
+
+def uniforms(seeds: Sequence[int], rows: Sequence[int], starts: Sequence[int], count: int) -> np.ndarray:
+    """Uniform random numbers float32 [len(rows), count] in [0, 1), from position starts[i] of row rows[i] on.
+
+    They are multiples of 2**-24, so that float32 and float64 models compare with the same numbers. The number of
+    (seed, row, position) does not depend on the others that are drawn (Philox; Salmon et al. 2011).
     """
     drawn = np.empty((len(rows), count), np.float32)
-    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        generator = np.random.Generator(np.random.Philox(key=[seed, int(row)]))
+    for out, seed, row, start in zip(drawn, seeds, rows, starts, strict=True):
+        generator = np.random.Generator(np.random.Philox(key=np.array([seed, row], np.uint64)))
         stream = generator.integers(0, 2**24, size=int(start) + count, dtype=np.uint32)
-        drawn[i] = stream[int(start) :].astype(np.float32) * np.float32(2**-24)
+        out[:] = stream[int(start) :].astype(np.float32) * np.float32(2**-24)
     return drawn

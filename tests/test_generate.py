@@ -20,16 +20,10 @@ from transformers import (
 
 import gpt_jax
 import gpt_torch
-from gpt_jax.generate import _cached_loop, _start, numbers_and_rules
-from gpt_jax.generate import choose as choose_jax
-from gpt_jax.generate import kept as kept_jax
-from gpt_jax.generate import penalised as penalised_jax
+from gpt_jax.generate import _cached_loop, _start
 from gpt_jax.train import calc_loss
-from gpt_torch.generate import choose as choose_torch
-from gpt_torch.generate import kept as kept_torch
-from gpt_torch.generate import penalised as penalised_torch
 from parity.errors import InputError
-from parity.sampling import Sampling, uniforms
+from parity.sampling import RowOptions, check_options, row_options, uniforms
 
 PROMPTS = [[5], [1, 2, 3], [90, 0, 7, 7, 31, 2, 4]]
 OPTIONS = [
@@ -57,7 +51,7 @@ def by_oracle(prompt, row, new, options, seed, context_size=TINY.n_ctx):
     """No cache, no padding, float64."""
     weights = probing_weights(TINY)
     tokens = list(prompt)
-    for u in uniforms(seed, np.array([row]), np.array([len(prompt)]), new)[0]:
+    for u in uniforms([seed], [row], [len(prompt)], new)[0]:
         logits = oracle.logits(TINY, weights, np.array([tokens[-context_size:]]))[0, -1]
         tokens.append(oracle.choose(logits, u, tokens, **options))
     return tokens
@@ -70,6 +64,17 @@ def test_same_tokens_in_both_and_by_the_oracle(options):
         want = [by_oracle(prompt, row, 16, options, seed) for row, prompt in enumerate(PROMPTS)]
         assert gpt_torch.generate(ours_torch, PROMPTS, 16, seed=seed, **options) == want
         assert gpt_jax.generate(ours_jax, PROMPTS, 16, seed=seed, **options) == want
+
+
+def choose_by_both(logits, seen, u, options):
+    """The tokens that torch and JAX choose; `options`: a dict for each row."""
+    rows, active = row_options([check_options(own, logits.shape[1]) for own in options], logits.shape[1])
+    tokens = []
+    with jax.enable_x64(True):
+        for package, array in ((gpt_torch, torch.from_numpy), (gpt_jax, jnp.asarray)):
+            arguments = array(logits), array(seen), array(u), RowOptions(*map(array, rows)), active
+            tokens.append(package.sampling.choose(*arguments).tolist())
+    return tokens
 
 
 def test_seeds_differ_and_repeat():
@@ -90,12 +95,7 @@ def test_choose_against_the_oracle(options):
         oracle.choose(row, x, np.flatnonzero(s), **options)
         for row, s, x in zip(logits, seen, u.astype(np.float64), strict=True)
     ]
-    sampling = Sampling(**options)
-    got = choose_torch(torch.from_numpy(logits), torch.from_numpy(seen), torch.from_numpy(u), sampling)
-    assert got.tolist() == want
-    with jax.enable_x64(True):
-        got = choose_jax(jnp.asarray(logits), jnp.asarray(seen), jnp.asarray(u), *numbers_and_rules(sampling))
-    assert got.tolist() == want
+    assert choose_by_both(logits, seen, u, [options] * len(logits)) == [want, want]
 
 
 @pytest.mark.parametrize("options", [options for options in OPTIONS if options["temperature"] > 0], ids=str)
@@ -113,11 +113,14 @@ def test_keeps_what_the_logits_processors_of_hugging_face_keep(options):
     theirs = processors(torch.from_numpy(ids), torch.from_numpy(logits)).softmax(dim=-1).numpy()
     seen = np.zeros(logits.shape, bool)
     np.put_along_axis(seen, ids, True, axis=1)
-    sampling = Sampling(**options)
-    numbers, rules = numbers_and_rules(sampling)
-    in_torch = penalised_torch(torch.from_numpy(logits), torch.from_numpy(seen), sampling)
-    in_jax = penalised_jax(jnp.asarray(logits), jnp.asarray(seen), numbers, rules)
-    for probs in (kept_torch(in_torch, sampling).numpy(), np.asarray(kept_jax(in_jax, numbers, rules))):
+    rows, active = row_options([check_options(options, 97)] * 200, 97)
+    both = []
+    for package, array in ((gpt_torch, torch.from_numpy), (gpt_jax, jnp.asarray)):
+        ours, by_row = array(logits), RowOptions(*map(array, rows))
+        if active.repetition_penalty:
+            ours = package.sampling.apply_repetition_penalty(ours, array(seen), by_row)
+        both.append(np.asarray(package.sampling.filtered_probs(ours, by_row, active)))
+    for probs in both:
         np.testing.assert_array_equal(probs > 0, theirs > 0)
         np.testing.assert_allclose(probs / probs.sum(axis=1, keepdims=True), theirs, rtol=2e-5, atol=1e-9)
 
@@ -302,15 +305,167 @@ def test_torch_mode_is_restored():
 
 
 def test_noise_depends_on_seed_row_and_position_only():
-    whole = uniforms(7, np.arange(4), np.zeros(4, int), 50)
-    part = uniforms(7, np.array([2, 0]), np.array([10, 49]), 1)
+    whole = uniforms([7] * 4, range(4), [0] * 4, 50)
+    part = uniforms([7] * 2, [2, 0], [10, 49], 1)
     assert part[:, 0].tolist() == [whole[2, 10], whole[0, 49]]
     assert whole.dtype == np.float32
     assert whole.min() >= 0
     assert whole.max() < 1
     assert len(np.unique(whole)) > 190
-    many = uniforms(0, np.arange(3), np.zeros(3, int), 100_000)
+    many = uniforms([0] * 3, range(3), [0] * 3, 100_000)
     assert many.mean(axis=1) == pytest.approx([0.5] * 3, abs=0.005)
+
+
+def test_every_seed_and_row_in_range_gives_numbers_of_its_own():
+    ends = [0, 1, 2**32, 2**63 - 1, 2**63, 2**64 - 2, 2**64 - 1]
+    pairs = [(seed, row) for seed in ends for row in ends]
+    seeds, rows = zip(*pairs, strict=True)
+    assert len({tuple(drawn) for drawn in uniforms(seeds, rows, [3] * len(pairs), 8).tolist()}) == len(pairs)
+    for package, model in zip((gpt_torch, gpt_jax), models(), strict=True):
+        results = [package.generate(model, PROMPTS, 12, seed=seed, first_row=2**32 - 1) for seed in ends]
+        assert len({str(rows) for rows in results}) == len(ends)
+
+
+EXTREMES = [
+    *({"temperature": t} for t in (5e-324, 1e-310, 1e-40, 1e-30, 1e-4, 1e30, 1e300)),
+    *({"top_p": p} for p in (5e-324, 1e-40, 1 - 1e-12, 1.0)),
+    *({"min_p": p} for p in (0.0, 1e-300, 1.0)),
+    *({"repetition_penalty": p} for p in (1e-3, 1.0, 1e3)),
+    *({"top_k": k} for k in (1, 96, 97)),
+]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_extreme_values_choose_as_the_oracle_does(dtype):
+    generator = np.random.default_rng(2)
+    logits = (generator.normal(size=(64, 97)) * 30).astype(dtype)
+    seen = generator.random((64, 97)) < 0.3
+    u = generator.random(64).astype(np.float32)
+    for options in EXTREMES:
+        exact = {**options, "temperature": max(options.get("temperature", 1.0), 1e-300)}
+        want = [
+            oracle.choose(row, x, np.flatnonzero(s), **exact)
+            for row, s, x in zip(logits, seen, u.astype(np.float64), strict=True)
+        ]
+        assert choose_by_both(logits, seen, u, [options] * 64) == [want, want], options
+
+
+def test_top_p_of_one_keeps_every_token():
+    """In float32 the more probable tokens may add up to 1 before the last ones."""
+    logits = np.linspace(0, -30, 97, dtype=np.float32)[None].repeat(2, 0)
+    for options in ({"top_p": 1.0}, {"top_p": 1.0, "top_k": 97, "min_p": 0.0}):
+        rows, _ = row_options([check_options(options, 97), check_options({"top_p": 0.5}, 97)], 97)
+        _, active = row_options([check_options({"top_p": 0.5, "top_k": 3, "min_p": 0.1}, 97)], 97)
+        for package, array in ((gpt_torch, torch.from_numpy), (gpt_jax, jnp.asarray)):
+            by_row = RowOptions(*map(array, rows))
+            probs = np.asarray(package.sampling.filtered_probs(array(logits), by_row, active))
+            assert (probs > 0).sum(axis=-1).tolist() == [97, 3]
+
+
+PER_PROMPT = [
+    {"temperature": 0},
+    {"seed": 11, "top_k": 7, "row": "request-5c0ffee"},
+    {"temperature": 1.3, "top_p": 0.8, "max_new_tokens": 5},
+    {"temperature": 0, "repetition_penalty": 1.5, "row": 2**64 - 1},
+    {"min_p": 0.1, "eos_id": 8, "seed": 2**64 - 1},
+    {"temperature": 0.6, "top_k": None, "stop": [[3, 4], [17], [60], [61]]},
+    {},
+]
+MIXED = [[5], [1, 2, 3], [90, 0, 7, 7, 31, 2, 4], [8, 8], [44] * 9, [1, 2, 3], [2]]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_options_per_prompt_give_what_each_prompt_gives_alone(dtype):
+    """Greedy and sampled prompts in one batch, within the context and beyond it."""
+    weights = probing_weights(TINY, dtype)
+    with jax.enable_x64(dtype == np.float64):
+        results = []
+        for package in (gpt_torch, gpt_jax):
+            model = package.adapter.build(TINY, weights)
+            if package is gpt_jax:
+                model = gpt_jax.for_decoding(model)
+            shared = {"seed": 3, "top_k": 60}
+            rows = package.generate(model, MIXED, 30, per_prompt=PER_PROMPT, **shared)
+            for number, (prompt, own, row) in enumerate(zip(MIXED, PER_PROMPT, rows, strict=True)):
+                at = {"row": number} | own
+                assert [row] == package.generate(model, [prompt], 30, per_prompt=[at], **shared)
+                if not isinstance(at["row"], str) and at["row"] < 2**32:
+                    alone = {**shared, **own}
+                    new = alone.pop("max_new_tokens", 30)
+                    first_row = alone.pop("row", number)
+                    assert [row] == package.generate(model, [prompt], new, first_row=first_row, **alone)
+            backwards = package.generate(model, MIXED[::-1], 30, per_prompt=PER_PROMPT[::-1], **shared)
+            assert [rows[i] for i in (1, 3)] == [backwards[::-1][i] for i in (1, 3)]  # they have rows of their own
+            steps = list(package.stream(model, MIXED, 30, per_prompt=PER_PROMPT, **shared))
+            streamed = [[t for t in tokens if t is not None] for tokens in zip(*steps, strict=True)]
+            assert [prompt + new for prompt, new in zip(MIXED, streamed, strict=True)] == rows
+            results.append(rows)
+    assert results[0] == results[1]
+    lengths = [len(row) - len(prompt) for prompt, row in zip(MIXED, results[0], strict=True)]
+    assert lengths[2] == 5
+    assert max(lengths) == 30
+    greedy = by_oracle(MIXED[0], 0, 30, {"temperature": 0}, 3)
+    assert results[0][0] == greedy
+
+
+def test_samples_of_a_prompt_with_a_row_of_its_own():
+    own = [{"row": 5}, {"row": "a"}]
+    for package, model in zip((gpt_torch, gpt_jax), models(), strict=True):
+        rows = package.generate(model, PROMPTS[:2], 8, samples=3, per_prompt=own)
+        assert rows[:3] == package.generate(model, PROMPTS[:1], 8, samples=3, first_row=5)
+        assert rows[3:] == package.generate(model, PROMPTS[1:2], 8, samples=3, per_prompt=own[1:])
+        assert len({tuple(row) for row in rows}) == 6
+
+
+def test_other_values_compile_nothing():
+    model = gpt_jax.for_decoding(models()[1])
+    everything = {"top_k": 9, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "eos_id": 5, "stop": [[1, 2]]}
+    gpt_jax.generate(model, PROMPTS, 9, **everything)
+    before = _start._cache_size(), _cached_loop._cache_size()
+    changed = {"top_k": 3, "top_p": 0.5, "min_p": 0.2, "repetition_penalty": 2.0, "eos_id": 7, "stop": [[3, 4]]}
+    gpt_jax.generate(model, PROMPTS, 11, seed=2, temperature=0.3, **changed)
+    gpt_jax.generate(model, PROMPTS, 9, per_prompt=[{}, {"temperature": 0, "top_k": None}, {"seed": 9}], **everything)
+    own = [everything, changed, {"temperature": 0}]
+    gpt_jax.generate(model, PROMPTS, 9, per_prompt=own)
+    assert (_start._cache_size(), _cached_loop._cache_size()) == before
+    gpt_jax.generate(model, PROMPTS, 9, temperature=0)
+    assert (_start._cache_size(), _cached_loop._cache_size()) != before  # greedy batches have a program of their own
+
+
+def test_each_form_of_a_call_honours_or_refuses_its_options():
+    for package, model, array in zip(
+        (gpt_torch, gpt_jax), models(), (torch.tensor(PROMPTS[1:2] * 2), jnp.asarray(PROMPTS[1:2] * 2)), strict=True
+    ):
+        lists = PROMPTS[1:2] * 2
+        sampled = package.generate(model, lists, 6, samples=2, temperature=1.0)
+        assert package.generate(model, array, 6, samples=2, temperature=1.0).tolist() == sampled
+        assert package.generate(model, np.array(lists), 6, samples=2) == sampled
+        steps = list(package.stream(model, array, 6))
+        assert [p + list(new) for p, new in zip(lists, zip(*steps, strict=True), strict=True)] == package.generate(
+            model, array, 6
+        ).tolist()
+        own = [{"max_new_tokens": 2}, {}]
+        padded = package.generate(model, array, 6, eos_id=96, per_prompt=own).tolist()
+        assert padded[0][:5] + [96] * 4 == padded[0]
+        for options, message in (
+            ({"return_logprobs": True}, "return_logprobs needs prompts as lists"),
+            ({"stop": [[1]]}, "give eos_id"),
+            ({"per_prompt": own}, "give eos_id"),
+        ):
+            with pytest.raises(InputError, match=message):
+                package.generate(model, array, 6, **options)
+        with pytest.raises(InputError, match="not as both"):
+            package.generate(model, array, 6, idx=array)
+        with pytest.raises(InputError, match="at least one"):
+            package.generate(model)
+        with pytest.raises(InputError, match="temperature: given both"):
+            package.generate(model, array, 6, None, 1.0, temperature=1.0)
+        with pytest.raises(InputError, match="by position"):
+            package.generate(model, array, 6, None, 1.0, None, 3, 4)
+        with pytest.raises(InputError, match="unknown option temprature; the options are context_size, eos_id"):
+            package.stream(model, lists, 6, temprature=1.0)
+    with pytest.raises(InputError, match="every"):
+        gpt_jax.stream(models()[1], PROMPTS, every=0)
 
 
 @pytest.mark.parametrize(
@@ -341,6 +496,22 @@ def test_noise_depends_on_seed_row_and_position_only():
         ([[1]], {"top_p": 1.1}, "top_p"),
         ([[1]], {"eos_id": 97}, "eos_id"),
         ([[1]], {"seed": -1}, "seed"),
+        ([[1]], {"seed": 2**64}, "seed"),
+        ([[1]], {"seed": 1.5}, "seed"),
+        ([[1]], {"top_k": 2.0}, "top_k"),
+        ([[1]], {"temperature": "hot"}, "temperature"),
+        ([[1]], {"temperature": float("inf")}, "temperature"),
+        ([[1]], {"repetition_penalty": 1e-40}, "repetition_penalty"),
+        ([[1]], {"top_q": 0.5}, "unknown option top_q"),
+        ([[1]], {"per_prompt": []}, "per_prompt has 0 entries for 1 prompts"),
+        ([[1], [2]], {"per_prompt": [{}, {"top_k": 98}]}, r"per_prompt\[1\]: top_k must be in 1..97"),
+        ([[1]], {"per_prompt": [{"samples": 2}]}, r"per_prompt\[0\]: unknown option samples"),
+        ([[1]], {"per_prompt": [{"row": -1}]}, r"per_prompt\[0\]: row must be"),
+        ([[1]], {"per_prompt": [{"max_new_tokens": 0}]}, r"per_prompt\[0\]: max_new_tokens"),
+        ("text", {}, "sequences of token ids"),
+        ([1, 2], {}, "sequences of token ids"),
+        ([[1.5]], {}, "sequences of token ids"),
+        (np.zeros((1, 2)), {}, "sequences of token ids"),
     ],
 )
 def test_bad_requests(prompts, options, message):

@@ -41,7 +41,7 @@ def is_boundary(config, weights, row, at, seed, number, options):
     """Whether float64 puts this choice within rounding of another one."""
     row = np.array(row[:at])
     logits = oracle.logits(config, weights, row[None])[0, -1].astype(np.float64)
-    [[u]] = uniforms(seed, np.array([number]), np.array([at]), 1)
+    [[u]] = uniforms([seed], [number], [at], 1)
     choices = set()
     for shift in (-NEAR, 0, NEAR):
         for scale in (1 - NEAR, 1, 1 + NEAR):

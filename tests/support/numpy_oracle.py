@@ -32,7 +32,7 @@ def keep(logits, seen=(), temperature=1.0, top_k=None, top_p=None, min_p=None, r
         logits[token] *= 1 / repetition_penalty if logits[token] > 0 else repetition_penalty
     if temperature == 0:
         return np.arange(len(logits)) == logits.argmax()
-    logits = logits / temperature
+    logits = (logits - logits.max()) / temperature
     if top_k is not None:
         logits = np.where(logits < np.sort(logits)[-top_k], -np.inf, logits)
     probs = np.exp(logits - logits.max())

@@ -1,0 +1,248 @@
+"""A call of generate() or stream(), checked and laid out once for both backends.
+
+A row ends with its eos_id, with the last token of a stop sequence, after max_new_tokens, or, with overflow="stop",
+when the context is full. With overflow="crop" a longer row continues from its last `context_size` tokens, which are
+all recomputed for each new token, as in the notebook.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from parity.config import GPTConfig
+from parity.errors import InputError
+from parity.sampling import (
+    ActiveRules,
+    GenerateOptions,
+    PromptOptions,
+    RowOptions,
+    SamplingOptions,
+    check_options,
+    integer,
+    refuse_unknown,
+    row_options,
+    uniforms,
+)
+
+SMALLEST_BUCKET = 16
+NOTEBOOK_ORDER = ("context_size", "temperature", "top_k", "eos_id")
+"""Options that the notebook's generate() takes by position, after max_new_tokens."""
+
+
+class RowInputs(NamedTuple):
+    """What the generation loop reads for each row besides its tokens; arrays of NumPy or of a backend."""
+
+    uniforms: Any
+    """float32 [B, new], one number for each new token; `new` is a bucket"""
+    pad_lengths: Any
+    """int32 [B], empty slots before the prompt"""
+    max_new_per_row: Any
+    """int32 [B]"""
+    stops: Any
+    """int32 [B, stops, W], sequences that end the row, right-aligned; -1 to their left matches any token"""
+    stop_lengths: Any
+    """int32 [B, stops]"""
+    options: RowOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Checked prompts and options, laid out for a loop over a key/value cache."""
+
+    prompts: list[list[int]]
+    """The complete prompt of each row; a prompt occurs `samples` times."""
+    eos_ids: list[int | None]
+    """The end-of-text id of each row."""
+    tokens: np.ndarray
+    """int32 [B, P], the last context_size tokens of each prompt, right-aligned, with zeros to their left."""
+    inputs: RowInputs
+    active: ActiveRules
+    context_size: int
+    n_cached_steps: int
+    """Number of new tokens for which the cache has room in every row; after them the context is recomputed."""
+    return_logprobs: bool
+
+    @property
+    def max_new_tokens(self) -> int:
+        return int(self.inputs.max_new_per_row.max())
+
+    @property
+    def cache_length(self) -> int:
+        return self.tokens.shape[1] + bucket(self.n_cached_steps)
+
+    def rows(self, new_tokens: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
+        """Each prompt followed by the first lengths[b] of its new tokens [B, new]."""
+        new_rows = zip(self.prompts, new_tokens.tolist(), lengths.tolist(), strict=True)
+        return [prompt + new[:length] for prompt, new, length in new_rows]
+
+    def rectangle(self, rows: list[list[int]]) -> np.ndarray:
+        """The rows as the notebook returns them, int64 [B, T]: without the eos_id at the end, but padded with it."""
+        cut = [
+            row[:-1] if len(row) > len(prompt) and row[-1] == eos_id else row
+            for row, prompt, eos_id in zip(rows, self.prompts, self.eos_ids, strict=True)
+        ]
+        width = max(map(len, cut))
+        padded = zip(cut, self.eos_ids, strict=True)
+        return np.array([row + [eos_id or 0] * (width - len(row)) for row, eos_id in padded], np.int64)
+
+
+def bucket(length: int, smallest: int = SMALLEST_BUCKET) -> int:
+    """The next power of two, at least `smallest`: one compiled program serves all lengths of a bucket."""
+    return max(smallest, 1 << max(0, length - 1).bit_length())
+
+
+def prepare(
+    config: GPTConfig,
+    prompts: Any,
+    max_new_tokens: int,
+    options: GenerateOptions,
+    notebook_options: Sequence[Any] = (),
+    *,
+    as_array: bool = False,
+    return_logprobs: bool = False,
+) -> Request:
+    """Check a call and lay it out.
+
+    Args:
+        config: The model's configuration.
+        prompts: Sequences of token ids, or an array [B, T].
+        max_new_tokens: Default of each prompt's largest number of new tokens.
+        options: See GenerateOptions.
+        notebook_options: Values of NOTEBOOK_ORDER that were given by position.
+        as_array: Whether the call returns an array, which makes greedy decoding the default.
+        return_logprobs: Whether the call returns the log-probabilities of the new tokens, too.
+
+    Raises:
+        InputError: For an empty prompt, an unknown option, and a value out of range; the message names it.
+    """
+    given = _merge(options, notebook_options)
+    samples = integer(given, "samples", 1, 1, 2**31 - 1)
+    first_row = integer(given, "first_row", 0, 0, 2**32 - 1)
+    context = integer(given, "context_size", config.n_ctx, 1, config.n_ctx, "; the model's context is the limit")
+    if given.get("overflow", "crop") not in ("crop", "stop"):
+        raise InputError(f'overflow must be "crop" or "stop", got {given["overflow"]!r}')
+    token_lists = _token_lists(prompts, config, given.get("context_size"))
+    defaults = {"temperature": 0.0 if as_array else 1.0, "max_new_tokens": max_new_tokens}
+    shared = {name: value for name, value in given.items() if name in SamplingOptions.__optional_keys__}
+    check_options(defaults | shared, config.n_vocab)
+    per_prompt = given.get("per_prompt", [{}] * len(token_lists))
+    if len(per_prompt) != len(token_lists):
+        raise InputError(
+            f"per_prompt has {len(per_prompt)} entries for {len(token_lists)} prompts; give one per prompt"
+        )
+    rows = []
+    for number, own in enumerate(per_prompt):
+        where = f"per_prompt[{number}]: "
+        refuse_unknown(own, PromptOptions, where)
+        place = {"row": first_row + number * samples}
+        row = check_options(defaults | place | _without_none({**shared, **own}), config.n_vocab, where)
+        rows += [row | {"row": (row["row"] + sample) % 2**64} for sample in range(samples)]
+    if as_array:
+        _check_array_form(rows, return_logprobs)
+
+    whole = [prompt for prompt in token_lists for _ in range(samples)]
+    cropped = [prompt[-context:] for prompt in whole]
+    lengths = np.array([len(prompt) for prompt in cropped], np.int32)
+    max_new_per_row = np.array([row["max_new_tokens"] for row in rows], np.int32)
+    if given.get("overflow") == "stop":
+        max_new_per_row = np.minimum(max_new_per_row, context - lengths)
+    max_new = int(max_new_per_row.max())
+    stops, stop_lengths = _stop_arrays(rows)
+    width = bucket(max(int(lengths.max()), stops.shape[2]))
+    tokens = np.zeros((len(cropped), width), np.int32)
+    for slots, prompt in zip(tokens, cropped, strict=True):
+        slots[width - len(prompt) :] = prompt
+    noise = uniforms(
+        [row["seed"] for row in rows], [row["row"] for row in rows], [len(prompt) for prompt in whole], bucket(max_new)
+    )
+    by_row, active = row_options(rows, config.n_vocab)
+    return Request(
+        prompts=whole,
+        eos_ids=[row["eos_id"] for row in rows],
+        tokens=tokens,
+        inputs=RowInputs(noise, width - lengths, max_new_per_row, stops, stop_lengths, by_row),
+        active=active,
+        context_size=context,
+        n_cached_steps=min(max_new, context - int(lengths.max())),
+        return_logprobs=return_logprobs,
+    )
+
+
+def pick_prompts(prompts: Any, idx: Any) -> Any:
+    """`prompts`, or `idx`, as the notebook calls them; raises InputError unless just one is given."""
+    if (prompts is None) == (idx is None):
+        raise InputError("prompts: give at least one, as prompts or, as the notebook calls them, as idx; not as both")
+    return idx if prompts is None else prompts
+
+
+def check_finite(failed_at: int) -> None:
+    """Raise InputError if logits were not finite at new token number `failed_at`; -1 means that all were."""
+    if failed_at >= 0:
+        raise InputError(
+            f"the model's logits are not finite at new token {failed_at} (counted from 0): "
+            "its weights hold NaN or infinity, or they overflow in their dtype"
+        )
+
+
+def _merge(options: Mapping[str, Any], notebook_options: Sequence[Any]) -> dict[str, Any]:
+    """All options by name, without those that are None."""
+    if len(notebook_options) > len(NOTEBOOK_ORDER):
+        raise InputError(f"after max_new_tokens only {', '.join(NOTEBOOK_ORDER)} can be given by position")
+    by_position = dict(zip(NOTEBOOK_ORDER, notebook_options, strict=False))
+    if twice := sorted(by_position.keys() & options.keys()):
+        raise InputError(f"{', '.join(twice)}: given both by position and by name")
+    refuse_unknown(options, GenerateOptions)
+    return _without_none({**by_position, **options})
+
+
+def _without_none(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _token_lists(prompts: Any, config: GPTConfig, context_size: int | None) -> list[list[int]]:
+    """The prompts as lists of ints; those longer than an explicit context_size are cropped later."""
+    try:
+        lists = [[operator.index(token) for token in prompt] for prompt in _as_list(prompts)]
+    except TypeError:
+        raise InputError(f"prompts must be sequences of token ids (integers), got {prompts!r:.60}") from None
+    if not lists:
+        raise InputError("prompts: give at least one")
+    for number, prompt in enumerate(lists):
+        if not prompt:
+            raise InputError(f"prompt {number} is empty; start with the end-of-text token to generate from nothing")
+        config.check_tokens((1, min(len(prompt), context_size or len(prompt))), min(prompt), max(prompt))
+    return lists
+
+
+def _as_list(prompts: Any) -> Any:
+    return prompts.tolist() if hasattr(prompts, "tolist") else prompts
+
+
+def _check_array_form(rows: Sequence[Mapping[str, Any]], return_logprobs: bool) -> None:
+    """Raise InputError for what a rectangle of ids cannot express."""
+    if return_logprobs:
+        raise InputError("return_logprobs needs prompts as lists of ids: ids.tolist()")
+    lengths_differ = any(row["stop"] for row in rows) or len({row["max_new_tokens"] for row in rows}) > 1
+    if lengths_differ and any(row["eos_id"] is None for row in rows):
+        raise InputError(
+            "with stop or max_new_tokens per prompt the rows of an array end at different lengths: "
+            "give eos_id, with which the shorter rows are padded, or prompts as lists of ids (ids.tolist())"
+        )
+
+
+def _stop_arrays(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """The sequences that end each row, its eos_id among them: (stops, stop_lengths) of RowInputs."""
+    ends = [row["stop"] + ([] if row["eos_id"] is None else [[row["eos_id"]]]) for row in rows]
+    count = max(map(len, ends))
+    width = max((len(sequence) for row in ends for sequence in row), default=1)
+    shape = (len(rows), bucket(count, 1) if count else 0, bucket(width, 1))
+    stops = np.full(shape, -1, np.int32)
+    stop_lengths = np.full(shape[:2], np.iinfo(np.int32).max, np.int32)  # no row ever has so many new tokens
+    for i, row in enumerate(ends):
+        for j, sequence in enumerate(row):
+            stops[i, j, -len(sequence) :] = sequence
+            stop_lengths[i, j] = len(sequence)
+    return stops, stop_lengths
