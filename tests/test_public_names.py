@@ -27,7 +27,7 @@ COMMON = {
 NAMES = {
     parity: {"PRESETS", "GPTConfig", "InputError", "as_config", "load_tokenizer"},
     gpt_torch: COMMON,
-    gpt_jax: COMMON | {"for_decoding"},
+    gpt_jax: COMMON | {"DecodingModel", "for_decoding"},
 }
 # Parameters that have no meaning in PyTorch: layers per compiled loop, steps per call, and random keys of Flax.
 JAX_ONLY = {"GPTModel": {"unroll", "remat"}, "stream": {"every"}}
