@@ -254,7 +254,7 @@ def test_an_error_under_a_probe_is_not_replaced():
         pass
 
 
-@pytest.mark.parametrize("remat", gpt_jax.model.REMAT)
+@pytest.mark.parametrize("remat", gpt_jax.model.REMAT_POLICIES)
 def test_recomputing_models_can_be_looked_into(remat):
     model, ids = gpt_jax.GPTModel(TINY, remat=remat), jnp.asarray(TOKENS)
     _, expected = gpt_jax.run_with_cache(gpt_jax.GPTModel(TINY), ids)
