@@ -21,9 +21,9 @@ from gpt_jax.weights import load_weights
 from parity.config import IGNORE_INDEX, GPTConfig
 from parity.errors import InputError
 from parity.training import optimizer_state as train_state
+from parity.training.initial import initial_arrays
 from parity.training.settings import TrainSettings
-from parity.weights import initial_weights, rows
-from parity.weights.load import read_folder
+from parity.weights import rows
 
 
 class TrainState(NamedTuple):
@@ -125,7 +125,7 @@ class Trainer:
         self,
         config: GPTConfig,
         settings: TrainSettings,
-        init: str | Path | None = None,
+        init_from: str | Path | None = None,
         attention: str = "explicit",
         unroll: int = 1,
         mesh: Mesh | None = None,
@@ -138,11 +138,7 @@ class Trainer:
         self._param_dtype = jnp.promote_types(compute_dtype, jnp.float32)
         self._optimizer = make_optimizer(settings, config)
         model = GPTModel(config, None, attention, unroll, remat)
-        if init:
-            _, arrays, format = read_folder(init)
-            load_weights(model, arrays, format, origin=str(init))
-        else:
-            load_weights(model, initial_weights(config, settings.seed, scheme=settings.initial))
+        load_weights(model, *initial_arrays(config, settings, init_from))
         model = cast(model, self._param_dtype)
         self._state_sharding = replicated = out_shardings = None
         if mesh is None:
@@ -178,10 +174,8 @@ class Trainer:
     def evaluate_batch(self, inputs: Array, targets: Array) -> Array:
         return self._block_on_cpu(self._summed_loss(self.state.model, inputs, targets))
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> list[list[int]]:
-        top_k = min(50, self.config.n_vocab)
-        model = self._gathered(self.state.model)
-        return generate(model, prompts, max_new_tokens, temperature=0.8, top_k=top_k, seed=seed)
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
+        return generate(self._gathered(self.state.model), prompts, max_new_tokens, **options)
 
     def _to_mesh(self, array: np.ndarray, *spec: Any) -> Array:
         """To the device; over a mesh, where `spec` says: `array` is this process's part."""

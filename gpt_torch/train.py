@@ -24,10 +24,10 @@ from parity import weights
 from parity.config import IGNORE_INDEX, GPTConfig
 from parity.training import checkpoints
 from parity.training import optimizer_state as train_state
+from parity.training.initial import initial_arrays
 from parity.training.processes import ALONE, Processes
 from parity.training.settings import TrainSettings
-from parity.weights import initial_weights, rows
-from parity.weights.load import read_folder
+from parity.weights import rows
 
 
 def make_optimizer(model: GPTModel, settings: TrainSettings) -> torch.optim.AdamW:
@@ -77,7 +77,7 @@ class Trainer:
         self,
         config: GPTConfig,
         settings: TrainSettings,
-        init: str | Path | None = None,
+        init_from: str | Path | None = None,
         attention: str = "explicit",
         device: torch.device | str = "cpu",
         compile: bool = False,
@@ -88,11 +88,7 @@ class Trainer:
         dtype = getattr(torch, settings.dtype)
         param_dtype = torch.promote_types(dtype, torch.float32)
         model = GPTModel(config, None, attention)
-        if init:
-            _, arrays, format = read_folder(init)
-            load_weights(model, arrays, format, origin=str(init))
-        else:
-            load_weights(model, initial_weights(config, settings.seed, scheme=settings.initial))
+        load_weights(model, *initial_arrays(config, settings, init_from))
         self.model = model.to(self.device, param_dtype)
         self.optimizer = make_optimizer(self.model, settings)
         self._compute_dtype = None if dtype == param_dtype else dtype
@@ -148,9 +144,8 @@ class Trainer:
     def evaluate_batch(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return all_sum(self._summed_loss(self.model, inputs, targets, self._compute_dtype))
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> list[list[int]]:
-        top_k = min(50, self.config.n_vocab)
-        return generate(self.model, prompts, max_new_tokens, temperature=0.8, top_k=top_k, seed=seed)
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
+        return generate(self.model, prompts, max_new_tokens, **options)
 
     def save(self, folder: Path) -> None:
         if not self.processes.first:

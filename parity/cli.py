@@ -56,9 +56,10 @@ def parse(
 def parse_known(cls: type[Options], args: Sequence[str] | None = None) -> Options:
     """Read only the options of `cls`, and ignore all others: for options that decide the defaults of the rest.
 
-    `--help` and `--version` are among the ignored ones; the call of `parse` that follows answers them.
+    `--help` and `--version` are among the ignored ones; the call of `parse` that follows answers them, and warns of
+    deprecated spellings.
     """
-    arguments = _current_spellings(cls, sys.argv[1:] if args is None else args)
+    arguments = _current_spellings(cls, sys.argv[1:] if args is None else args, warn=False)
     options, _ = tyro.cli(cls, args=arguments, return_unknown_args=True, add_help=False)
     return options
 
@@ -74,7 +75,7 @@ def versions() -> str:
     return ", ".join(parts)
 
 
-def _current_spellings(cls: type, arguments: Sequence[str]) -> list[str]:
+def _current_spellings(cls: type, arguments: Sequence[str], warn: bool = True) -> list[str]:
     """Replace deprecated options by their current names, and warn of each on standard error."""
     options = {f"--{field.name.replace('_', '-')}" for _, field, _ in _fields(cls)}
     current = []
@@ -82,7 +83,8 @@ def _current_spellings(cls: type, arguments: Sequence[str]) -> list[str]:
         name, equals, value = argument.partition("=")
         old = name.replace("_", "-")
         if old in DEPRECATED and old not in options and DEPRECATED[old] in options:
-            sys.stderr.write(f"warning: {old} is deprecated; use {DEPRECATED[old]}\n")
+            if warn:
+                sys.stderr.write(f"warning: {old} is deprecated; use {DEPRECATED[old]}\n")
             argument = f"{DEPRECATED[old]}{equals}{value}"
         current.append(argument)
     return current
@@ -104,7 +106,7 @@ def _add_help(cls: type) -> None:
     tyro's own reader breaks lines wherever the source does, and shows the docstring of a nested class to the user.
     """
     for owner, field, _ in _fields(cls):
-        if field.metadata.get("help"):
+        if field.metadata.get("help"):  # a text made from a table of names, or by an earlier call
             continue
         texts = (
             parameter.description

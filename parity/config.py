@@ -45,7 +45,7 @@ class GPTConfig:
     """
 
     n_vocab: int = 50257
-    """Number of tokens in the vocabulary."""
+    """Number of tokens in the vocabulary: the tokenizer's, or more, for example 50257 padded to 50304."""
     n_ctx: int = 1024
     """Length of the context: the largest number of tokens that the model can attend to."""
     n_embd: int = 768

@@ -2,8 +2,8 @@
 
 python scripts/train_jax.py                                       # small, embedded corpus, any CPU
 python scripts/train_jax.py --preset 124M --corpus DIR --device gpu
-python scripts/train_jax.py --init 124M --corpus my.txt --steps 500 --lr 3e-5   # fine-tune OpenAI's weights
-python scripts/train_jax.py --run runs/NAME --resume              # go on, also with a run of train_torch.py
+python scripts/train_jax.py --init-from 124M --corpus my.txt --steps 500 --lr 3e-5   # fine-tune OpenAI's weights
+python scripts/train_jax.py --run runs/NAME --resume              # resume a run, also one of train_torch.py
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from parity.errors import InputError, exit_with_message
 from parity.training.args import JobArgs, parse_job_args
-from parity.training.job import load_job, start_run
+from parity.training.job import describe_precision, load_job, start_run
 from parity.training.loop import resume_and_train
 from parity.training.processes import Processes
 from parity.training.settings import recipe
@@ -30,24 +30,27 @@ with exit_with_message():
 
 @dataclasses.dataclass(frozen=True)
 class Args(JobArgs):
-    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    device: Literal["auto", "cpu", "gpu", "cuda", "tpu"] = "auto"
+    """Kind of device to train on; auto takes the one that JAX prefers, and gpu and cuda mean the same."""
     attention: Literal["auto", "explicit", "cudnn"] = "auto"
+    """Attention: the explicit formula of the model file, or cuDNN's fused kernel; auto takes cuDNN where it can run."""
     unroll: int | None = None
-    """Layers written out in the compiled program, by default as the preset has it; more compile longer."""
+    """Number of layers per iteration of the compiled loop over layers; larger values compile longer. By default the
+    preset's value."""
     remat: Literal["none", "products", "all"] | None = None
-    """What a gradient computes again instead of keeping it in memory: all but matrix products, or all; by default
-    as the preset has it."""
+    """What the backward pass recomputes instead of keeping it in memory: nothing (none), everything but the results
+    of matrix products (products), or everything (all). By default the preset's value."""
     mesh: str | None = None
-    """Devices to divide model and batches over, data=2,fsdp=2,tensor=2 say; by default one device, or for several
-    processes data=ALL."""
+    """Number of devices along each axis of the mesh that model and batches are sharded over, for example
+    data=2,fsdp=2,tensor=2. By default one device, or data=ALL for a run of several processes."""
     distributed: bool = False
-    """One of several processes that SLURM, Open MPI or Kubernetes started; JAX finds the others."""
+    """This is one of several processes that SLURM, Open MPI or Kubernetes started; JAX detects the others."""
     coordinator: str | None = None
-    """Without them: HOST:PORT at which the first process is to be found,"""
+    """Address (HOST:PORT) of process 0, if no scheduler provides it; requires num-processes and process-id."""
     num_processes: int | None = None
-    """how many there are,"""
+    """Total number of processes, if no scheduler provides it; requires coordinator and process-id."""
     process_id: int | None = None
-    """and which this one is, from 0."""
+    """Index of this process, from 0, if no scheduler provides it; requires coordinator and num-processes."""
 
 
 def main() -> int:
@@ -71,24 +74,25 @@ def train(args: Args, these: Processes) -> int:
     attention = choose_attention(args.attention, device, dtype, job.config.drop_rate)
 
     # Mesh
-    mesh, over = None, ""
+    mesh, mesh_info = None, ""
     if args.mesh is not None or these.count > 1:
         shape = MeshShape(jax.device_count()) if args.mesh is None else MeshShape.parse(args.mesh)
         shape.check(job.config, job.micro_size)
-        mesh, over = make_mesh(shape, device.platform), f", {shape.size} of them: {shape}"
-        over += f" in {these.count} processes" * (these.count > 1)
+        mesh, mesh_info = make_mesh(shape, device.platform), f", {shape.size} of them: {shape}"
+        mesh_info += f" in {these.count} processes" * (these.count > 1)
 
     # Run folder
-    wide = "float64" if dtype == "float64" else "float32"
-    precision = f"computes in {dtype}, parameters {wide}; attention {attention}"
     unroll = min(args.unroll or recipe(args.preset).unroll, job.config.n_layer)
     remat = args.remat or recipe(args.preset).remat
-    program = f"layers written out {unroll}, computed again for gradients: {remat}"
-    about = {"device": describe(device) + over, "precision": precision, "program": program}
-    job = start_run(job, "jax", about, console)
+    device_info = {
+        "device": describe(device) + mesh_info,
+        "precision": describe_precision(job.settings, attention),
+        "program": f"layers unrolled {unroll}, recomputed for gradients: {remat}",
+    }
+    job = start_run(job, "jax", device_info, console)
 
     # Train
-    trainer = Trainer(job.config, job.settings, job.init, attention, unroll, mesh, remat)
+    trainer = Trainer(job.config, job.settings, job.init_from, attention, unroll, mesh, remat)
     return resume_and_train(trainer, job, console)
 
 

@@ -2,8 +2,8 @@
 
 python scripts/train_torch.py                                     # small, embedded corpus, any CPU
 python scripts/train_torch.py --preset 124M --corpus DIR --device cuda --compile
-python scripts/train_torch.py --init 124M --corpus my.txt --steps 500 --lr 3e-5   # fine-tune OpenAI's weights
-python scripts/train_torch.py --run runs/NAME --resume            # go on, also with a run of train_jax.py
+python scripts/train_torch.py --init-from 124M --corpus my.txt --steps 500 --lr 3e-5   # fine-tune OpenAI's weights
+python scripts/train_torch.py --run runs/NAME --resume            # resume a run, also one of train_jax.py
 torchrun --nproc-per-node 8 -- scripts/train_torch.py --preset 124M   # eight GPUs, same losses
 """
 
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from parity.errors import InputError, exit_with_message
 from parity.training.args import JobArgs, parse_job_args
-from parity.training.job import load_job, start_run
+from parity.training.job import describe_precision, load_job, start_run
 from parity.training.loop import resume_and_train
 from parity.training.processes import Processes
 
@@ -27,11 +27,12 @@ with exit_with_message():
 
 @dataclasses.dataclass(frozen=True)
 class Args(JobArgs):
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
+    """Kind of device to train on; auto takes cuda, mps or cpu, the first that is available, and gpu means cuda."""
     attention: Literal["explicit", "sdpa"] = "sdpa"
-    """The formula as written in the model, or torch's fused kernel."""
+    """Attention: the explicit formula of the model file, or torch's fused kernel (sdpa)."""
     compile: bool = False
-    """Use torch.compile."""
+    """Compile the model with torch.compile: the first step takes longer, later ones less time."""
 
 
 def main() -> int:
@@ -41,7 +42,7 @@ def main() -> int:
 
 
 def train(args: Args, these: Processes) -> int:
-    console, dtype = Console(quiet=not these.first), args.settings.dtype
+    console = Console(quiet=not these.first)
 
     # Device
     device = choose_device(args.device)
@@ -55,13 +56,12 @@ def train(args: Args, these: Processes) -> int:
         )
 
     # Run folder
-    wide = "float64" if dtype == "float64" else "float32"
-    precision = f"computes in {dtype}, parameters {wide}; attention {args.attention}" + ", compiled" * args.compile
-    over = f", {these.count} processes" * (these.count > 1)
-    job = start_run(job, "torch", {"device": describe(device) + over, "precision": precision}, console)
+    precision = describe_precision(job.settings, args.attention) + ", compiled" * args.compile
+    processes_info = f", {these.count} processes" * (these.count > 1)
+    job = start_run(job, "torch", {"device": describe(device) + processes_info, "precision": precision}, console)
 
     # Train
-    trainer = Trainer(job.config, job.settings, job.init, args.attention, device, args.compile, these)
+    trainer = Trainer(job.config, job.settings, job.init_from, args.attention, device, args.compile, these)
     return resume_and_train(trainer, job, console)
 
 

@@ -98,7 +98,7 @@ def test_the_other_framework_goes_on(tmp_path, writer, dtype):
         second.restore(folder)
         back = checkpoints.save(tmp_path / reader, 10, second.save, keep=2)
         assert_same(stored(back), stored(folder))
-        forgetful = TRAINERS[reader](TINY, settings, init=folder)  # the weights alone
+        forgetful = TRAINERS[reader](TINY, settings, init_from=folder)  # the weights alone
         want = steps(first, 10, 30)
         assert steps(second, 10, 30) == pytest.approx(want, rel=2e-6 if dtype == "float32" else 1e-12)
         assert steps(forgetful, 10, 30) != pytest.approx(want, rel=1e-4)

@@ -105,12 +105,12 @@ def test_bad_bins(tmp_path, make, message):
 
 def test_ids_beyond_the_vocabulary():
     shard = np.full(50, 300, np.uint16)
-    with pytest.raises(InputError, match=r"mine\.bin holds token id 300"):
+    with pytest.raises(InputError, match=r"mine\.bin contains token id 300"):
         Windows([shard], 8, 257, name="mine.bin")
     data = Windows([np.zeros(50, np.uint16)], 8, 257, name="mine.bin")
     data.shards = [shard]  # as if beyond what is looked at on opening
     for read in (lambda: data.batch(0, 0, 2), lambda: list(data.in_order(2))):
-        with pytest.raises(InputError, match=r"mine\.bin holds token id 300"):
+        with pytest.raises(InputError, match=r"mine\.bin contains token id 300"):
             read()
 
 

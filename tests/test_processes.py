@@ -19,7 +19,7 @@ from support.runs import command, metrics, run_script
 from parity.data.windows import Windows
 from parity.training import loop as fit
 from parity.training.processes import ALONE, Processes
-from parity.training.runs import FollowedRun, RunFolder
+from parity.training.runs import RunFolder
 from parity.training.settings import recipe
 
 OPTIONS = ("--preset", "tiny", "--steps", "20", "--eval-every", "10")
@@ -284,7 +284,7 @@ def test_parts_of_a_batch_make_the_batch(count):
 
 
 def test_followers_keep_in_memory_what_the_first_writes(tmp_path):
-    first, other = RunFolder(tmp_path), FollowedRun(tmp_path)
+    first, other = RunFolder(tmp_path), RunFolder(tmp_path, writes=False)
     first.create({"a": 1})
     other.create({"a": 1})
     before = sorted(path.name for path in tmp_path.iterdir())
@@ -300,7 +300,7 @@ def test_followers_keep_in_memory_what_the_first_writes(tmp_path):
         run.forget_after(2)
         assert run.best_step() == 2
     assert other.metrics() == first.metrics()
-    assert FollowedRun(tmp_path).metrics() == first.metrics()
+    assert RunFolder(tmp_path, writes=False).metrics() == first.metrics()
 
 
 @pytest.mark.parametrize(("theirs", "agreed"), [("same", True), ("else", False)])

@@ -100,7 +100,7 @@ def test_compare_decoding_writes_its_report(finished_runs, tmp_path):
         (["--preset", "tiny", "--corpus", "nothing.txt"], "no file or folder"),
         (["--preset", "tiny", "--batch-size", "0"], "batch_size"),
         (["--preset", "124M"], "vocab.bpe"),
-        (["--preset", "tiny", "--init", "nothing"], "not a folder"),
+        (["--preset", "tiny", "--init-from", "nothing"], "not a folder"),
         (["--preset", "tiny", "--eval-prompts", "nothing.txt"], "--eval-prompts nothing.txt cannot be read"),
         (["--preset", "tiny", "--n-ctx", "2"], "--sample-prompt: 'The ' has 4 tokens, the context is 2"),
     ],
@@ -128,7 +128,16 @@ def test_fine_tuning_starts_from_weights_with_prompts_of_its_own(finished_runs, 
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The \n\nclass \n", encoding="utf-8")
     run = tmp_path / "run"
-    options = ("--preset", "tiny", "--init", folder / "checkpoints" / "000060", "--steps", 5, "--eval-prompts", prompts)
+    options = (
+        "--preset",
+        "tiny",
+        "--init-from",
+        folder / "checkpoints" / "000060",
+        "--steps",
+        5,
+        "--eval-prompts",
+        prompts,
+    )
     result = run_script("train_torch.py", *options, "--run", run, "--tensorboard")
     assert result.returncode == 0, result.stderr
     assert metrics(run)[0]["validation_loss"] == metrics(folder)[-1]["validation_loss"]
@@ -153,5 +162,5 @@ def test_a_loss_not_finite_stops_the_run_and_is_written_down(tmp_path):
     again = run_script("train_torch.py", "--run", run, "--resume", "--skip-nonfinite", 1)
     assert again.returncode == 2  # the next one is one too many
     assert "changed    train.skip_nonfinite is 0 there, 1 here" in again.stdout
-    assert "passed over (1 of 1)" in again.stdout.replace("\n", " ")
+    assert "skipped (1 of 1)" in again.stdout.replace("\n", " ")
     assert "--skip-nonfinite 2" in again.stderr

@@ -1,4 +1,4 @@
-"""Corpora by name or path: token arrays for training and validation."""
+"""Load a corpus by name or path as token arrays for training and validation."""
 
 import dataclasses
 import hashlib
@@ -13,9 +13,9 @@ from parity.errors import InputError
 from parity.storage.download import RemoteFile, cache_folder, fetch
 
 EMBEDDED = "python-docs"
+"""The text of Python's own help, which every Python installation contains."""
 
-
-# name: (address, what it serves)
+# name: (address, file that it serves)
 DOWNLOADS = {
     # Edith Wharton, 1908; the notebook's corpus.
     "the-verdict": (
@@ -31,48 +31,66 @@ DOWNLOADS = {
 }
 
 
+CORPORA = (EMBEDDED, *DOWNLOADS)
+"""Names that load_corpus accepts besides paths."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Corpus:
+    """Token ids of a corpus, split into training and validation."""
+
     name: str
     train: list[np.ndarray]
+    """One array of ids [length] per shard."""
     validation: list[np.ndarray]
+    """One array of ids [length] per shard."""
     sha256: str
-    """Of the text, or of the token files' names and sizes: what config.json records."""
+    """Hash of the text, or of the names and sizes of the token files; config.json records it."""
+
+    @property
+    def n_tokens(self) -> tuple[int, int]:
+        """Number of training tokens and of validation tokens."""
+        return sum(map(len, self.train)), sum(map(len, self.validation))
 
 
-def load_corpus(name: str, tokenizer: Tokenizer, validation_part: float = 0.1) -> Corpus:
-    """A corpus by name, or from a path.
+def load_corpus(name: str, tokenizer: Tokenizer, validation_fraction: float = 0.1) -> Corpus:
+    """Load a corpus by name or from a path.
 
-    Names: python-docs (the text of Python's own help, on every machine), the-verdict and
-    tiny-shakespeare (downloaded once). A path: a UTF-8 text file, a folder of .txt files, a folder of
-    scripts/prepare_data.py, a .bin file, or a folder with train*.bin and val*.bin (nanoGPT's or llm.c's).
-    Where the corpus has no validation part of its own, the last `validation_part` of the text, or tokens, is it.
-    Raises InputError that names what is missing, empty or not UTF-8.
+    Args:
+        name: One of CORPORA (python-docs is on every machine, the others are downloaded once), or the path of a
+            UTF-8 text file, a folder of .txt files, a folder written by scripts/prepare_data.py, a .bin token file,
+            or a folder with train*.bin and val*.bin (in the format of nanoGPT or llm.c).
+        tokenizer: Encodes text; token files are read as they are.
+        validation_fraction: Fraction at the end of the text, or of the last token file, that is held out for
+            validation, unless the corpus has validation files of its own.
+
+    Raises:
+        InputError: If the corpus is missing, empty, damaged or not UTF-8; the message names the file.
     """
-    if not 0 < validation_part < 1:
-        raise InputError(f"validation part must be between 0 and 1, got {validation_part}")
+    if not 0 < validation_fraction < 1:
+        raise InputError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")
     path = Path(name)
     if name in DOWNLOADS or name == EMBEDDED or not path.exists():
-        return _from_text(name, _named_text(name), tokenizer, validation_part)
+        return _from_text(name, _named_text(name), tokenizer, validation_fraction)
     if path.is_file() and path.suffix != ".bin":
-        return _from_text(name, _read_text(path), tokenizer, validation_part)
+        return _from_text(name, _read_text(path), tokenizer, validation_fraction)
     if (path / shards.INDEX).exists():
-        return _prepared(path, tokenizer, validation_part)
+        return _prepared(path, tokenizer, validation_fraction)
     bins = [path] if path.is_file() else sorted(path.glob("*.bin"))
     if not bins:
         files = sorted(path.rglob("*.txt"))
         if not files:
-            raise InputError(f"folder {path} holds neither .txt nor .bin files")
-        return _from_text(name, "\n\n".join(map(_read_text, files)), tokenizer, validation_part)
+            raise InputError(f"folder {path} contains neither .txt nor .bin files")
+        return _from_text(name, "\n\n".join(map(_read_text, files)), tokenizer, validation_fraction)
     validation = [file for file in bins if "val" in file.stem]
     train = [file for file in bins if "val" not in file.stem]
     if not train:
-        raise InputError(f"folder {path} holds validation tokens only; add train*.bin")
-    return _from_bins(name, train, validation, [(file.name, file.stat().st_size) for file in bins], validation_part)
+        raise InputError(f"folder {path} contains validation tokens only; add train*.bin")
+    return _from_bins(name, train, validation, [(file.name, file.stat().st_size) for file in bins], validation_fraction)
 
 
-def _prepared(path: Path, tokenizer: Tokenizer, validation_part: float) -> Corpus:
-    """A folder of scripts/prepare_data.py."""
+def _prepared(path: Path, tokenizer: Tokenizer, validation_fraction: float) -> Corpus:
+    """Load a folder that scripts/prepare_data.py wrote."""
     index = shards.read_index(path)
     if index["tokenizer"] != tokenizer.name:
         raise InputError(
@@ -81,23 +99,25 @@ def _prepared(path: Path, tokenizer: Tokenizer, validation_part: float) -> Corpu
         )
     train, validation = ([shard["name"] for shard in index["splits"][split]["done"]] for split in shards.SPLITS)
     hashes = [shard["sha256"] for split in shards.SPLITS for shard in index["splits"][split]["done"]]
-    return _from_bins(str(path), [path / n for n in train], [path / n for n in validation], hashes, validation_part)
+    return _from_bins(str(path), [path / n for n in train], [path / n for n in validation], hashes, validation_fraction)
 
 
-def _from_bins(name: str, train: list[Path], validation: list[Path], told: list, validation_part: float) -> Corpus:
-    """`told`: what stands for the files' content in the corpus's sha256."""
+def _from_bins(
+    name: str, train: list[Path], validation: list[Path], content: list, validation_fraction: float
+) -> Corpus:
+    """`content` stands for the content of the files in the sha256 of the corpus."""
     train_shards, validation_shards = ([read_bin(file) for file in files] for files in (train, validation))
     if not validation_shards:
         *train_shards, last = train_shards
-        cut = int(len(last) * (1 - validation_part))
+        cut = int(len(last) * (1 - validation_fraction))
         train_shards, validation_shards = [*train_shards, last[:cut]], [last[cut:]]
-    return Corpus(name, train_shards, validation_shards, hashlib.sha256(repr(told).encode()).hexdigest())
+    return Corpus(name, train_shards, validation_shards, hashlib.sha256(repr(content).encode()).hexdigest())
 
 
-def _from_text(name: str, text: str, tokenizer: Tokenizer, validation_part: float) -> Corpus:
+def _from_text(name: str, text: str, tokenizer: Tokenizer, validation_fraction: float) -> Corpus:
     if not text.strip():
         raise InputError(f"corpus {name} is empty")
-    cut = int(len(text) * (1 - validation_part))
+    cut = int(len(text) * (1 - validation_fraction))
     ids = [np.array(tokenizer.encode(part), np.uint16) for part in (text[:cut], text[cut:])]
     return Corpus(name, ids[:1], ids[1:], hashlib.sha256(text.encode()).hexdigest())
 
@@ -116,15 +136,17 @@ def _named_text(name: str) -> str:
         try:
             from pydoc_data.topics import topics
         except ImportError:
-            raise InputError(f"this Python came without pydoc_data, so {EMBEDDED} is missing; name a file") from None
+            raise InputError(
+                f"this Python has no module pydoc_data, so {EMBEDDED} is missing; use a file instead"
+            ) from None
         return "\n\n".join(topics[topic] for topic in sorted(topics))
     if name not in DOWNLOADS:
-        raise InputError(f"corpus {name!r} is no file or folder, and not one of {', '.join([EMBEDDED, *DOWNLOADS])}")
-    address, wanted = DOWNLOADS[name]
+        raise InputError(f"corpus {name!r} is no file or folder, and it is not one of {', '.join(CORPORA)}")
+    address, file = DOWNLOADS[name]
     try:
-        cached = fetch(wanted, cache_folder() / wanted.name, [address])
+        cached = fetch(file, cache_folder() / file.name, [address])
     except InputError as error:
-        raise InputError(f"{error}; without a network, use the embedded {EMBEDDED}, or name a text file") from None
-    if hashlib.sha256(cached.read_bytes()).hexdigest() != wanted.sha256:
+        raise InputError(f"{error}; without a network, use the embedded {EMBEDDED} or a text file") from None
+    if hashlib.sha256(cached.read_bytes()).hexdigest() != file.sha256:
         raise InputError(f"{cached} is damaged (its sha256 differs); delete it and run again")
     return _read_text(cached)

@@ -1,11 +1,8 @@
-"""Token files and windows. A batch is a pure function of (seed, step), the same for both backends.
-
-Files: nanoGPT's .bin (raw uint16) and llm.c's .bin (256 int32 of header, then uint16), both
-memory-mapped; text goes through a tokenizer (parity/corpora.py).
-"""
+"""Training batches from token arrays. A batch is a pure function of (seed, step), equal for both backends."""
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -13,13 +10,58 @@ from parity.config import IGNORE_INDEX
 from parity.errors import InputError
 
 
-class Windows:
-    """Shifted windows over token arrays: window i has inputs [T] and, one position on, targets [T].
+class Dataset(Protocol):
+    """What the training loop needs of a dataset; Windows is one, and any class with these members can take its place.
 
-    `shards`: arrays of token ids, memory-mapped or not; a window never crosses from one to the next.
-    `stride`: from one window's start to the next; by default n_ctx, so that no target comes twice.
-    Raises InputError for shards shorter than one window, and for an id outside the vocabulary: in the
-    first 16 million of each shard at once, further on where a batch meets one.
+    Batches are pairs (inputs, targets) of int32 arrays [B, T] with T = n_ctx. The target at a position is the id to
+    predict there, or IGNORE_INDEX if the position counts in no loss: padding, or a prompt that is not to be learned.
+    Inputs are always ids of the vocabulary, at ignored positions too.
+    """
+
+    n_ctx: int
+    """Number of positions T of each row."""
+
+    @property
+    def n_targets(self) -> int:
+        """Number of targets in all of in_order() that are not ignored."""
+
+    def batch(
+        self, seed: int, step: int, size: int, places: Sequence[int] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the batch of a training step: a pure function of its arguments.
+
+        Args:
+            seed: Seed of the order.
+            step: Number of the step, from 0.
+            size: Number of rows in the whole batch.
+            places: Rows of the batch to return; by default all.
+        """
+
+    def batch_windows(self, seed: int, step: int, size: int) -> list[int]:
+        """Return which examples of the dataset batch() contains, for the report on a loss that is not finite."""
+
+    def in_order(self, size: int, part: slice = slice(None)) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield the whole dataset once, for evaluation.
+
+        Args:
+            size: Number of rows of every batch; the last one is filled with rows whose targets are all ignored.
+            part: Rows of each batch to return.
+        """
+
+
+class Windows:
+    """Windows over token arrays: inputs [T] and, shifted by one position, targets [T].
+
+    Args:
+        shards: Arrays of token ids [length], memory-mapped or not; a window never crosses from one to the next.
+        n_ctx: Number of positions T of a window.
+        n_vocab: Size of the vocabulary.
+        stride: Distance between the starts of two windows; by default n_ctx, so that no target occurs twice.
+        name: Name of the data in error messages.
+
+    Raises:
+        InputError: If every shard is shorter than one window, or an id is outside the vocabulary. The first 16
+            million ids of each shard are checked here, all others when a batch contains them.
     """
 
     def __init__(
@@ -35,7 +77,7 @@ class Windows:
             longest = max(map(len, self.shards), default=0)
             raise InputError(
                 f"{name} has {longest} tokens, less than one window of n_ctx + 1 = {n_ctx + 1}; "
-                "give more text or a shorter context"
+                "use more text or a shorter context"
             )
 
         for shard in self.shards:
@@ -44,35 +86,30 @@ class Windows:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    @property
-    def n_tokens(self) -> int:
-        return sum(map(len, self.shards))
-
     def batch(
         self, seed: int, step: int, size: int, places: Sequence[int] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets, int32 [B, T], of a training step: a pure function of its arguments.
+        """Return inputs and targets, int32 [B, T], of a training step; see Dataset.batch.
 
-        The windows run in a new order each epoch, every one once; a batch that begins near the end
-        of an epoch is filled from the next epoch's order, so that no batch is short. `places`: which
-        of the batch's windows to read; by default all.
+        Every epoch contains each window once, in a new order. A batch that begins near the end of an epoch is filled
+        from the next epoch, so that no batch is short.
         """
         windows = self.batch_windows(seed, step, size)
         return self._stack([self._window(windows[place]) for place in (range(size) if places is None else places)])
 
     def batch_windows(self, seed: int, step: int, size: int) -> list[int]:
-        """Which windows are in the batch of a step."""
+        """Return the numbers of the windows in the batch of a step."""
         places = np.arange(step * size, (step + 1) * size)
         epochs, offsets = places // len(self), places % len(self)
         return [int(order(seed, int(e), len(self))[o]) for e, o in zip(epochs, offsets, strict=True)]
 
     @property
     def n_targets(self) -> int:
-        """Targets that in_order() gives: each shard's tokens but its first."""
+        """Number of targets in in_order(): all tokens but the first of each shard."""
         return sum(max(0, len(shard) - 1) for shard in self.shards)
 
     def in_order(self, size: int, part: slice = slice(None)) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Every token once, in order, in batches int32 [size, T], or a `part` of each batch's rows.
+        """Yield every token once, in order, in batches int32 [size, T]; see Dataset.in_order.
 
         Positions after the end of a shard, and rows after the last window, have targets IGNORE_INDEX.
         """
@@ -100,13 +137,13 @@ class Windows:
     def _check_ids(self, ids: np.ndarray) -> None:
         if (high := int(ids.max(initial=0))) >= self.n_vocab:
             raise InputError(
-                f"{self.name} holds token id {high}, outside the vocabulary 0..{self.n_vocab - 1}; "
+                f"{self.name} contains token id {high}, outside the vocabulary 0..{self.n_vocab - 1}; "
                 "was it made with another tokenizer?"
             )
 
 
 @functools.lru_cache(maxsize=4)
 def order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The order of `count` windows in an epoch: a permutation of 0..count-1."""
+    """Return the order of `count` windows in an epoch: a permutation of 0..count-1."""
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
     return generator.permutation(count)

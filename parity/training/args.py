@@ -1,40 +1,54 @@
-"""The options of a training run on the command line."""
+"""The command-line options that both training scripts share."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import tyro
 
 from parity import cli
+from parity.config import PRESETS, GPTConfig
+from parity.data.tokenizer import ByteTokenizer, GPT2Tokenizer
 from parity.errors import InputError
-from parity.training.runs import RunFolder, saved_job
-from parity.training.settings import TrainSettings, recipe
+from parity.training.initial import weights_folder
+from parity.training.runs import RunFolder, read_run
+from parity.training.settings import RECIPES, TrainSettings, recipe
+from parity.weights.load import read_folder
+from parity.weights.openai_files import SIZES
+
+_N_VOCAB = {tokenizer.name: tokenizer.n_vocab for tokenizer in (ByteTokenizer, GPT2Tokenizer)}
 
 
 @dataclasses.dataclass(frozen=True)
 class JobArgs:
-    """Options that every training script has."""
+    """Options of a training run; the fields of its two groups are options like the others."""
 
-    preset: str = "small"
-    """What to train and how: small, tiny, notebook, shakespeare-char, shakespeare-char-cpu, 124M,
-    124M-openwebtext, 124M-fineweb-edu, 355M, 774M or 1558M; the other options replace parts of it."""
-    n_ctx: int | None = None
-    """Another context length than the preset's."""
-    drop_rate: float | None = None
-    """Another dropout than the preset's."""
-    init: str | None = None
-    """Weights to start from, which also give the model's shape: 124M, ..., 1558M, or a folder."""
+    preset: str = dataclasses.field(
+        default="small",
+        metadata={
+            "help": f"Model and settings to start from: {', '.join(RECIPES)}. The other options override single values."
+        },
+    )
+    init_from: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": f"Weights to start from: one of OpenAI's sizes ({', '.join(SIZES)}), a folder with weights, or a "
+            "run folder, which stands for its newest intact checkpoint. They determine the model's shape. By default "
+            "training starts from random weights."
+        },
+    )
     run: Path | None = None
-    """Run folder; by default a new one in runs/."""
+    """Run folder; by default a new folder in runs/."""
     resume: bool = False
-    """Continue the run in --run from its newest intact checkpoint, whichever backend wrote it."""
+    """Resume the run in --run from its newest intact checkpoint, whichever backend wrote it."""
     vocab_bpe: Path | None = None
-    """OpenAI's vocab.bpe, for the gpt2 tokenizer."""
+    """OpenAI's vocab.bpe for the gpt2 tokenizer; by default the one in the cache."""
     tensorboard: bool = False
-    """Write event files into the run folder too (extra: tensorboard)."""
+    """Also write TensorBoard event files into the run folder (requires the extra tensorboard)."""
     wandb: bool = False
-    """Log to Weights & Biases too (extra: wandb; WANDB_MODE=offline keeps it local)."""
+    """Also log to Weights & Biases (requires the extra wandb; WANDB_MODE=offline keeps the data local)."""
+    model: tyro.conf.OmitArgPrefixes[GPTConfig] = dataclasses.field(default_factory=lambda: PRESETS["small"])
     settings: tyro.conf.OmitArgPrefixes[TrainSettings] = dataclasses.field(default_factory=TrainSettings)
 
 
@@ -42,29 +56,46 @@ Args = TypeVar("Args", bound=JobArgs)
 
 
 @dataclasses.dataclass(frozen=True)
-class _First:
-    """The options that decide the other ones' defaults."""
+class _Decisive:
+    """The options that determine the defaults of the others."""
 
-    preset: str = JobArgs.preset
+    preset: str = "small"
+    init_from: str | None = None
     run: Path | None = None
     resume: bool = False
+    tokenizer: str | None = None
 
 
-def parse_job_args(kind: type[Args], description: str | None) -> Args:
-    """The flags over the preset's settings or, when resuming, over the run's own."""
-    first = cli.parse_known(_First)
-    if first.resume and first.run is None:
+def parse_job_args(cls: type[Args], description: str | None, args: Sequence[str] | None = None) -> Args:
+    """Read the command line of a training script.
+
+    Options that are not given have the values of the preset or, on --resume, those of the saved run.
+
+    Args:
+        cls: JobArgs with the options of the backend.
+        description: First part of the help text.
+        args: The command line without the program's name; `sys.argv[1:]` by default.
+
+    Raises:
+        InputError: If the preset, the run or the weights do not exist, or a value is out of range.
+    """
+    decisive = cli.parse_known(_Decisive, args)
+    if decisive.resume and decisive.run is None:
         raise InputError("--resume continues the run in --run; name its folder")
-    if first.resume and first.run is not None:
-        config, settings, saved = saved_job(RunFolder(first.run))
-        default = dataclasses.replace(
-            kind(),
-            preset=saved["preset"],
-            n_ctx=config.n_ctx,
-            drop_rate=config.drop_rate,
-            init=saved["init"],
-            settings=settings,
-        )
+    if decisive.resume and decisive.run is not None:
+        saved = read_run(RunFolder(decisive.run))
+        default = dataclasses.replace(cls(), **saved._asdict())
     else:
-        default = dataclasses.replace(kind(), preset=first.preset, settings=recipe(first.preset).settings)
-    return cli.parse(kind, description, default)
+        settings = recipe(decisive.preset).settings
+        model = _default_model(decisive, settings)
+        default = dataclasses.replace(cls(), preset=decisive.preset, model=model, settings=settings)
+    return cli.parse(cls, description, default, args)
+
+
+def _default_model(decisive: _Decisive, settings: TrainSettings) -> GPTConfig:
+    """Return the model of --init-from, or else that of the preset with the tokenizer's vocabulary."""
+    if decisive.init_from is not None:
+        return read_folder(weights_folder(decisive.init_from))[0]
+    model = recipe(decisive.preset).model
+    n_vocab = _N_VOCAB.get(decisive.tokenizer or settings.tokenizer, model.n_vocab)
+    return dataclasses.replace(model, n_vocab=n_vocab)

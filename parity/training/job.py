@@ -1,4 +1,4 @@
-"""A training job as the scripts are given it: what to train, on which text, into which run folder."""
+"""A training job: what to train, on which text, into which run folder."""
 
 import contextlib
 import dataclasses
@@ -19,18 +19,19 @@ from parity import weights
 from parity.config import GPTConfig
 from parity.data.corpora import Corpus, load_corpus
 from parity.data.tokenizer import Tokenizer, encode_prompt, load_tokenizer
-from parity.data.windows import Windows
+from parity.data.windows import Dataset, Windows
 from parity.errors import InputError
 from parity.training import checkpoints
 from parity.training.args import JobArgs
 from parity.training.bigram import bigram_loss
+from parity.training.initial import weights_folder
 from parity.training.loggers import Logger, open_loggers
 from parity.training.processes import ALONE, Processes
-from parity.training.runs import FollowedRun, RunFolder, run_config, saved_job
-from parity.training.settings import CHANGEABLE, TrainSettings, recipe
+from parity.training.runs import RunFolder, run_config
+from parity.training.settings import CHANGEABLE, TrainSettings
 from parity.weights.load import read_folder
 
-_MOST_BIGRAM_TOKENS = 50_000_000  # a bigram of more takes long and much memory
+_MOST_BIGRAM_TOKENS = 50_000_000  # counting the bigrams of a larger corpus takes too much time and memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,52 +45,57 @@ class Job:
     processes: Processes
     tokenizer: Tokenizer
     corpus: Corpus
-    train: Windows
-    validation: Windows
+    train: Dataset
+    validation: Dataset
     prompts: Sequence[Sequence[int]]
-    """Continued at each evaluation."""
+    """Token ids of the prompts that each evaluation continues."""
     bigram: float | None = None
-    """Validation loss of the baseline."""
+    """Validation loss of the baseline in nats per token, if it was computed."""
     loggers: Sequence[Logger] = ()
 
     @property
     def is_resuming(self) -> bool:
-        """Whether there are checkpoints to resume from; a run killed before its first begins anew."""
+        """Whether there are checkpoints to resume from; a run that was killed before its first one starts anew."""
         return self.args.resume and bool(checkpoints.steps(self.run.checkpoints))
 
     @property
-    def init(self) -> str | None:
-        """Weights to start from; a run that goes on has its own."""
-        return None if self.is_resuming else self.args.init
+    def init_from(self) -> str | None:
+        """The weights to start from; a resumed run has weights of its own."""
+        return None if self.is_resuming else self.args.init_from
 
     @property
     def micro_size(self) -> int:
-        """Windows in a micro-batch."""
+        """Number of windows in a micro-batch."""
         return self.settings.batch_size // self.settings.accumulate
 
     def log(self, entries: Mapping[str, Any]) -> None:
-        """One line for metrics.jsonl and the other loggers."""
+        """Write one line to metrics.jsonl, and hand it to the other loggers."""
         self.run.log(entries)
         for logger in self.loggers:
             logger(entries)
 
 
 def load_job(args: JobArgs, processes: Processes = ALONE) -> Job:
-    """Tokenizer, data and configuration of a job that one process or several do; nothing is written yet.
+    """Load tokenizer, corpus and configuration of a run; nothing is written yet.
 
-    Raises InputError for whatever is missing or does not fit.
+    Args:
+        args: The options.
+        processes: The processes that work on the run together.
+
+    Raises:
+        InputError: If something is missing, or the options do not fit each other.
     """
-    settings = args.settings
+    settings, config = args.settings, args.model
     started = datetime.fromtimestamp(processes.all_reduce_max(int(time.time())))
     folder = args.run or Path("runs") / f"{started:%Y%m%d-%H%M%S}-{args.preset}"
     tokenizer = load_tokenizer(settings.tokenizer, args.vocab_bpe)
-    config = _config(args, tokenizer)
-    corpus = load_corpus(settings.corpus, tokenizer, settings.validation_part)
+    _check_model(args, tokenizer)
+    corpus = load_corpus(settings.corpus, tokenizer, settings.validation_fraction)
     return Job(
         args=args,
         config=config,
         settings=settings,
-        run=RunFolder(folder) if processes.first else FollowedRun(folder),
+        run=RunFolder(folder, writes=processes.first),
         processes=processes,
         tokenizer=tokenizer,
         corpus=corpus,
@@ -100,12 +106,22 @@ def load_job(args: JobArgs, processes: Processes = ALONE) -> Job:
 
 
 def start_run(job: Job, backend: str, device_info: Mapping[str, str], console: Console) -> Job:
-    """Make or reopen the run folder, and say what runs; `device_info`: what the script says of its device.
+    """Create or reopen the run folder, and print a summary of the run.
 
-    Raises InputError for a folder that holds another run.
+    Args:
+        job: The job.
+        backend: "jax" or "torch".
+        device_info: Facts about device, precision and program, for the summary and for env.json.
+        console: Where to print.
+
+    Returns:
+        The job with its baseline and its loggers.
+
+    Raises:
+        InputError: If the folder contains another run, or the processes of the run were given different options.
     """
     args, run = job.args, job.run
-    entries = run_config(args.preset, job.config, job.settings, job.corpus.sha256, args.init)
+    entries = run_config(args.preset, job.config, job.settings, job.corpus.sha256, args.init_from)
     if not job.processes.agree_on(json.dumps([entries, str(run.path), args.resume])):
         raise InputError("the processes of this run were given different options or data; start all of them alike")
     changed = []
@@ -118,12 +134,12 @@ def start_run(job: Job, backend: str, device_info: Mapping[str, str], console: C
     if not run.config_file.exists():
         raise InputError(f"{run.path}: this process does not see what the first one wrote; --run must be shared")
 
+    n_train, n_validation = job.corpus.n_tokens
     summary = {
         **device_info,
         "model": f"{args.preset}: {weights.n_params(job.config):,} parameters, context {job.config.n_ctx}",
-        "weights": f"from {args.init}" if args.init else f"initial, seed {job.settings.seed}",
-        "corpus": f"{job.corpus.name}: {job.train.n_tokens:,} + {job.validation.n_tokens:,} tokens "
-        f"({job.tokenizer.name})",
+        "weights": f"from {args.init_from}" if args.init_from else f"initial, seed {job.settings.seed}",
+        "corpus": f"{job.corpus.name}: {n_train:,} + {n_validation:,} tokens ({job.tokenizer.name})",
         "run": str(run.path),
         "changed": "; ".join(changed),
     }
@@ -131,28 +147,36 @@ def start_run(job: Job, backend: str, device_info: Mapping[str, str], console: C
         if text:
             console.print(f"{name:<10} {text}", highlight=False, soft_wrap=True)
     bigram = None
-    if job.processes.first and job.train.n_tokens <= _MOST_BIGRAM_TOKENS:
+    if job.processes.first and n_train <= _MOST_BIGRAM_TOKENS:
         bigram = bigram_loss(job.corpus.train, job.corpus.validation, job.config.n_vocab)
         console.print(f"baseline   bigram model, validation loss {bigram:.4f}  perplexity {math.exp(bigram):.2f}")
     loggers = open_loggers(run, args.tensorboard, args.wandb) if job.processes.first else ()
     return dataclasses.replace(job, bigram=bigram, loggers=loggers)
 
 
-def _config(args: JobArgs, tokenizer: Tokenizer) -> GPTConfig:
-    changes: dict[str, Any] = {
-        name: getattr(args, name) for name in ("n_ctx", "drop_rate") if getattr(args, name) is not None
-    }
-    if args.resume and args.run is not None:
-        return dataclasses.replace(saved_job(RunFolder(args.run))[0], **changes)
-    if args.init is None:
-        return dataclasses.replace(recipe(args.preset).model, n_vocab=tokenizer.n_vocab, **changes)
-    config = read_folder(args.init)[0]
-    if changes.get("n_ctx", config.n_ctx) != config.n_ctx:
-        raise InputError(f"--n-ctx: the model in --init {args.init} has a context of {config.n_ctx}")
+def describe_precision(settings: TrainSettings, attention: str) -> str:
+    """Return the line of a run's summary that names dtypes and attention."""
+    return f"computes in {settings.dtype}, parameters {settings.param_dtype}; attention {attention}"
+
+
+def _check_model(args: JobArgs, tokenizer: Tokenizer) -> None:
+    """Raise InputError unless the model fits the weights of --init-from, the tokenizer and the samples."""
+    config = args.model
+    if args.init_from is not None and not args.resume:
+        given = read_folder(weights_folder(args.init_from))[0].to_dict()
+        for name, value in config.to_dict().items():
+            if name != "drop_rate" and value != given[name]:
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option}: the model in --init-from {args.init_from} has {name}={given[name]}")
     if tokenizer.n_vocab > config.n_vocab:
-        sizes = f"{tokenizer.n_vocab} tokens, the model in --init {args.init} {config.n_vocab}"
-        raise InputError(f"--tokenizer {tokenizer.name} has {sizes}; they do not belong together")
-    return dataclasses.replace(config, **changes)
+        origin = "--n-vocab" if args.init_from is None else f"--init-from {args.init_from}"
+        raise InputError(
+            f"{origin}: the model has {config.n_vocab} tokens, the {tokenizer.name} tokenizer {tokenizer.n_vocab}; "
+            "they do not belong together"
+        )
+    top_k = args.settings.sample_top_k
+    if top_k is not None and top_k > config.n_vocab:
+        raise InputError(f"--sample-top-k {top_k}: the model has only {config.n_vocab} tokens")
 
 
 def _prompts(settings: TrainSettings, tokenizer: Tokenizer, config: GPTConfig) -> list[Sequence[int]]:
@@ -164,7 +188,7 @@ def _prompts(settings: TrainSettings, tokenizer: Tokenizer, config: GPTConfig) -
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{origin} cannot be read ({error})") from None
         if not texts:
-            raise InputError(f"{origin} holds no prompt; write one a line")
+            raise InputError(f"{origin} contains no prompt; write one per line")
     prompts = [encode_prompt(tokenizer, text) for text in texts]
     for text, prompt in zip(texts, prompts, strict=True):
         if len(prompt) >= config.n_ctx:

@@ -1,4 +1,4 @@
-"""The training loop: which batch, which learning rate, when to evaluate and save, for any backend."""
+"""The training loop of both backends: batches, learning rates, evaluations and checkpoints."""
 
 import contextlib
 import math
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from parity.config import GPTConfig
 from parity.data.prefetch import prefetch
-from parity.data.windows import Windows
+from parity.data.windows import Dataset
 from parity.errors import InputError
 from parity.training import checkpoints
 from parity.training.job import Job
@@ -22,43 +22,65 @@ from parity.training.schedule import learning_rate
 
 
 class Trainer(Protocol):
-    """What a backend brings: a model with its optimizer, and what to do with them."""
+    """A model with its optimizer, as a backend implements it."""
 
     config: GPTConfig
 
     def local_slice(self, size: int) -> slice:
-        """Which rows of `size` this process computes: all, where it is the only one."""
+        """Return the slice of a batch of `size` rows that this process computes (all of it in a one-process run)."""
 
     def to_device(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Any, Any]:
-        """int32 [..., B, T], local_slice() of the rows, on their way to the device; may be called on another thread."""
+        """Start the transfer of a batch to the device.
+
+        Called on another thread than the other methods.
+
+        Args:
+            inputs: Token ids int32 [..., B, T] of the rows in local_slice().
+            targets: The token ids to predict, of the same shape; IGNORE_INDEX where there is none.
+        """
 
     def train_step(self, inputs: Any, targets: Any, lr: float, step: int) -> dict[str, Any]:
-        """One optimizer step on the A micro-batches of to_device(): {loss, grad_norm}, maybe still on the device.
+        """Make one optimizer step.
 
-        Where one of them is not finite, the model and its optimizer stay as they were.
+        If the loss or the gradient is not finite, the model and the optimizer stay as they were.
+
+        Args:
+            inputs: What to_device() returned for ids [A, B, T], A micro-batches.
+            targets: The same for the targets.
+            lr: Learning rate of the step.
+            step: Number of the step, from 0; dropout depends on it.
+
+        Returns:
+            "loss", in nats per target, and "grad_norm", before clipping; both may still be on the device.
         """
 
     def evaluate_batch(self, inputs: Any, targets: Any) -> Any:
-        """Summed loss in nats, of all processes, of what to_device() returned of [B, T]; without dropout."""
+        """Return the loss in nats, without dropout, summed over the targets of all processes.
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> list[list[int]]: ...
+        Args:
+            inputs: What to_device() returned for ids [B, T].
+            targets: The same for the targets.
+        """
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
+        """Continue prompts; the options are those of the backend's `generate`."""
 
     def save(self, folder: Path) -> None:
-        """Write everything that the run needs to go on, and model.safetensors with config.json.
+        """Write model.safetensors with config.json, and whatever else a resumed run needs.
 
-        All processes call it, with the same folder.
+        All processes call it with the same folder.
         """
 
     def restore(self, folder: Path) -> None:
-        """Take up what either backend's save() wrote; raises InputError for another model's."""
+        """Load what the save() of either backend wrote; raises InputError if it is another model's."""
 
 
 class StopRequest:
-    """Ctrl-C or SIGTERM once: finish the step, save and stop; a second time: stop at once."""
+    """Receive SIGINT (Ctrl-C) and SIGTERM: the first one stops the run after a save, a second one stops it at once."""
 
     def __init__(self) -> None:
         self.received = 0
-        """The signal's number"""
+        """Number of the first signal, or 0."""
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -75,40 +97,40 @@ class StopRequest:
 
 
 class Pending(NamedTuple):
-    """A step that was started; its metrics may still be on the device."""
+    """A step that was started, whose metrics may still be on the device."""
 
     step: int
     lr: float
     metrics: dict[str, Any]
 
 
-def evaluate(trainer: Trainer, windows: Windows, batch_size: int) -> float:
-    """Mean loss in nats over every target of the windows' tokens."""
-    batches = windows.in_order(batch_size, trainer.local_slice(batch_size))
+def evaluate(trainer: Trainer, dataset: Dataset, batch_size: int) -> float:
+    """Return the mean loss in nats per target over the whole dataset."""
+    batches = dataset.in_order(batch_size, trainer.local_slice(batch_size))
     sums = [trainer.evaluate_batch(*trainer.to_device(*batch)) for batch in batches]
-    return math.fsum(map(float, sums)) / windows.n_targets
+    return math.fsum(map(float, sums)) / dataset.n_targets
 
 
 def resume_and_train(trainer: Trainer, job: Job, console: Console) -> int:
-    """Restore what there is, train, and say what came of it; returns the exit status."""
+    """Resume if possible, train, print a summary, and return the exit status."""
     done = None
     if job.is_resuming:
-        # The first process says which; the others need not read all of it.
-        found = int(checkpoints.newest_intact(job.run.checkpoints).name) if job.processes.first else 0
-        done = job.processes.all_reduce_max(found)
+        # Only the first process verifies the checkpoints, which means reading all of their files.
+        newest = int(checkpoints.newest_intact(job.run.checkpoints).name) if job.processes.first else 0
+        done = job.processes.all_reduce_max(newest)
         trainer.restore(checkpoints.step_folder(job.run.checkpoints, done))
         console.print(f"resuming   after step {done}")
     job.run.forget_after(-1 if done is None else done)
-    begin = time.perf_counter()
+    started = time.perf_counter()
     status = train_loop(trainer, job, done, console)
     evaluated = {e["step"]: e["validation_loss"] for e in job.run.metrics() if "validation_loss" in e}
     last, best = max(evaluated), job.run.best_step()
-    beside = "" if job.bigram is None else f", bigram {job.bigram:.4f}"
-    console.print(f"validation loss {evaluated[last]:.4f}{beside}; {time.perf_counter() - begin:.0f} s")
+    baseline = "" if job.bigram is None else f", bigram {job.bigram:.4f}"
+    console.print(f"validation loss {evaluated[last]:.4f}{baseline}; {time.perf_counter() - started:.0f} s")
     if best is not None and best < last:
         console.print(
-            f"overfitting: the validation loss was lowest after step {best}, {evaluated[best]:.4f}, and rose since; "
-            "that checkpoint is kept: --checkpoint best"
+            f"overfitting: the validation loss was lowest after step {best}, {evaluated[best]:.4f}, and has risen "
+            "since; that checkpoint is kept: --checkpoint best"
         )
     console.print(
         f'sample from it: python scripts/generate.py --run {job.run.path} "The "', highlight=False, soft_wrap=True
@@ -117,22 +139,32 @@ def resume_and_train(trainer: Trainer, job: Job, console: Console) -> int:
 
 
 def train_loop(trainer: Trainer, job: Job, done: int | None, console: Console) -> int:
-    """Train from step `done`, or from the beginning, to the end.
+    """Train to the last step.
 
-    Returns the exit status: 0, or 128 + the signal that stopped it. Raises InputError for a loss that is not
-    finite, once the settings' skip_nonfinite steps are used up; what was saved before stays.
+    Args:
+        trainer: The model and its optimizer.
+        job: The job.
+        done: Number of steps that were made before; None starts with an evaluation of the initial weights.
+        console: Where to print.
+
+    Returns:
+        The exit status: 0, or 128 + the number of the signal that stopped the run.
+
+    Raises:
+        InputError: If more steps than settings.skip_nonfinite have a loss or gradient that is not finite, or a
+            validation loss is not finite. Checkpoints saved before are kept.
     """
     settings = job.settings
-    tokens_a_step = settings.batch_size * job.train.n_ctx
+    tokens_per_step = settings.batch_size * job.train.n_ctx
     pending: list[Pending] = []
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"))
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[summary]}"))
     progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
     with StopRequest() as stop, progress, contextlib.ExitStack() as stack:
         if done is None:
             done = 0
             _evaluate_and_save(trainer, job, done, console)
-        bar = progress.add_task("training", total=settings.steps, completed=done, shown="compiling")
-        since, since_step = time.perf_counter(), done
+        bar = progress.add_task("training", total=settings.steps, completed=done, summary="compiling")
+        last_time, last_step = time.perf_counter(), done
         batches = stack.enter_context(contextlib.closing(_batches(trainer, job, done)))
         for step, (inputs, targets) in zip(range(done, settings.steps), batches, strict=True):
             lr = learning_rate(step, settings.lr, settings.min_lr, settings.warmup, settings.steps)
@@ -140,19 +172,19 @@ def train_loop(trainer: Trainer, job: Job, done: int | None, console: Console) -
             finished = step + 1
             evaluating = finished % settings.eval_every == 0 or finished == settings.steps
             reading = evaluating or finished % settings.log_every == 0
-            # Several processes must agree, which waits for the device: where they do that anyway.
+            # Several processes must agree to stop, which waits for the device; so only where they wait anyway.
             stopping = job.processes.all_reduce_max(stop.received) if reading or job.processes.count == 1 else 0
             if reading or stopping:
                 loss = _log_steps(job, pending, console)
-                speed = (finished - since_step) * tokens_a_step / (time.perf_counter() - since)
-                progress.update(bar, completed=finished, shown=f"loss {loss:.3f}  lr {lr:.1e}  {speed:,.0f} tokens/s")
+                speed = (finished - last_step) * tokens_per_step / (time.perf_counter() - last_time)
+                progress.update(bar, completed=finished, summary=f"loss {loss:.3f}  lr {lr:.1e}  {speed:,.0f} tokens/s")
                 pending.clear()
-                since, since_step = time.perf_counter(), finished
+                last_time, last_step = time.perf_counter(), finished
             if evaluating:
                 if not console.is_terminal:
                     console.print(f"step {finished:>6}  training loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s")
                 _evaluate_and_save(trainer, job, finished, console)
-                since = time.perf_counter()
+                last_time = time.perf_counter()
             if stopping:
                 if not evaluating:
                     _save(trainer, job, finished)
@@ -162,15 +194,16 @@ def train_loop(trainer: Trainer, job: Job, done: int | None, console: Console) -
 
 
 def _batches(trainer: Trainer, job: Job, done: int) -> Generator[tuple[Any, Any], None, None]:
-    """The batches of the steps from `done` on, as to_device() returns them, made ahead of their use."""
+    """Yield the batches of the steps from `done` on, as to_device() returns them, prefetched on another thread."""
     settings, n_ctx = job.settings, job.train.n_ctx
-    places = np.arange(settings.batch_size).reshape(settings.accumulate, job.micro_size)  # [A, B]
-    ours = places[:, trainer.local_slice(job.micro_size)]
-    flat = ours.flatten().tolist()
+    rows = np.arange(settings.batch_size).reshape(settings.accumulate, job.micro_size)  # [A, B]
+    local_rows = rows[:, trainer.local_slice(job.micro_size)]
+    flat_rows = local_rows.flatten().tolist()
 
     def load(step: int) -> tuple[Any, Any]:
-        parts = job.train.batch(settings.seed, step, settings.batch_size, flat)
-        return trainer.to_device(*(part.reshape(*ours.shape, n_ctx) for part in parts))
+        inputs, targets = job.train.batch(settings.seed, step, settings.batch_size, flat_rows)
+        shape = (*local_rows.shape, n_ctx)  # [A, B, T]
+        return trainer.to_device(inputs.reshape(shape), targets.reshape(shape))
 
     return prefetch(load, range(done, settings.steps))
 
@@ -178,14 +211,16 @@ def _batches(trainer: Trainer, job: Job, done: int) -> Generator[tuple[Any, Any]
 def _evaluate_and_save(trainer: Trainer, job: Job, step: int, console: Console) -> None:
     loss = evaluate(trainer, job.validation, job.micro_size)
     if not math.isfinite(loss):
-        raise InputError(f"step {step}: the validation loss is {loss}; nothing is saved, earlier checkpoints are kept")
+        raise InputError(f"step {step}: the validation loss is {loss}; nothing is saved; earlier checkpoints are kept")
     perplexity = math.exp(min(loss, 700))
     job.log({"step": step, "validation_loss": loss, "perplexity": perplexity})
     console.print(f"step {step:>6}  validation loss {loss:.4f}  perplexity {perplexity:.2f}")
     for prompt in job.prompts:
         room = min(job.settings.sample_tokens, trainer.config.n_ctx - len(prompt))
-        [row] = trainer.generate([prompt], room, job.settings.seed)
-        text = job.tokenizer.decode(row)
+        options = {"temperature": job.settings.sample_temperature, "top_k": job.settings.sample_top_k}
+        [row] = trainer.generate([prompt], room, seed=job.settings.seed, **options)
+        # A vocabulary may be padded to more ids than the tokenizer has.
+        text = job.tokenizer.decode(id for id in row if id < job.tokenizer.n_vocab)
         job.run.add_sample(step, text)
         console.print(f"             {text!r}", style="dim", markup=False, highlight=False, soft_wrap=True)
     job.run.plot(job.bigram)
@@ -198,7 +233,7 @@ def _save(trainer: Trainer, job: Job, step: int) -> None:
 
 
 def _log_steps(job: Job, pending: Sequence[Pending], console: Console) -> float:
-    """Write the steps' metrics, which waits for the device; the last finite loss, or NaN."""
+    """Write the metrics of the steps, which waits for the device; return the last finite loss, or NaN."""
     last = math.nan
     for step, lr, metrics in pending:
         values = {name: float(value) for name, value in metrics.items()}
@@ -206,24 +241,24 @@ def _log_steps(job: Job, pending: Sequence[Pending], console: Console) -> float:
             job.log({"step": step, "lr": lr, **values})
             last = values["loss"]
         else:
-            _note_not_finite(job, step, lr, values, console)
+            _record_nonfinite(job, step, lr, values, console)
     return last
 
 
-def _note_not_finite(job: Job, step: int, lr: float, values: dict[str, float], console: Console) -> None:
-    """Write the step and its batch down; raises InputError if it is one too many."""
+def _record_nonfinite(job: Job, step: int, lr: float, values: dict[str, float], console: Console) -> None:
+    """Record the step and its batch; raises InputError if more steps than allowed were not finite."""
     settings = job.settings
     windows = job.train.batch_windows(settings.seed, step - 1, settings.batch_size)
     inputs, _ = job.train.batch(settings.seed, step - 1, settings.batch_size)
-    words = {name: str(value) for name, value in values.items()}  # JSON has no NaN
-    entries = {"step": step, "lr": lr, **words, "windows": windows, "inputs": inputs.tolist()}
+    texts = {name: str(value) for name, value in values.items()}  # JSON has no NaN
+    entries = {"step": step, "lr": lr, **texts, "windows": windows, "inputs": inputs.tolist()}
     file = job.run.write(f"nonfinite-{step:06d}.json", entries)
-    job.log({"step": step, "lr": lr, "nonfinite": words})
-    told = f"step {step}: {words}, not finite; its batch is in {file}"
+    job.log({"step": step, "lr": lr, "nonfinite": texts})
+    message = f"step {step}: {texts}, not finite; its batch is in {file}"
     skipped = sum("nonfinite" in entry for entry in job.run.metrics())
     if skipped > settings.skip_nonfinite:
         raise InputError(
-            f"{told}. The run stops; checkpoints saved before are kept. Go on from the newest with --resume "
+            f"{message}. The run stops; checkpoints saved before are kept. Resume from the newest with --resume "
             f"--skip-nonfinite {skipped}, or start again with a lower --lr or --dtype float32"
         )
-    console.print(f"{told}; the step is passed over ({skipped} of {settings.skip_nonfinite})", style="yellow")
+    console.print(f"{message}; the step is skipped ({skipped} of {settings.skip_nonfinite})", style="yellow")

@@ -57,7 +57,7 @@ def read(folder: Path, config: GPTConfig) -> TrainState:
     file = folder / OPTIMIZER_FILE
     if not file.is_file():
         raise InputError(f"{folder} holds no optimizer state ({OPTIMIZER_FILE} or {ORBAX_FOLDER}/); start from it "
-                         "with --init instead")  # fmt: skip
+                         "with --init-from instead")  # fmt: skip
     try:
         with safe_open(file, "numpy") as stored:
             step = int(stored.metadata()["step"])

@@ -1,12 +1,11 @@
-"""The folder that a run leaves: config.json, env.json, metrics.jsonl, loss.png, samples.txt, checkpoints/."""
+"""The folder of a run: config.json, env.json, metrics.jsonl, loss.png, samples.txt and checkpoints/."""
 
 import dataclasses
-import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from parity.config import GPTConfig
 from parity.errors import InputError
@@ -14,11 +13,24 @@ from parity.storage.atomic import replace_text
 from parity.training.settings import TrainSettings
 
 _SAMPLE_HEADING = re.compile(r"^--- step (\d+) ---\n", re.MULTILINE)
+# Keys of config.json before version 0.2, and settings that it did not have, with the values that were used.
+_RENAMED = {"initial": "init_scheme", "validation_part": "validation_fraction"}
+_FORMER_VALUES = {"sample_temperature": 0.8, "sample_top_k": 50}
 
 
-@dataclasses.dataclass(frozen=True)
 class RunFolder:
-    path: Path
+    """The folder of a run, and what is written into it.
+
+    Args:
+        path: The folder.
+        writes: Whether this process writes the folder. In a run of several processes only the first one does. The
+            others read the metrics once, here, and from then on keep theirs in memory, so that all processes decide
+            alike from `metrics`, however late a shared file system shows them what the first one wrote.
+    """
+
+    def __init__(self, path: Path, writes: bool = True):
+        self.path, self.writes = path, writes
+        self._in_memory = None if writes else self._read_metrics()
 
     @property
     def checkpoints(self) -> Path:
@@ -37,7 +49,10 @@ class RunFolder:
         return self.path / "samples.txt"
 
     def create(self, entries: Mapping[str, Any]) -> None:
-        """Make the folder with its config.json; raises InputError where a run is already there."""
+        """Make the folder with its config.json; raises InputError if it already contains a run."""
+        if self._in_memory is not None:
+            self._in_memory.clear()
+            return
         if self.config_file.exists():
             raise InputError(f"{self.path} already holds a run; continue it with --resume, or name another --run")
         try:
@@ -48,24 +63,32 @@ class RunFolder:
             raise InputError(f"run folder {self.path} cannot be written ({error})") from None
 
     def config(self) -> dict[str, Any]:
-        """What create() was given; raises InputError where the folder holds no run."""
+        """Return the entries of config.json, under today's names; raises InputError if the folder contains no run."""
         try:
-            return json.loads(self.config_file.read_text())
+            return _with_current_names(json.loads(self.config_file.read_text()))
         except FileNotFoundError:
             raise InputError(f"{self.path} holds no run: {self.config_file.name} is missing") from None
         except ValueError as error:
             raise InputError(f"{self.config_file} is not valid JSON ({error})") from None
 
     def update(self, entries: Mapping[str, Any], changeable: Sequence[str] = ()) -> list[str]:
-        """Take over entries for a run that goes on; what changed, in words.
+        """Replace the entries of config.json when a run is resumed.
 
-        Raises InputError, listing what differs, for changes in any but the `changeable` keys.
+        Args:
+            entries: The new entries.
+            changeable: Flattened keys ("train.keep") whose values may differ from the saved ones.
+
+        Returns:
+            One description per changed value.
+
+        Raises:
+            InputError: If any other value differs; the message lists all of them.
         """
-        saved, wanted = (dict(_flatten(json.loads(json.dumps(e)))) for e in (self.config(), entries))
+        saved, new = (dict(_flatten(json.loads(json.dumps(e)))) for e in (self.config(), entries))
         different = {
-            key: f"{key} is {saved.get(key)!r} there, {wanted.get(key)!r} here"
-            for key in sorted(saved.keys() | wanted.keys())
-            if saved.get(key) != wanted.get(key)
+            key: f"{key} is {saved.get(key)!r} there, {new.get(key)!r} here"
+            for key in sorted(saved.keys() | new.keys())
+            if saved.get(key) != new.get(key)
         }
         if refused := [text for key, text in different.items() if key not in changeable]:
             raise InputError(f"{self.path} belongs to another configuration: {'; '.join(refused)}")
@@ -75,22 +98,32 @@ class RunFolder:
 
     def log(self, entries: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
+        if self._in_memory is not None:
+            self._in_memory.append(dict(entries))
+            return
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(entries) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl."""
+        return self._read_metrics() if self._in_memory is None else list(self._in_memory)
+
+    def _read_metrics(self) -> list[dict[str, Any]]:
         lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
-        found = []
+        metrics = []
         for line in lines:
             try:
-                found.append(json.loads(line))
+                metrics.append(json.loads(line))
             except ValueError:
-                break  # a line cut by a crash; resuming writes it again
-        return found
+                break  # a crash cut this line; the resumed run writes it again
+        return metrics
 
     def forget_after(self, step: int) -> None:
-        """Drop the metrics and samples of later steps: a resumed run writes them again."""
+        """Remove the metrics and samples of later steps, because a resumed run writes them again."""
         kept = [entry for entry in self.metrics() if entry["step"] <= step]
+        if self._in_memory is not None:
+            self._in_memory = kept
+            return
         replace_text(self.metrics_file, "".join(json.dumps(entry) + "\n" for entry in kept))
         if self.samples_file.exists():
             text = self.samples_file.read_text(encoding="utf-8", errors="replace")
@@ -99,81 +132,68 @@ class RunFolder:
             replace_text(self.samples_file, "".join(f"--- step {s} ---\n{t}" for s, t in kept_parts))
 
     def best_step(self) -> int | None:
-        """The evaluated step with the lowest validation loss; the first of equals."""
+        """Return the evaluated step with the lowest validation loss; ties go to the earliest step."""
         evaluated = [(e["validation_loss"], e["step"]) for e in self.metrics() if "validation_loss" in e]
         return min(evaluated)[1] if evaluated else None
 
     def add_sample(self, step: int, text: str) -> None:
-        with self.samples_file.open("a", encoding="utf-8") as file:
-            file.write(f"--- step {step} ---\n{text}\n\n")
+        """Append a sample to samples.txt."""
+        if self.writes:
+            with self.samples_file.open("a", encoding="utf-8") as file:
+                file.write(f"--- step {step} ---\n{text}\n\n")
 
     def write(self, name: str, entries: Mapping[str, Any]) -> Path:
-        """Write a JSON file of the folder, whole or not at all."""
-        replace_text(self.path / name, json.dumps(entries, indent=2) + "\n")
+        """Write a JSON file atomically, and return its path."""
+        if self.writes:
+            replace_text(self.path / name, json.dumps(entries, indent=2) + "\n")
         return self.path / name
 
-    def plot(self, bigram: float | None) -> Path:
-        target = self.path / "loss.png"
-        plot_metrics(target, self.metrics(), bigram)
-        return target
+    def plot(self, bigram: float | None) -> None:
+        """Draw loss.png from the metrics; `bigram` is the baseline's validation loss."""
+        if self.writes:
+            plot_metrics(self.path / "loss.png", self.metrics(), bigram)
 
 
-class FollowedRun(RunFolder):
-    """A run folder as all processes but the first have it: they read it once, and keep in memory what they'd write.
+class SavedRun(NamedTuple):
+    """What config.json records of a run."""
 
-    So all of them decide alike by metrics(), however late the storage shows them what the first one wrote.
-    """
-
-    @functools.cached_property
-    def _entries(self) -> list[dict[str, Any]]:
-        return super().metrics()
-
-    def create(self, entries: Mapping[str, Any]) -> None:
-        self._entries.clear()
-
-    def log(self, entries: Mapping[str, Any]) -> None:
-        self._entries.append(dict(entries))
-
-    def metrics(self) -> list[dict[str, Any]]:
-        return self._entries
-
-    def forget_after(self, step: int) -> None:
-        self._entries[:] = [entry for entry in self._entries if entry["step"] <= step]
-
-    def add_sample(self, step: int, text: str) -> None:
-        pass
-
-    def write(self, name: str, entries: Mapping[str, Any]) -> Path:
-        return self.path / name
-
-    def plot(self, bigram: float | None) -> Path:
-        return self.path / "loss.png"
+    preset: str
+    init_from: str | None
+    model: GPTConfig
+    settings: TrainSettings
 
 
 def run_config(
-    preset: str, model: GPTConfig, settings: TrainSettings, corpus_sha256: str, init: str | None = None
+    preset: str, model: GPTConfig, settings: TrainSettings, corpus_sha256: str, init_from: str | None = None
 ) -> dict[str, Any]:
-    """The entries of config.json."""
+    """Return the entries of config.json."""
     return {
         "preset": preset,
-        "init": init,
+        "init_from": init_from,
         "corpus_sha256": corpus_sha256,
         "model": model.to_dict(),
         "train": dataclasses.asdict(settings),
     }
 
 
-def saved_job(run: RunFolder) -> tuple[GPTConfig, TrainSettings, dict[str, Any]]:
-    """Configuration and settings in a run's config.json, and all of it."""
+def read_run(run: RunFolder) -> SavedRun:
+    """Read config.json of a run; raises InputError if its entries are not those of a training run."""
     saved = run.config()
     try:
-        return GPTConfig(**saved["model"]), TrainSettings(**saved["train"]), {"init": None, **saved}
+        model, settings = GPTConfig(**saved["model"]), TrainSettings(**saved["train"])
+        return SavedRun(saved["preset"], saved["init_from"], model, settings)
     except (KeyError, TypeError) as error:
         raise InputError(f"{run.config_file} was not written by this version of the scripts ({error})") from None
 
 
 def plot_metrics(target: Path, metrics: Sequence[Mapping[str, Any]], bigram: float | None = None) -> None:
-    """Picture of training and validation loss by step, from lines of metrics.jsonl."""
+    """Draw training and validation loss by step.
+
+    Args:
+        target: The PNG file to write.
+        metrics: Lines of metrics.jsonl.
+        bigram: Validation loss of the baseline, drawn as a horizontal line.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -186,7 +206,7 @@ def plot_metrics(target: Path, metrics: Sequence[Mapping[str, Any]], bigram: flo
             axes.plot(*zip(*points, strict=True), label="training" if key == "loss" else "validation", **style)
     if bigram is not None:
         axes.axhline(bigram, linestyle="--", color="gray", label=f"bigram {bigram:.2f}")
-    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     part = target.with_suffix(".part.png")
@@ -195,7 +215,16 @@ def plot_metrics(target: Path, metrics: Sequence[Mapping[str, Any]], bigram: flo
     part.replace(target)
 
 
-def _flatten(entries: Mapping[str, Any], prefix: str = ""):
+def _with_current_names(entries: dict[str, Any]) -> dict[str, Any]:
+    """Translate the config.json of an older version."""
+    if isinstance(entries, dict) and isinstance(entries.get("train"), dict):
+        train = {_RENAMED.get(name, name): value for name, value in entries["train"].items()}
+        entries["train"] = {**_FORMER_VALUES, **train}
+        entries["init_from"] = entries.pop("init", entries.get("init_from"))
+    return entries
+
+
+def _flatten(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in entries.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")

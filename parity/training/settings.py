@@ -1,94 +1,121 @@
-"""How to train: the options that both trainers share, and the presets of the training scripts."""
+"""Training settings that both backends share, and the presets of the training scripts."""
 
 import dataclasses
 from typing import Literal
 
 from parity.config import PRESETS, GPTConfig
+from parity.data.corpora import CORPORA, EMBEDDED
 from parity.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """Options of a training run. Raises InputError for values out of range."""
+    """Settings of a training run, which both backends share.
 
-    corpus: str = "python-docs"
-    """python-docs, the-verdict, tiny-shakespeare, a text file, or a folder of .txt or .bin files."""
+    Raises:
+        InputError: If a value is out of range.
+    """
+
+    corpus: str = dataclasses.field(
+        default=EMBEDDED,
+        metadata={
+            "help": f"Text to train on: {', '.join(CORPORA)}, a UTF-8 text file, a .bin token file, or a folder with "
+            ".txt files, .bin token files or the output of scripts/prepare_data.py."
+        },
+    )
     tokenizer: Literal["bytes", "gpt2"] = "gpt2"
-    """bytes needs no file; gpt2 needs OpenAI's vocab.bpe."""
-    validation_part: float = 0.1
-    """Part at the end that is for validation, where the corpus does not say."""
+    """Tokenizer of the corpus: bytes needs no file, gpt2 needs OpenAI's vocab.bpe."""
+    validation_fraction: float = 0.1
+    """Fraction at the end of the corpus that is held out for validation, unless the corpus has validation files."""
     stride: int | None = None
-    """From the start of one training window to the next; by default the context, so that none overlap."""
+    """Distance in tokens between the starts of two training windows; by default n_ctx, so that none overlap."""
     steps: int = 600_000
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_size: int = 480
-    """Windows in an optimizer step."""
+    """Number of windows per optimizer step."""
     accumulate: int = 40
-    """Micro-batches that a step is cut into; their gradients add up to the whole batch's."""
+    """Number of micro-batches per optimizer step; their gradients are summed, so the result does not depend on it."""
     lr: float = 6e-4
-    """Peak learning rate."""
+    """Peak learning rate, reached at the end of the warm-up."""
     min_lr: float = 6e-5
-    """Learning rate at the last step."""
+    """Learning rate at the last step, where the cosine decay ends."""
     warmup: int = 2000
-    """Steps of linear warm-up."""
+    """Number of steps in which the learning rate rises linearly to its peak."""
     weight_decay: float = 0.1
-    """AdamW's decay of matrices and embeddings; biases and LayerNorm have none."""
+    """AdamW's weight decay of matrices and embeddings; biases and LayerNorm parameters are not decayed."""
     beta1: float = 0.9
+    """AdamW's decay rate of the mean of the gradient."""
     beta2: float = 0.95
+    """AdamW's decay rate of the mean of the squared gradient."""
     eps: float = 1e-8
+    """AdamW's term that is added to the denominator."""
     clip: float = 1.0
-    """Largest global norm of the gradient."""
+    """Largest global norm of the gradient; larger gradients are scaled down to it."""
     dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
-    """In which the model computes; parameters and optimizer are float32, or float64 with it."""
+    """Dtype of the computation. Parameters and optimizer are float64 for float64, otherwise float32."""
     eval_every: int = 1000
-    """Steps between evaluations, each with samples and a checkpoint."""
+    """Number of steps between evaluations; each evaluation also writes samples and a checkpoint."""
     log_every: int = 10
-    """Steps between reads of the loss from the device."""
+    """Number of steps between reads of the loss from the device."""
     keep: int = 3
-    """Newest checkpoints kept; the one with the lowest validation loss always is."""
+    """Number of newest checkpoints to keep; the one with the lowest validation loss is always kept."""
     keep_every: int | None = None
-    """Checkpoints of steps divisible by it are kept for good."""
+    """Also keep the checkpoints of all steps that are divisible by this number; by default none."""
     skip_nonfinite: int = 0
-    """Steps of a run whose loss or gradient is not finite that are passed over; one more stops it."""
+    """Number of steps with a loss or gradient that is not finite which a run may skip; one more stops the run."""
     sample_prompt: str = "\n"
-    """What the sample at each evaluation continues."""
+    """Prompt that is continued at each evaluation."""
     eval_prompts: str | None = None
-    """A text file with prompts, one a line, to continue at each evaluation in place of sample_prompt."""
+    """Text file with one prompt per line, to be continued at each evaluation instead of the sample prompt."""
     sample_tokens: int = 96
-    initial: Literal["gpt2", "torch"] = "gpt2"
-    """How initial weights are drawn: as GPT-2's, or as torch.nn's layers do it, as in the notebook."""
+    """Number of tokens to sample per prompt at each evaluation."""
+    sample_temperature: float = 0.8
+    """Temperature of the samples at each evaluation; 0 always takes the most likely token."""
+    sample_top_k: int | None = 50
+    """Number of most likely tokens that the samples are drawn from; None draws from the whole vocabulary."""
+    init_scheme: Literal["gpt2", "torch"] = "gpt2"
+    """Distribution of the initial weights: that of GPT-2, or the default of torch.nn's layers, as in the notebook."""
     seed: int = 0
-    """Of the initial weights, the order of the data, dropout and samples."""
+    """Seed of the initial weights, the order of the data, dropout and the samples."""
+
+    @property
+    def param_dtype(self) -> str:
+        """Dtype of the parameters and of the optimizer's state."""
+        return "float64" if self.dtype == "float64" else "float32"
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "accumulate", "eval_every", "log_every", "keep", "keep_every", "sample_tokens")
+        counts = ("steps", "batch_size", "accumulate", "eval_every", "log_every", "keep", "keep_every", "sample_tokens",
+                  "sample_top_k")  # fmt: skip
         for name in counts:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "eps", "clip"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("min_lr", "warmup", "weight_decay", "skip_nonfinite", "seed"):
+        for name in ("min_lr", "warmup", "weight_decay", "skip_nonfinite", "sample_temperature", "seed"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.batch_size % self.accumulate:
             raise InputError(f"batch_size={self.batch_size} is not divisible by accumulate={self.accumulate}")
 
 
-# Settings that a resumed run may change: they touch what is kept and shown, not the path of the losses.
-CHANGEABLE = ("log_every", "keep", "keep_every", "skip_nonfinite", "sample_prompt", "eval_prompts", "sample_tokens")
+# Settings that a resumed run may change: they affect what is kept and shown, but not the losses.
+CHANGEABLE = (
+    "log_every", "keep", "keep_every", "skip_nonfinite", "sample_prompt", "eval_prompts", "sample_tokens",
+    "sample_temperature", "sample_top_k",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a preset of the training scripts stands for."""
+    """Model and settings of a preset of the training scripts."""
 
     model: GPTConfig
     settings: TrainSettings
     remat: Literal["none", "products", "all"] = "none"
-    """Of gpt_jax: what a gradient computes again instead of keeping it."""
+    """What gpt_jax recomputes in the backward pass instead of keeping it in memory."""
     unroll: int = 1
-    """Of gpt_jax: layers written out in the compiled program. Defaults: see docs/results/performance.md."""
+    """Number of layers per iteration of gpt_jax's scan. See docs/results/performance.md."""
 
 
 # For two CPU cores.
@@ -96,7 +123,7 @@ _CPU = TrainSettings(
     tokenizer="bytes", steps=600, batch_size=16, accumulate=1, lr=3e-3, min_lr=1e-4, warmup=60, beta2=0.99,
     dtype="float32", eval_every=100, sample_prompt="The ",
 )  # fmt: skip
-# nanoGPT's two runs on characters of tiny-shakespeare, config/train_shakespeare_char.py and its README; the
+# nanoGPT's two runs on the characters of tiny-shakespeare (config/train_shakespeare_char.py and its README). The
 # text is ASCII, so its bytes are its characters.
 _SHAKESPEARE = dataclasses.replace(
     _CPU, corpus="tiny-shakespeare", steps=2000, batch_size=12, lr=1e-3, min_lr=1e-4, warmup=100, eval_every=250,
@@ -104,13 +131,13 @@ _SHAKESPEARE = dataclasses.replace(
 )  # fmt: skip
 _BYTES = GPTConfig(n_vocab=257)
 RECIPES: dict[str, Recipe] = {
-    # nanoGPT's config/train_gpt2.py: 491,520 tokens a step on OpenWebText; so for every size.
+    # nanoGPT's config/train_gpt2.py: 491,520 tokens per step on OpenWebText; the larger sizes use the same settings.
     "124M": Recipe(PRESETS["124M"], TrainSettings(), unroll=12),
     "355M": Recipe(PRESETS["355M"], TrainSettings()),
     "774M": Recipe(PRESETS["774M"], TrainSettings()),
-    "1558M": Recipe(PRESETS["1558M"], TrainSettings(), remat="products"),  # else its 12 windows take 70 GB
+    "1558M": Recipe(PRESETS["1558M"], TrainSettings(), remat="products"),  # otherwise its 12 windows take 70 GB
     "124M-openwebtext": Recipe(PRESETS["124M"], TrainSettings(), unroll=12),
-    # llm.c's scripts/run_gpt2_124M.sh: 524,288 tokens a step, decay to zero, 10 billion tokens of FineWeb-Edu.
+    # llm.c's scripts/run_gpt2_124M.sh: 524,288 tokens per step, decay to zero, 10 billion tokens of FineWeb-Edu.
     "124M-fineweb-edu": Recipe(
         PRESETS["124M"],
         TrainSettings(steps=19_073, batch_size=512, accumulate=8, min_lr=0.0, warmup=700, eval_every=250),
@@ -120,7 +147,7 @@ RECIPES: dict[str, Recipe] = {
         dataclasses.replace(_BYTES, n_ctx=256, n_embd=384, n_head=6, n_layer=6, drop_rate=0.2),
         dataclasses.replace(_SHAKESPEARE, steps=5000, batch_size=64, dtype="bfloat16"),
     ),
-    "shakespeare-char-cpu": Recipe(  # with twice nanoGPT's learning rate: 1.82 nats instead of 1.89
+    "shakespeare-char-cpu": Recipe(  # twice nanoGPT's learning rate: 1.82 nats per token instead of 1.89
         dataclasses.replace(_BYTES, n_ctx=64, n_embd=128, n_head=4, n_layer=4),
         dataclasses.replace(_SHAKESPEARE, lr=2e-3),
         remat="products",
@@ -134,14 +161,14 @@ RECIPES: dict[str, Recipe] = {
         PRESETS["notebook"],
         dataclasses.replace(
             _CPU, corpus="the-verdict", tokenizer="gpt2", steps=90, batch_size=2, lr=4e-4, min_lr=4e-4, warmup=1,
-            beta2=0.999, eval_every=9, sample_prompt="Every effort moves you", initial="torch",
+            beta2=0.999, eval_every=9, sample_prompt="Every effort moves you", init_scheme="torch",
         ),
     ),
 }  # fmt: skip
 
 
 def recipe(preset: str) -> Recipe:
-    """Raises InputError, listing them, for a preset that is none."""
+    """Return the recipe of a preset; raises InputError that lists the known presets if it is unknown."""
     if preset not in RECIPES:
         raise InputError(f"unknown preset {preset!r}; choose one of {', '.join(RECIPES)}")
     return RECIPES[preset]

@@ -1,0 +1,41 @@
+"""The weights that a training run starts from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from parity.config import GPTConfig
+from parity.training import checkpoints
+from parity.training.settings import TrainSettings
+from parity.weights import initial_weights
+from parity.weights.load import find_folder, read_folder
+
+
+class InitialArrays(NamedTuple):
+    """Arguments of a backend's `load_weights`."""
+
+    arrays: Mapping[str, Any]
+    format: str
+    origin: str
+
+
+def weights_folder(init_from: str | Path) -> Path:
+    """Return the folder with the weights that `--init-from` names.
+
+    Args:
+        init_from: One of OpenAI's sizes ("124M", downloaded if necessary), a folder with weights in any known format,
+            or a run folder, which stands for its newest intact checkpoint.
+
+    Raises:
+        InputError: If there is no such folder, or the run has no intact checkpoint.
+    """
+    run_checkpoints = Path(init_from) / "checkpoints"
+    return checkpoints.newest_intact(run_checkpoints) if run_checkpoints.is_dir() else find_folder(init_from)
+
+
+def initial_arrays(config: GPTConfig, settings: TrainSettings, init_from: str | Path | None = None) -> InitialArrays:
+    """Return the weights that `init_from` names (see weights_folder), or by default those of the settings' seed."""
+    if init_from is None:
+        return InitialArrays(initial_weights(config, settings.seed, scheme=settings.init_scheme), "huggingface", "seed")
+    _, arrays, format = read_folder(weights_folder(init_from))
+    return InitialArrays(arrays, format, str(init_from))
