@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from parity.errors import InputError, tell
+from parity.errors import InputError, report_error
 from parity.training.processes import ALONE, Processes
 
 _START_SECONDS = 300
@@ -77,7 +77,7 @@ def _tell(error: BaseException, this: Processes) -> int:
     if isinstance(error, RuntimeError | ValueError) and _LOST.search(reason):
         error = this.lost_peer_error(reason)
     try:
-        return tell(error)
+        return report_error(error)
     except BaseException:
         traceback.print_exc()
         return 1

@@ -1,4 +1,4 @@
-"""The one error for everything a user can mend, and how scripts end."""
+"""InputError, for every fault that a user can correct, and how scripts end with a message."""
 
 import contextlib
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 class InputError(ValueError):
-    """Bad input: the message names the file or option, and what to do about it."""
+    """Bad input. The message names the file or option, and says what to do."""
 
 
 # Packages that may be absent, and the extra of this project that installs each.
@@ -14,10 +14,15 @@ _EXTRAS = dict.fromkeys(("jax", "jaxlib", "flax", "optax", "orbax", "tensorstore
 _EXTRAS |= {"torch": "torch", "tensorflow": "tf", "transformers": "test"}
 
 
-def tell(error: BaseException) -> int:
-    """One line on standard error for what a user can mend, and the exit status; raises any other error again.
+def report_error(error: BaseException) -> int:
+    """Print one line on standard error about an error that a user can correct.
 
-    An InputError, a file that the system refuses, or a package that an extra installs, is 2; Ctrl-C is 130.
+    Returns:
+        The exit status: 2 for an InputError, a failure of the file system, or a missing package that an extra of this
+        project installs; 130 for Ctrl-C.
+
+    Raises:
+        BaseException: Any other error, again.
     """
     match error:
         case InputError():
@@ -37,8 +42,8 @@ def tell(error: BaseException) -> int:
 
 @contextlib.contextmanager
 def exit_with_message() -> Iterator[None]:
-    """For scripts: an error that tell() knows is a line and an exit status."""
+    """In this context, which scripts use, errors that `report_error` reports end the program with its exit status."""
     try:
         yield
     except (InputError, OSError, ModuleNotFoundError, KeyboardInterrupt) as error:
-        sys.exit(tell(error))
+        sys.exit(report_error(error))

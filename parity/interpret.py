@@ -1,6 +1,7 @@
-"""Looking into a model by its named activations, in NumPy: what both backends' run_with_cache gives.
+"""Interpretability methods that work on the activations which `run_with_cache` of either backend returns.
 
-Activations are {name: array} by the names of parity/taps.py, weights in the huggingface format.
+Activations are {name: array} with the names of parity/taps.py; weights are in the huggingface format, as
+`export_weights` returns them. Everything is computed in NumPy and float64.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,50 +12,76 @@ import numpy as np
 
 from parity.config import LAYER_NORM_EPS, GPTConfig
 from parity.errors import InputError
-from parity.reference import Weights, layer_norm, wide
+from parity.reference import Weights, as_float64, layer_norm, output_head
 
 Activations = Mapping[str, Any]
 
 
 def residual_names(config: GPTConfig) -> list[str]:
-    """The residual stream before the first layer and after each."""
+    """Return the names of the residual stream before the first layer and after each layer."""
     return ["embed", *(f"blocks.{i}.resid_post" for i in range(config.n_layer))]
 
 
 def logit_lens(config: GPTConfig, weights: Weights, cache: Activations) -> dict[str, np.ndarray]:
-    """{residual stream's name: logits [B, T, V]} if the model ended there (nostalgebraist 2020).
+    """Decode the residual stream after each layer with the output head: the logit lens (nostalgebraist 2020).
 
-    The last entry is the model's own logits. Raises InputError for activations that are missing.
+    Args:
+        config: Configuration of the model.
+        weights: Weights in the huggingface format.
+        cache: Activations that include those of `residual_names`.
+
+    Returns:
+        {name of the residual stream: logits [B, T, V] if the model ended there}; the last ones are the model's logits.
+
+    Raises:
+        InputError: If activations are missing.
     """
-    head = wide(weights.get("lm_head.weight", weights["wte.weight"]))  # [V, D]
-    scale, shift = wide(weights["ln_f.weight"]), wide(weights["ln_f.bias"])
-    return {
-        name: layer_norm(np.asarray(x, np.float64), scale, shift) @ head.T
-        for name, x in _take(cache, residual_names(config)).items()
-    }
+    head = output_head(weights)  # [V, D]
+    scale, shift = as_float64(weights["ln_f.weight"]), as_float64(weights["ln_f.bias"])
+    residuals = _select(cache, residual_names(config))
+    return {name: layer_norm(x, scale, shift) @ head.T for name, x in residuals.items()}
 
 
 def direct_logit_attribution(
     config: GPTConfig, weights: Weights, cache: Activations, token: int, minus: int | None = None
 ) -> dict[str, np.ndarray]:
-    """{component: its part [B, T] of the logit of `token`}; of the difference to that of `minus` where given.
+    """Split the logit of a token into the contributions of the model's components.
 
-    The final stream is a sum of what each component wrote (Elhage et al. 2021), so with LayerNorm's division
-    taken as it came out, the logit is a sum too: of "embed", "blocks.i.attn.out", "blocks.i.mlp.out" and
-    "ln_f.bias". Raises InputError for activations that are missing.
+    The final residual stream is the sum of the outputs of all components (Elhage et al. 2021). With the divisor of the
+    last LayerNorm held at its value, the logit is a sum as well.
+
+    Args:
+        config: Configuration of the model.
+        weights: Weights in the huggingface format.
+        cache: Activations that include "embed" and attn.out and mlp.out of each layer.
+        token: The token whose logit is split.
+        minus: If given, the difference of the logits of `token` and of this token is split.
+
+    Returns:
+        {component: contribution [B, T]}. The components are "embed", "blocks.i.attn.out" and "blocks.i.mlp.out" of each
+        layer i, and "ln_f.bias". The contributions add up to the logit.
+
+    Raises:
+        InputError: If activations are missing, or a token is outside the vocabulary.
     """
+    for name, id in (("token", token), ("minus", 0 if minus is None else minus)):
+        if not 0 <= id < config.n_vocab:
+            raise InputError(f"{name}: token id {id} is outside the vocabulary 0..{config.n_vocab - 1}")
     names = ["embed"]
     for i in range(config.n_layer):
         names += [f"blocks.{i}.attn.out", f"blocks.{i}.mlp.out"]
-    parts = _take(cache, names)
-    head = wide(weights.get("lm_head.weight", weights["wte.weight"]))
+    outputs = _select(cache, names)
+    head = output_head(weights)  # [V, D]
     direction = head[token] - (0 if minus is None else head[minus])  # [D]
-    final = np.sum(list(parts.values()), axis=0)  # [B, T, D]
+    final = np.sum(list(outputs.values()), axis=0)  # [B, T, D]
     std = np.sqrt(final.var(axis=-1, keepdims=True) + LAYER_NORM_EPS)
-    read = wide(weights["ln_f.weight"]) * direction
-    found = {name: ((x - x.mean(axis=-1, keepdims=True)) / std) @ read for name, x in parts.items()}
-    found["ln_f.bias"] = np.broadcast_to(wide(weights["ln_f.bias"]) @ direction, final.shape[:2])
-    return found
+    scaled_direction = as_float64(weights["ln_f.weight"]) * direction
+    contributions = {
+        name: ((x - x.mean(axis=-1, keepdims=True)) / std) @ scaled_direction for name, x in outputs.items()
+    }
+    bias = as_float64(weights["ln_f.bias"]) @ direction
+    contributions["ln_f.bias"] = np.broadcast_to(bias, final.shape[:2])
+    return contributions
 
 
 def patching_sweep(
@@ -64,42 +91,75 @@ def patching_sweep(
     names: Iterable[str],
     metric: Callable[[np.ndarray], float],
 ) -> dict[str, np.ndarray]:
-    """{name: metric [T] of the corrupted run with the clean activation at one position} (Meng et al. 2022).
+    """Measure where a corrupted run is repaired by activations of a clean run (activation patching, Meng et al. 2022).
 
-    `run(patches)`: logits [B, T, V] of the corrupted input, by run_with_patches, say. `names`: activations
-    whose second axis is the position, [B, T, ...].
+    Args:
+        run: patches -> logits [B, T, V] of the corrupted input, for example by `run_with_patches`.
+        clean: Activations of the clean run.
+        corrupted: Activations of the corrupted run, of the same shapes.
+        names: Activations to patch; their second axis must be the position, [B, T, ...].
+        metric: logits [B, T, V] -> score.
+
+    Returns:
+        {name: scores [T]}; entry t is the score when the clean activation replaces the corrupted one at position t.
+
+    Raises:
+        InputError: If activations are missing, or those of both runs differ in shape.
     """
-    found = {}
+    names = list(names)
+    clean_arrays, corrupted_arrays = (_select(cache, names, dtype=None) for cache in (clean, corrupted))
+    sweep = {}
     for name in names:
-        there, here = np.asarray(corrupted[name]), np.asarray(clean[name])
-        if there.shape != here.shape:
-            raise InputError(f"{name}: the clean run has shape {list(here.shape)}, the corrupted {list(there.shape)}")
-        scores = np.empty(there.shape[1])
+        source, target = clean_arrays[name], corrupted_arrays[name]
+        if source.shape != target.shape:
+            raise InputError(
+                f"{name}: the clean run has shape {list(source.shape)}, the corrupted run {list(target.shape)}"
+            )
+        scores = np.empty(target.shape[1])
         for position in range(len(scores)):
-            mixed = there.copy()
-            mixed[:, position] = here[:, position]
-            scores[position] = metric(np.asarray(run({name: mixed})))
-        found[name] = scores
-    return found
+            patched = target.copy()
+            patched[:, position] = source[:, position]
+            scores[position] = metric(np.asarray(run({name: patched})))
+        sweep[name] = scores
+    return sweep
 
 
 def induction_scores(config: GPTConfig, cache: Activations, period: int) -> np.ndarray:
-    """[L, N]: how much each head attends to what followed the last occurrence of its token (Olsson et al. 2022).
+    """Measure how much each head attends to the token that followed the last occurrence of its token.
 
-    The input repeats itself after `period` positions; the score is the mean of the pattern from a position of
-    a repetition to the one period - 1 before it. 1 is a perfect induction head. Raises InputError for a
-    period that leaves no repetition.
+    A head that does so completely has score 1: a perfect induction head (Olsson et al. 2022).
+
+    Args:
+        config: Configuration of the model.
+        cache: Activations that include the attention pattern of each layer, for an input that repeats itself.
+        period: Number of positions after which the input repeats itself.
+
+    Returns:
+        Scores [L, N]: the mean of the pattern from each position of a repetition to the one `period` - 1 before it.
+
+    Raises:
+        InputError: If activations are missing, or the period leaves no repetition.
     """
-    patterns = _take(cache, [f"blocks.{i}.attn.pattern" for i in range(config.n_layer)])
+    patterns = _select(cache, [f"blocks.{i}.attn.pattern" for i in range(config.n_layer)])
     T = next(iter(patterns.values())).shape[-1]
     if not 1 <= period < T:
-        raise InputError(f"period must be in 1..{T - 1} to leave a repetition in {T} positions, got {period}")
+        raise InputError(f"period must be in 1..{T - 1}, so that {T} positions contain a repetition, got {period}")
     positions = np.arange(period, T)
     return np.stack([x[:, :, positions, positions - period + 1].mean(axis=(0, 2)) for x in patterns.values()])
 
 
 def plot_attention(path: str | Path, pattern: np.ndarray, labels: Sequence[str] = (), title: str = "") -> Path:
-    """Picture of one layer's pattern [N, T, S], a panel a head, queries downwards; `labels`: of the positions."""
+    """Plot the attention pattern of one layer, one panel per head, with queries from top to bottom.
+
+    Args:
+        path: File to write; its suffix selects the format.
+        pattern: Attention pattern [N, T, S].
+        labels: Labels of the positions, such as their tokens; none by default.
+        title: Title of the figure.
+
+    Returns:
+        The path.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -107,9 +167,9 @@ def plot_attention(path: str | Path, pattern: np.ndarray, labels: Sequence[str] 
 
     heads, T, S = np.shape(pattern)
     columns = min(4, heads)
-    lines = -(-heads // columns)
+    rows = -(-heads // columns)
     figure, panels = plt.subplots(
-        lines, columns, figsize=(3 * columns, 3 * lines + 0.4), squeeze=False, layout="constrained"
+        rows, columns, figsize=(3 * columns, 3 * rows + 0.4), squeeze=False, layout="constrained"
     )
     for head, axes in enumerate(panels.flat):
         axes.set_visible(head < heads)
@@ -124,7 +184,7 @@ def plot_attention(path: str | Path, pattern: np.ndarray, labels: Sequence[str] 
     return Path(path)
 
 
-def _take(cache: Activations, names: Sequence[str]) -> dict[str, np.ndarray]:
+def _select(cache: Activations, names: Sequence[str], dtype: Any = np.float64) -> dict[str, np.ndarray]:
     if missing := [name for name in names if name not in cache]:
-        raise InputError(f"the cache has no {', '.join(missing)}; ask run_with_cache for them")
-    return {name: np.asarray(cache[name], np.float64) for name in names}
+        raise InputError(f"the cache has no {', '.join(missing)}; request them from run_with_cache")
+    return {name: np.asarray(cache[name], dtype) for name in names}

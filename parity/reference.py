@@ -1,8 +1,8 @@
-"""GPT-2 in plain NumPy, in float64: the truth that both backends are measured against.
+"""GPT-2 in plain NumPy and float64: the reference against which both backends are measured.
 
-Weights are in the huggingface format, of any float or complex dtype: with a complex step (Squire & Trapp
-1998) the same code yields directional derivatives to rounding error. Written for clarity and, with one layer's
-weights widened at a time, for little memory. Sources: as in gpt_torch/model.py.
+Weights are in the huggingface format, of any float or complex dtype. With complex weights the same code computes
+directional derivatives by a complex step (Squire & Trapp 1998), accurate to rounding error. Weights are converted to
+float64 one layer at a time, to need little memory. Sources: as in gpt_torch/model.py.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,24 +14,36 @@ from parity import taps
 from parity.config import LAYER_NORM_EPS, GPTConfig, is_counted
 from parity.taps import tap
 
-Weights = Mapping[str, np.ndarray]  # in the huggingface format
+Weights = Mapping[str, np.ndarray]
+"""{name: array} in the huggingface format."""
 
 
 def logits(config: GPTConfig, weights: Weights, tokens: np.ndarray, compute: Any = None) -> np.ndarray:
-    """tokens int [B, T] -> [B, T, V], in float64 or complex128 whatever `compute` says."""
+    """Run the model.
+
+    Args:
+        config: Configuration of the model.
+        weights: Weights in the huggingface format.
+        tokens: Token ids, int [B, T].
+        compute: Has no effect; the implementations that are compared have such an argument (dtype and device).
+
+    Returns:
+        Logits [B, T, V], float64, or complex128 if a weight is complex.
+    """
     T = tokens.shape[1]
-    x = tap("embed", wide(weights["wte.weight"][tokens]) + wide(weights["wpe.weight"][:T]))  # [B, T, D]
+    x = as_float64(weights["wte.weight"][tokens]) + as_float64(weights["wpe.weight"][:T])
+    x = tap("embed", x)  # [B, T, D]
     for number in range(config.n_layer):
         taps.layer(number)
         prefix = f"h.{number}."
-        block = {name.removeprefix(prefix): wide(weights[name]) for name in weights if name.startswith(prefix)}
-        ln_1 = tap("ln_1", layer_norm(x, block["ln_1.weight"], block["ln_1.bias"]))
-        x = tap("resid_mid", x + attention(config, block, "attn.", ln_1))
-        ln_2 = tap("ln_2", layer_norm(x, block["ln_2.weight"], block["ln_2.bias"]))
-        x = tap("resid_post", x + mlp(block, "mlp.", ln_2))
+        block = {name.removeprefix(prefix): as_float64(weights[name]) for name in weights if name.startswith(prefix)}
+        h = tap("ln_1", layer_norm(x, block["ln_1.weight"], block["ln_1.bias"]))
+        x = tap("resid_mid", x + attention(config, block, "attn.", h))
+        h = tap("ln_2", layer_norm(x, block["ln_2.weight"], block["ln_2.bias"]))
+        x = tap("resid_post", x + mlp(block, "mlp.", h))
     taps.layer(None)
-    x = tap("ln_f", layer_norm(x, wide(weights["ln_f.weight"]), wide(weights["ln_f.bias"])))
-    return tap("logits", x @ wide(weights.get("lm_head.weight", weights["wte.weight"])).T)
+    x = tap("ln_f", layer_norm(x, as_float64(weights["ln_f.weight"]), as_float64(weights["ln_f.bias"])))
+    return tap("logits", x @ output_head(weights).T)
 
 
 def activations(
@@ -41,42 +53,69 @@ def activations(
     names: Iterable[str] | None = None,
     compute: Any = None,
 ) -> dict[str, np.ndarray]:
-    """{name of parity/taps.py: activation}, in float64."""
+    """Run the model and record its activations.
+
+    Args:
+        config: Configuration of the model.
+        weights: Weights in the huggingface format.
+        tokens: Token ids, int [B, T].
+        names: Names or patterns of parity/taps.py; by default all.
+        compute: Has no effect, as in `logits`.
+
+    Returns:
+        {name: activation}, in float64.
+
+    Raises:
+        InputError: For names that the model does not have.
+    """
     with taps.probe(config, names) as cache:
         logits(config, weights, tokens)
     return cache
 
 
-def wide(array: np.ndarray) -> np.ndarray:
+def as_float64(array: np.ndarray) -> np.ndarray:
+    """Convert to float64, or to complex128 if the array is complex."""
     return array.astype(np.promote_types(array.dtype, np.float64), copy=False)
 
 
+def output_head(weights: Weights) -> np.ndarray:
+    """The matrix of the output head [V, D] in float64; a tied one is the token embedding."""
+    return as_float64(weights.get("lm_head.weight", weights["wte.weight"]))
+
+
 def layer_norm(x: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """LayerNorm over the last axis: x [..., D] -> [..., D]."""
     mean = x.mean(-1, keepdims=True)
     var = ((x - mean) ** 2).mean(-1, keepdims=True)
     return (x - mean) / np.sqrt(var + LAYER_NORM_EPS) * scale + shift
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
+    """GELU in its tanh form."""
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x * x * x)))
 
 
-def mlp(w: Weights, p: str, x: np.ndarray) -> np.ndarray:
-    pre = tap("mlp.pre", x @ w[p + "c_fc.weight"] + w[p + "c_fc.bias"])  # [B, T, F]
-    return tap("mlp.out", tap("mlp.post", gelu(pre)) @ w[p + "c_proj.weight"] + w[p + "c_proj.bias"])
+def mlp(weights: Weights, prefix: str, x: np.ndarray) -> np.ndarray:
+    """The MLP of a layer whose weights have names with `prefix`: x [B, T, D] -> [B, T, D]."""
+    x = tap("mlp.pre", x @ weights[prefix + "c_fc.weight"] + weights[prefix + "c_fc.bias"])  # [B, T, F]
+    x = tap("mlp.post", gelu(x))  # [B, T, F]
+    return tap("mlp.out", x @ weights[prefix + "c_proj.weight"] + weights[prefix + "c_proj.bias"])
 
 
-def attention(config: GPTConfig, w: Weights, p: str, x: np.ndarray) -> np.ndarray:
+def attention(config: GPTConfig, weights: Weights, prefix: str, x: np.ndarray) -> np.ndarray:
+    """The attention of a layer whose weights have names with `prefix`: x [B, T, D] -> [B, T, D]."""
     B, T, D = x.shape
-    qkv = x @ w[p + "c_attn.weight"] + w.get(p + "c_attn.bias", np.zeros(1))
+    qkv = x @ weights[prefix + "c_attn.weight"] + weights.get(prefix + "c_attn.bias", np.zeros(1))
     q, k, v = (part.reshape(B, T, config.n_head, -1) for part in np.split(qkv, 3, axis=-1))
-    q, k, v = (tap(f"attn.{n}", a).transpose(0, 2, 1, 3) for n, a in zip("qkv", (q, k, v), strict=True))  # [B, N, T, H]
+    q, k, v = tap("attn.q", q), tap("attn.k", k), tap("attn.v", v)  # each [B, T, N, H]
+    q, k, v = (part.transpose(0, 2, 1, 3) for part in (q, k, v))  # each [B, N, T, H]
     scores = tap("attn.scores", q @ k.transpose(0, 1, 3, 2) / np.sqrt(config.head_width))  # [B, N, T, S]
-    visible = np.tril(np.ones((T, T), bool))
-    raised = np.where(visible, np.exp(np.where(visible, scores - scores.real.max(-1, keepdims=True), 0)), 0)
-    pattern = tap("attn.pattern", raised / raised.sum(-1, keepdims=True))
+    mask = np.tril(np.ones((T, T), bool))  # [T, S]
+    largest = scores.real.max(-1, keepdims=True)
+    exponentials = np.where(mask, np.exp(np.where(mask, scores - largest, 0)), 0)
+    pattern = tap("attn.pattern", exponentials / exponentials.sum(-1, keepdims=True))
     z = tap("attn.z", (pattern @ v).transpose(0, 2, 1, 3))  # [B, T, N, H]
-    return tap("attn.out", z.reshape(B, T, D) @ w[p + "c_proj.weight"] + w[p + "c_proj.bias"])
+    return tap("attn.out", z.reshape(B, T, D) @ weights[prefix + "c_proj.weight"] + weights[prefix + "c_proj.bias"])
 
 
 def loss(config: GPTConfig, weights: Weights, inputs: np.ndarray, targets: np.ndarray) -> Any:
@@ -105,7 +144,16 @@ def loss(config: GPTConfig, weights: Weights, inputs: np.ndarray, targets: np.nd
 def directional_derivative(
     config: GPTConfig, weights: Weights, inputs: np.ndarray, targets: np.ndarray, name: str, direction: np.ndarray
 ) -> float:
-    """d loss / d weights[name] along `direction`, by a complex step."""
+    """Return the derivative of the loss along a direction in one parameter, by a complex step.
+
+    Args:
+        config: Configuration of the model.
+        weights: Weights in the huggingface format.
+        inputs: Token ids, int [B, T].
+        targets: Token ids, int [B, T], as in `loss`.
+        name: Name of the parameter.
+        direction: Direction, of the parameter's shape.
+    """
     step = 1e-30
-    moved = {**weights, name: weights[name] + 1j * step * direction}
-    return loss(config, moved, inputs, targets).imag / step
+    shifted = {**weights, name: weights[name] + 1j * step * direction}
+    return loss(config, shifted, inputs, targets).imag / step

@@ -1,4 +1,4 @@
-"""Logit lens, attribution, patching and induction, on models whose answer is known by construction."""
+"""Logit lens, attribution, patching and induction scores of models whose answers are known by construction."""
 
 import dataclasses
 
@@ -13,14 +13,14 @@ from parity.config import GPTConfig
 from parity.errors import InputError
 from parity.weights import shapes
 
-# Width enough for a direction of its own for each of 12 positions and 10 tokens, and for heads of 16.
+# Wide enough for one direction per position (12) and per token (10), and for heads of width 16.
 CONFIG = GPTConfig(n_vocab=10, n_ctx=12, n_embd=48, n_head=3, n_layer=2)
 H = CONFIG.head_width
-TOKEN, POSITION = 0, 10  # where the directions of tokens and positions begin
+TOKEN, POSITION = 0, 10  # the first directions of tokens and of positions
 
 
 def blank():
-    """All branches silent; tokens and positions are directions of the stream, read as they are."""
+    """Weights whose branches add nothing; each token and position is one direction of the residual stream."""
     weights = {name: np.zeros(shape) for name, shape in shapes(CONFIG, "huggingface").items()}
     for name in weights:
         if "ln_" in name and name.endswith("weight"):
@@ -41,7 +41,7 @@ def attend(weights, layer, head, offset, sharpness=40.0):
 
 
 def move_token(weights, layer, head):
-    """The head adds the token that it attends to to the stream."""
+    """The head copies the token that it attends to into the residual stream."""
     values = weights[f"h.{layer}.attn.c_attn.weight"]
     for token in range(CONFIG.n_vocab):
         values[TOKEN + token, 2 * CONFIG.n_embd + head * H + token] = 1
@@ -56,8 +56,8 @@ def activations(request):
 TOKENS = np.array([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]], np.int32)
 
 
-def test_the_lens_sees_when_the_answer_appears(activations):
-    """Token 7 is written by the second layer's MLP alone; before it, the input is the best guess."""
+def test_the_lens_shows_when_the_answer_appears(activations):
+    """Only the MLP of the second layer writes token 7; before it, the input is the best guess."""
     weights = blank()
     weights["h.1.mlp.c_proj.bias"][TOKEN + 7] = 20
     lens = interpret.logit_lens(CONFIG, weights, activations(weights, TOKENS))
@@ -66,7 +66,7 @@ def test_the_lens_sees_when_the_answer_appears(activations):
         assert np.array_equal(lens[name].argmax(-1), guess), name
 
 
-def test_the_lens_ends_in_the_models_logits():
+def test_the_last_logits_of_the_lens_are_the_models():
     config = dataclasses.replace(TINY, tied_head=False)
     weights, (tokens, _) = probing_weights(config), random_batch(config)
     cache = reference.activations(config, weights, tokens)
@@ -74,13 +74,13 @@ def test_the_lens_ends_in_the_models_logits():
     assert np.abs(lens["blocks.2.resid_post"] - cache["logits"]).max() < 1e-12
 
 
-def test_attribution_finds_the_writer(activations):
+def test_attribution_finds_the_component_that_writes_a_token(activations):
     weights = blank()
     weights["h.1.mlp.c_proj.bias"][TOKEN + 7] = 20
     parts = interpret.direct_logit_attribution(CONFIG, weights, activations(weights, TOKENS), token=7, minus=0)
     assert max(parts, key=lambda name: parts[name].min()) == "blocks.1.mlp.out"
-    for silent in ("blocks.0.attn.out", "blocks.1.attn.out", "blocks.0.mlp.out", "ln_f.bias"):
-        assert not parts[silent].any()
+    for name in ("blocks.0.attn.out", "blocks.1.attn.out", "blocks.0.mlp.out", "ln_f.bias"):
+        assert not parts[name].any()
 
 
 @pytest.mark.parametrize("minus", [None, 3])
@@ -91,12 +91,12 @@ def test_attributions_add_up_to_the_logit(minus, tied_head):
     cache = reference.activations(config, weights, tokens)
     parts = interpret.direct_logit_attribution(config, weights, cache, token=11, minus=minus)
     assert len(parts) == 2 + 2 * config.n_layer
-    want = cache["logits"][..., 11] - (0 if minus is None else cache["logits"][..., minus])
-    assert np.abs(sum(parts.values()) - want).max() < 1e-12
+    expected = cache["logits"][..., 11] - (0 if minus is None else cache["logits"][..., minus])
+    assert np.abs(sum(parts.values()) - expected).max() < 1e-12
 
 
 def test_patching_finds_the_path_of_a_token():
-    """The last position reads the token at position 4, through head 2 of the second layer, and nothing else."""
+    """The last position reads the token at position 4, only through head 2 of the second layer."""
     weights = blank()
     attend(weights, layer=1, head=2, offset=7)
     move_token(weights, layer=1, head=2)
@@ -118,15 +118,15 @@ def test_patching_finds_the_path_of_a_token():
     names = ["embed", "blocks.0.resid_post", "blocks.1.attn.v", "blocks.1.attn.z", "blocks.1.resid_post"]
     sweep = interpret.patching_sweep(run, *caches, names, restored)
     for name in names:
-        want = np.zeros(CONFIG.n_ctx)
-        want[4 if name in ("embed", "blocks.0.resid_post", "blocks.1.attn.v") else -1] = 1
-        assert np.abs(sweep[name] - want).max() < 1e-6, (name, sweep[name])
+        expected = np.zeros(CONFIG.n_ctx)
+        expected[4 if name in ("embed", "blocks.0.resid_post", "blocks.1.attn.v") else -1] = 1
+        assert np.abs(sweep[name] - expected).max() < 1e-6, (name, sweep[name])
     with pytest.raises(InputError, match="embed: the clean run has shape"):
         interpret.patching_sweep(run, {"embed": np.ones((1, 3, 48))}, caches[1], ["embed"], restored)
 
 
-def test_induction_heads_are_told_from_others(activations):
-    """Period 4: an induction head attends 3 back; the others to themselves, and to all alike."""
+def test_induction_heads_have_the_highest_score(activations):
+    """With period 4 an induction head attends 3 positions back; others attend to themselves or uniformly."""
     weights = blank()
     attend(weights, layer=1, head=0, offset=3)
     attend(weights, layer=1, head=1, offset=0)
@@ -135,8 +135,8 @@ def test_induction_heads_are_told_from_others(activations):
     assert scores.shape == (2, 3)
     assert scores[1, 0] > 0.999
     assert scores[1, 1] < 1e-6
-    alike = np.mean([1 / (position + 1) for position in range(4, 12)])
-    assert scores[[0, 0, 0, 1], [0, 1, 2, 2]] == pytest.approx(alike)
+    uniform = np.mean([1 / (position + 1) for position in range(4, 12)])
+    assert scores[[0, 0, 0, 1], [0, 1, 2, 2]] == pytest.approx(uniform)
     for period in (0, 12):
         with pytest.raises(InputError, match=r"period must be in 1..11"):
             interpret.induction_scores(CONFIG, cache, period)
@@ -152,5 +152,14 @@ def test_pictures_of_attention(tmp_path):
 
 def test_missing_activations_are_named():
     cache = reference.activations(CONFIG, blank(), TOKENS, ["embed", "blocks.0.*"])
-    with pytest.raises(InputError, match=r"the cache has no blocks.1.resid_post; ask run_with_cache"):
+    with pytest.raises(InputError, match=r"the cache has no blocks.1.resid_post; request them from run_with_cache"):
         interpret.logit_lens(CONFIG, blank(), cache)
+    with pytest.raises(InputError, match=r"the cache has no blocks.1.attn.z; request them"):
+        interpret.patching_sweep(lambda patches: None, cache, cache, ["blocks.1.attn.z"], float)
+
+
+@pytest.mark.parametrize("tokens", [{"token": 10}, {"token": -1}, {"token": 0, "minus": 10}])
+def test_tokens_outside_the_vocabulary_are_refused(tokens):
+    cache = reference.activations(CONFIG, blank(), TOKENS)
+    with pytest.raises(InputError, match=rf"{list(tokens)[-1]}: token id {list(tokens.values())[-1]} is outside"):
+        interpret.direct_logit_attribution(CONFIG, blank(), cache, **tokens)
