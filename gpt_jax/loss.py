@@ -1,9 +1,9 @@
-"""Cross-entropy from what the head reads, without ever holding all logits.
+"""Cross-entropy of the model's logits, computed without ever holding all of them; see gpt_torch/loss.py.
 
-[B, T, V] logits in float32 are the largest array of a training step, and their gradient is as large. Here the
-positions are taken a chunk at a time: a chunk's logits give its loss and at once the gradients of x and of the
-head (the idea of Liger's fused linear cross-entropy, Hsu et al. 2024), so that nothing of size V is kept but the
-gradient of the head. The products are the same ones as in the plain way, so it costs no more.
+The float32 logits [B, T, V] are the largest array of a training step, and their gradient is as large. Here the
+positions are processed in chunks: the logits of a chunk yield its loss and, immediately, the gradients of x and of
+the head (as in Liger's fused linear cross-entropy, Hsu et al. 2024), so that the only array of size V that is kept is
+the gradient of the head. The matrix products are those of the direct computation, so it costs no more.
 """
 
 import functools
@@ -11,13 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from gpt_jax.model import GPTModel, at_least_float32
-from parity.config import IGNORE_INDEX
+from parity.config import IGNORE_INDEX, is_counted
 
 LARGEST_CHUNK = 2**25
-"""Logits of a chunk, 128 MiB in float32"""
+"""Number of logits in a chunk: 128 MiB in float32."""
 
 
 def summed_loss(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
@@ -26,46 +27,72 @@ def summed_loss(model: GPTModel, inputs: Array, targets: Array, key: Array | Non
     Args:
         model: The model; the loss is computed in the dtype of its parameters.
         inputs: Token ids, integers [B, T].
-        targets: Token ids [B, T]; positions with IGNORE_INDEX are left out.
+        targets: The ids to predict, integers [B, T]. Targets -1 and -100 are ignored; any other target outside the
+            vocabulary makes the loss and its gradients NaN, as a compiled function cannot raise.
         key: Turns dropout on.
+
+    Returns:
+        A scalar of dtype float32 or float64.
     """
     head = model.tok_emb.embedding[...] if model.config.tied_head else model.out_head.kernel[...].T  # [V, D]
     return head_loss(model.hidden(inputs, key), head, targets)
 
 
 def calc_loss(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
-    """Return the mean cross-entropy in nats per target that is not ignored; the arguments are summed_loss's."""
-    return summed_loss(model, inputs, targets, key) / (targets != IGNORE_INDEX).sum()
+    """Return the mean cross-entropy in nats per target that is not ignored.
+
+    Args:
+        model: The model.
+        inputs: Token ids, integers [B, T].
+        targets: The ids to predict, integers [B, T]; -1 and -100 are ignored.
+        key: Turns dropout on.
+
+    Raises:
+        InputError: For any other target outside the vocabulary. Under jax.jit the loss is NaN instead.
+    """
+    if not isinstance(targets, jax.core.Tracer):
+        model.config.check_targets(np.asarray(targets))
+    return summed_loss(model, inputs, targets, key) / is_counted(targets).sum()
 
 
 def head_loss(x: Array, head: Array, targets: Array, largest_chunk: int = LARGEST_CHUNK) -> Array:
-    """Cross-entropy in nats, summed over the targets that are not IGNORE_INDEX.
+    """Return the cross-entropy in nats, summed over the targets that are not ignored, without keeping all logits.
 
-    x [B, T, D], head [V, D], targets int [B, T] -> float32 (or float64). `largest_chunk`: most logits at a time.
+    Args:
+        x: Input of the head [B, T, D].
+        head: Weights of the head [V, D].
+        targets: The ids to predict, integers [B, T]; see summed_loss.
+        largest_chunk: Upper limit of the number of logits that exist at a time.
+
+    Returns:
+        A scalar of dtype float32 or float64.
     """
     chunks = _chunks(x.shape[0] * head.shape[0], x.shape[1], largest_chunk)
-    return _head_loss(x, head, targets, chunks)
+    counted = is_counted(targets)
+    valid = counted & (targets >= 0) & (targets < head.shape[0])
+    loss = _head_loss(x, head, jnp.where(valid, targets, IGNORE_INDEX), chunks)
+    return loss * jnp.where((counted & ~valid).any(), jnp.nan, 1.0)
 
 
-def _chunks(logits_a_position: int, T: int, largest: int) -> int:
-    """The smallest number of equal chunks of T positions that keeps to the largest; T chunks if none does."""
-    return next(n for n in range(1, T + 1) if T % n == 0 and (logits_a_position * (T // n) <= largest or n == T))
+def _chunks(logits_per_position: int, T: int, largest: int) -> int:
+    """Return the smallest number of equal chunks of T positions that keeps the limit, or T if none does."""
+    return next(n for n in range(1, T + 1) if T % n == 0 and (logits_per_position * (T // n) <= largest or n == T))
 
 
 def _cut(x: Array, chunks: int) -> Array:
-    """[B, T, ...] -> [chunks, B * T / chunks, ...]: along T, as B may be divided over devices."""
+    """[B, T, ...] -> [chunks, B * T / chunks, ...]; cut along T, because B may be sharded."""
     parts = jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0)
     return parts.reshape(chunks, -1, *x.shape[2:])
 
 
 def _join(parts: Array, like: Array) -> Array:
-    """The inverse of _cut()."""
+    """Undo _cut()."""
     cut = parts.reshape(parts.shape[0], like.shape[0], -1, *like.shape[2:])
     return jnp.moveaxis(cut, 0, 1).reshape(like.shape)
 
 
 def _chunk(x: Array, head: Array, targets: Array) -> tuple[Array, Array]:
-    """x [R, D], targets [R] -> (summed loss, softmax [R, V], zero in the rows without a target)."""
+    """x [R, D], targets [R] -> (summed loss, softmax [R, V] with zeros in the rows whose target is ignored)."""
     logits = at_least_float32(x @ head.T)
     largest = logits.max(axis=-1, keepdims=True)
     raised = jnp.exp(logits - largest)
@@ -78,27 +105,28 @@ def _chunk(x: Array, head: Array, targets: Array) -> tuple[Array, Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _head_loss(x: Array, head: Array, targets: Array, chunks: int) -> Array:
-    def one(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
-        return total + _chunk(part[0], head, part[1])[0], None
+    def add_chunk(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
+        x, targets = chunk
+        return total + _chunk(x, head, targets)[0], None
 
     zero = jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32))
-    return jax.lax.scan(one, zero, (_cut(x, chunks), _cut(targets, chunks)))[0]
+    return jax.lax.scan(add_chunk, zero, (_cut(x, chunks), _cut(targets, chunks)))[0]
 
 
 def _forward(x: Array, head: Array, targets: Array, chunks: int) -> tuple[Array, tuple[Array, Array]]:
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    accumulated = jnp.promote_types(x.dtype, jnp.float32)
 
-    def one(carry: tuple[Array, Array], part: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
-        (total, head_gradient), (x, targets) = carry, part
+    def add_chunk(carry: tuple[Array, Array], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        (total, head_gradient), (x, targets) = carry, chunk
         loss, pattern = _chunk(x, head, targets)
-        # The gradient of the logits is the softmax less one at the target; the one is taken off afterwards.
-        wanted, counted = jnp.maximum(targets, 0), (targets != IGNORE_INDEX)[:, None]
-        more = jnp.einsum("RV,RD->VD", pattern, x, preferred_element_type=wide)
-        more = more.at[wanted].add(-jnp.where(counted, x, 0).astype(wide))
-        return (total + loss, head_gradient + more), pattern @ head - jnp.where(counted, head[wanted], 0)
+        # The gradient of the logits is the softmax minus 1 at the target; the 1 is subtracted afterwards.
+        ids, counted = jnp.maximum(targets, 0), (targets != IGNORE_INDEX)[:, None]
+        partial = jnp.einsum("RV,RD->VD", pattern, x, preferred_element_type=accumulated)
+        partial = partial.at[ids].add(-jnp.where(counted, x, 0).astype(accumulated))
+        return (total + loss, head_gradient + partial), pattern @ head - jnp.where(counted, head[ids], 0)
 
-    start = (jnp.zeros((), wide), jnp.zeros(head.shape, wide))
-    (total, head_gradient), x_gradient = jax.lax.scan(one, start, (_cut(x, chunks), _cut(targets, chunks)))
+    start = (jnp.zeros((), accumulated), jnp.zeros(head.shape, accumulated))
+    (total, head_gradient), x_gradient = jax.lax.scan(add_chunk, start, (_cut(x, chunks), _cut(targets, chunks)))
     return total, (_join(x_gradient, x), head_gradient.astype(head.dtype))
 
 

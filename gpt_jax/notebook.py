@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array
@@ -49,6 +50,7 @@ def calc_loss_batch(input_batch: Array, target_batch: Array, model: GPTModel, de
 
     `device` has no effect, because JAX computes where the model's arrays are.
     """
+    model.config.check_targets(np.asarray(target_batch))  # a compiled function cannot raise
     return _jitted_loss(model, input_batch, target_batch)
 
 
@@ -118,6 +120,7 @@ def train_model_simple(
 
     def train_step(step: int, input_batch: Array, target_batch: Array) -> None:
         nonlocal opt_state
+        model.config.check_targets(np.asarray(target_batch))
         trained, opt_state = update(model, opt_state, jnp.uint32(step), input_batch, target_batch)
         nnx.update(model, nnx.state(trained))
 

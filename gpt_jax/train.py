@@ -1,4 +1,4 @@
-"""Training in JAX: a pure, jitted, donated step on an explicit state."""
+"""Training in JAX with optax: a pure, jitted step on an explicit, donated state; gpt_torch/train.py is the same."""
 
 import functools
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from gpt_jax.generate import generate
 from gpt_jax.loss import summed_loss
 from gpt_jax.model import GPTModel, cast
 from gpt_jax.weights import load_weights
-from parity.config import IGNORE_INDEX, GPTConfig
+from parity.config import GPTConfig, is_counted
 from parity.errors import InputError
 from parity.training import optimizer_state as train_state
 from parity.training.initial import initial_arrays
@@ -27,13 +27,16 @@ from parity.weights import rows
 
 
 class TrainState(NamedTuple):
+    """Everything that a training step changes."""
+
     model: GPTModel
-    """Its parameters in float32, or float64."""
+    """The model, with parameters in float32 or float64."""
     opt_state: optax.OptState
+    """AdamW's count and moments."""
 
 
 def make_summed_loss(compute_dtype: Any, mesh: Mesh | None = None):
-    """summed_loss() for jax.jit and jax.grad: computed in `compute_dtype`, its activations sharded over a mesh."""
+    """Return summed_loss() for jax.jit and jax.grad, computed in a dtype, with its activations sharded over a mesh."""
 
     def cast_and_sum(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
         with sharding.shard_activations(mesh):
@@ -43,11 +46,11 @@ def make_summed_loss(compute_dtype: Any, mesh: Mesh | None = None):
 
 
 def make_optimizer(settings: TrainSettings, config: GPTConfig) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019), up to the learning rate, which each step is given."""
+    """Return AdamW (Loshchilov & Hutter 2019) without the learning rate, by which each step multiplies."""
     decayed = {row.flax for row in rows(config) if row.decayed}
 
     def mask(model: GPTModel) -> GPTModel:
-        # The table decides, not the rank: stacking gives biases a second axis.
+        # The table decides, not the number of axes: stacked biases have two.
         return jax.tree_util.tree_map_with_path(lambda path, _: parameter_name(path) in decayed, model)
 
     return optax.chain(
@@ -57,15 +60,15 @@ def make_optimizer(settings: TrainSettings, config: GPTConfig) -> optax.Gradient
 
 
 def parameter_name(path: tuple) -> str:
-    """The table's flax name of a leaf, `trf_blocks.norm1.scale`, say."""
+    """Return the name of a leaf in the flax column of the weight table, for example `trf_blocks.norm1.scale`."""
     return jax.tree_util.keystr(path).strip(".").removesuffix(".value")
 
 
 def clip_by_global_norm(gradients: GPTModel, largest: float) -> tuple[GPTModel, Array]:
-    """(gradients scaled to a global norm of at most `largest`, their norm before that).
+    """Return the gradients scaled to a global norm of at most `largest`, and their norm before that.
 
-    Norms of rows first, as in gpt_torch. XLA would add up a whole matrix at once, which on a CPU takes a
-    transposed one of the notebook's head 1.6 s.
+    Rows are summed first, as in gpt_torch. XLA would sum a whole matrix at once, which takes 1.6 s on a CPU for the
+    transposed gradient of the notebook's head.
     """
     row_sums = [jnp.square(g).sum(axis=-1) for g in jax.tree.leaves(gradients)]
     norm = jnp.sqrt(sum(sums.sum() for sums in jax.lax.optimization_barrier(row_sums)))
@@ -80,10 +83,18 @@ def make_train_step(
     mesh: Mesh | None = None,
     out_shardings: Any = None,
 ):
-    """train_step(state, inputs [A, B, T], targets, lr, step) -> (state, {loss, grad_norm}), jitted, state donated.
+    """Return the jitted train_step(state, inputs [A, B, T], targets, lr, step) -> (state, {loss, grad_norm}).
 
-    Dropout, where it has a seed, is a function of it and the step. Over a mesh, the state comes out as
-    `out_shardings` say.
+    Args:
+        optimizer: AdamW without the learning rate, from make_optimizer().
+        clip: Largest global norm of the gradient.
+        compute_dtype: Dtype of the computation.
+        dropout_seed: Dropout is a function of this seed and the step; None turns it off.
+        mesh: Devices that activations are sharded over.
+        out_shardings: Shardings of the returned state and metrics.
+
+    Returns:
+        The step, which donates its state. A step whose loss or gradient is not finite changes nothing.
     """
 
     loss_and_grads = jax.value_and_grad(make_summed_loss(compute_dtype, mesh))
@@ -103,11 +114,11 @@ def make_train_step(
         else:
             zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.model))
             total, _ = jax.lax.scan(micro_batch, zeros, (inputs, targets, keys))
-        loss, grads = jax.tree.map(lambda a: a / (targets != IGNORE_INDEX).sum(), total)
+        loss, grads = jax.tree.map(lambda a: a / is_counted(targets).sum(), total)
         grads, norm = clip_by_global_norm(grads, clip)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
         model = jax.tree.map(lambda p, u: p - lr * u, state.model, updates)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)  # if not, nothing changes
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)  # otherwise nothing changes
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), TrainState(model, opt_state), state)
         return state, {"loss": loss, "grad_norm": norm}
 
@@ -115,10 +126,20 @@ def make_train_step(
 
 
 class Trainer:
-    """A model with its optimizer, as parity/fit.py drives it.
+    """A model with its optimizer; implements parity.training.loop.Trainer, which documents the methods.
 
-    `init`: weights to start from, a folder or one of OpenAI's sizes; by default those of the settings' seed.
-    `mesh`: devices to divide model and batches over (gpt_jax/sharding.py).
+    Args:
+        config: Shape of the model.
+        settings: Settings of the run.
+        init_from: Weights to start from (see parity.training.initial.weights_folder); by default random weights that
+            depend on the settings' seed.
+        attention: "explicit", the formula as written in the model, or "cudnn", cuDNN's fused kernel.
+        unroll: Number of layers per iteration of the compiled loop over layers.
+        mesh: Devices that the model and the batches are sharded over (gpt_jax/sharding.py).
+        remat: What the backward pass recomputes: "none", "products" or "all" (see GPTModel).
+
+    Raises:
+        InputError: For dtype float64 without jax_enable_x64.
     """
 
     def __init__(
@@ -149,7 +170,7 @@ class Trainer:
             replicated = NamedSharding(mesh, PartitionSpec())
             out_shardings = (self._state_sharding, replicated)
             model = sharding.device_put_tree(model, self._state_sharding.model)
-            # The moments are made divided: no device ever holds all of them.
+            # The moments are created sharded: no device ever holds all of them.
             self.state = TrainState(
                 model, jax.jit(self._optimizer.init, out_shardings=self._state_sharding.opt_state)(model)
             )
@@ -163,6 +184,7 @@ class Trainer:
         return slice(0, size) if self._mesh is None else sharding.local_rows(size, self._mesh)
 
     def to_device(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Array, Array]:
+        self.config.check_targets(targets)
         by_rows = [None] * (inputs.ndim - 2) + [sharding.BATCH]
         return self._to_mesh(inputs, *by_rows), self._to_mesh(targets, *by_rows)
 
@@ -178,7 +200,7 @@ class Trainer:
         return generate(self._gathered(self.state.model), prompts, max_new_tokens, **options)
 
     def _to_mesh(self, array: np.ndarray, *spec: Any) -> Array:
-        """To the device; over a mesh, where `spec` says: `array` is this process's part."""
+        """Copy this process's part of an array to its devices, sharded over the mesh as `spec` says."""
         if self._mesh is None:
             return jax.device_put(array)
         return jax.make_array_from_process_local_data(NamedSharding(self._mesh, PartitionSpec(*spec)), array)
@@ -187,9 +209,9 @@ class Trainer:
         return model if self._mesh is None else sharding.gather(model, self._mesh)
 
     def _block_on_cpu(self, result: Any) -> Any:
-        """Of CPU devices: programs in flight together can wait for each other's threads for ever, as all share them."""
-        several = self._mesh is not None and self._mesh.devices.flat[0].platform == "cpu"
-        return jax.block_until_ready(result) if several else result
+        """Wait for a result on a mesh of CPU devices, whose concurrent programs share threads and can deadlock."""
+        may_deadlock = self._mesh is not None and self._mesh.devices.flat[0].platform == "cpu"
+        return jax.block_until_ready(result) if may_deadlock else result
 
     def save(self, folder: Path) -> None:
         checkpoint.save(folder, self._gathered(self.state.model), _to_arrays(self.state))
@@ -200,16 +222,16 @@ class Trainer:
             self.state = _from_arrays(self.state, checkpoint.restore(folder, arrays))
             return
         stored = train_state.read(folder, self.config)
-        found: dict[str, Any] = {"step": jnp.asarray(stored.step, arrays["step"].dtype)}
+        restored: dict[str, Any] = {"step": jnp.asarray(stored.step, arrays["step"].dtype)}
         for part in ("parameters", *train_state.MOMENTS):
             converted = stored.converted(part, "flax", self.config)
-            found |= {f"{part}.{name}": jnp.asarray(array, self._param_dtype) for name, array in converted.items()}
-        state = _from_arrays(self.state, found)
+            restored |= {f"{part}.{name}": jnp.asarray(array, self._param_dtype) for name, array in converted.items()}
+        state = _from_arrays(self.state, restored)
         self.state = state if self._state_sharding is None else sharding.device_put_tree(state, self._state_sharding)
 
 
 def _to_arrays(state: TrainState) -> dict[str, Array]:
-    """{"step", "parameters.NAME", "exp_avg.NAME", "exp_avg_sq.NAME": array}, NAME as in the table's flax column."""
+    """Return {"step", "parameters.NAME", "exp_avg.NAME", "exp_avg_sq.NAME": array}; NAME is the table's flax name."""
     arrays: dict[str, Array] = {"step": otu.tree_get(state.opt_state, "count")}
     for part, tree in _parts(state).items():
         arrays |= {f"{part}.{parameter_name(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -1,11 +1,11 @@
-"""Cross-entropy of the model's logits, summed or averaged over the targets that count."""
+"""Cross-entropy of the model's logits; gpt_jax/loss.py has the same functions."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gpt_torch.model import GPTModel
-from parity.config import IGNORE_INDEX
+from parity.config import IGNORE_INDEX, is_counted
 
 
 def summed_loss(model: GPTModel, inputs: Tensor, targets: Tensor, compute_dtype: torch.dtype | None = None) -> Tensor:
@@ -14,14 +14,33 @@ def summed_loss(model: GPTModel, inputs: Tensor, targets: Tensor, compute_dtype:
     Args:
         model: The model.
         inputs: Token ids, integers [B, T].
-        targets: Token ids [B, T]; positions with IGNORE_INDEX are left out.
-        compute_dtype: Compute in this dtype, from a temporary cast of the parameters; by default in theirs.
+        targets: The ids to predict, integers [B, T]. Targets -1 and -100 are ignored; any other target outside the
+            vocabulary makes the loss and its gradients NaN, as in a compiled function.
+        compute_dtype: Compute in this dtype, from a temporary cast of the parameters; by default in their own.
+
+    Returns:
+        A scalar of dtype float32 or float64.
     """
     cast = {} if compute_dtype is None else {name: p.to(compute_dtype) for name, p in model.named_parameters()}
     logits = torch.func.functional_call(model, cast, inputs)  # [B, T, V]
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    counted = is_counted(targets)
+    valid = counted & (targets >= 0) & (targets < model.config.n_vocab)
+    known = torch.where(valid, targets, IGNORE_INDEX)
+    loss = F.cross_entropy(logits.flatten(0, 1), known.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    return loss * torch.where((counted & ~valid).any(), torch.nan, 1.0)
 
 
 def calc_loss(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross-entropy in nats per target that is not ignored; the arguments are summed_loss's."""
-    return summed_loss(model, inputs, targets) / (targets != IGNORE_INDEX).sum()
+    """Return the mean cross-entropy in nats per target that is not ignored.
+
+    Args:
+        model: The model.
+        inputs: Token ids, integers [B, T].
+        targets: The ids to predict, integers [B, T]; -1 and -100 are ignored.
+
+    Raises:
+        InputError: For any other target outside the vocabulary. Under torch.compile the loss is NaN instead.
+    """
+    if not torch.compiler.is_compiling():
+        model.config.check_targets(targets)
+    return summed_loss(model, inputs, targets) / is_counted(targets).sum()

@@ -1,7 +1,7 @@
-"""Training in PyTorch: a step on a model and torch.optim.AdamW, as gpt_jax/train.py makes it.
+"""Training in PyTorch with torch.optim.AdamW; gpt_jax/train.py makes the same steps.
 
-torch's AdamW and optax's are the same function where they are given the same numbers, but not by default
-(docs/guides/train.md lists the differences); so decay, eps and clipping are spelled out here.
+The AdamW of torch and that of optax compute the same function when they are given the same numbers, but their
+defaults differ. So weight decay, eps and clipping are set explicitly here.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from gpt_torch.model import GPTModel
 from gpt_torch.pretrained import save_pretrained
 from gpt_torch.weights import load_weights
 from parity import weights
-from parity.config import IGNORE_INDEX, GPTConfig
+from parity.config import GPTConfig, is_counted
 from parity.training import checkpoints
 from parity.training import optimizer_state as train_state
 from parity.training.initial import initial_arrays
@@ -31,7 +31,7 @@ from parity.weights import rows
 
 
 def make_optimizer(model: GPTModel, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019); the learning rate is set at each step."""
+    """Return AdamW (Loshchilov & Hutter 2019), whose learning rate each step sets."""
     decayed = {row.torch.format(layer) for row in rows(model.config) if row.decayed
                for layer in range(model.config.n_layer)}  # fmt: skip
     parameters = dict(model.named_parameters())
@@ -44,10 +44,10 @@ def make_optimizer(model: GPTModel, settings: TrainSettings) -> torch.optim.Adam
 
 
 def clip_by_global_norm(gradients: list[Tensor], largest: float) -> Tensor:
-    """Scale gradients in place to a global norm of at most `largest`; their norm before that.
+    """Scale gradients in place to a global norm of at most `largest`, and return their norm before that.
 
-    torch's own clip_grad_norm_ divides by the norm plus 1e-6, and on a CPU its norm of tok_emb's gradient, 38.6 M
-    squares added up in float32, is off by 3e-3. Norms of rows, and then of those, are not.
+    torch's own clip_grad_norm_ divides by the norm plus 1e-6. On a CPU its norm of tok_emb's gradient, a float32 sum
+    of 38.6 million squares, has an error of 3e-3; the norm of the norms of the rows does not.
     """
     row_norms = [torch.linalg.vector_norm(gradient, dim=-1).flatten() for gradient in gradients]
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(norms) for norms in row_norms]))
@@ -67,10 +67,18 @@ class SummedLoss(nn.Module):
 
 
 class Trainer:
-    """A model with its optimizer, as parity/fit.py drives it.
+    """A model with its optimizer; implements parity.training.loop.Trainer, which documents the methods.
 
-    `init`: weights to start from, a folder or one of OpenAI's sizes; by default those of the settings' seed.
-    `processes`: of torchrun (gpt_torch/distributed.py); each computes its rows of a batch, gradients are summed.
+    Args:
+        config: Shape of the model.
+        settings: Settings of the run.
+        init_from: Weights to start from (see parity.training.initial.weights_folder); by default random weights that
+            depend on the settings' seed.
+        attention: "explicit", the formula as written in the model, or "sdpa", torch's fused kernel.
+        device: Where to train.
+        compile: Whether to compile the loss with torch.compile.
+        processes: The processes of torchrun (gpt_torch/distributed.py). Each computes its rows of a batch, and the
+            gradients are summed over all of them.
     """
 
     def __init__(
@@ -102,6 +110,8 @@ class Trainer:
         return slice(self.processes.index * share, (self.processes.index + 1) * share)
 
     def to_device(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor]:
+        self.config.check_targets(targets)
+
         def copy(ids: np.ndarray) -> Tensor:
             tensor = torch.from_numpy(ids).long()
             if self.device.type == "cuda":  # pinned memory is copied while the GPU computes
@@ -111,32 +121,31 @@ class Trainer:
         return copy(inputs), copy(targets)
 
     def train_step(self, inputs: Tensor, targets: Tensor, lr: float, step: int) -> dict[str, Tensor]:
-        """One step on int64 [A, B, T], A micro-batches -> {loss, grad_norm}."""
         if self.config.drop_rate:
             seeds = [self.settings.seed, step, self.processes.index]
             torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        count = all_sum((targets != IGNORE_INDEX).sum())
+        count = all_sum(is_counted(targets).sum())
         loss = torch.zeros((), device=self.device)
         for number, micro_batch in enumerate(zip(inputs, targets, strict=True), 1):
-            # The processes exchange gradients once a step; DistributedDataParallel takes their mean.
-            with self._exchanging(number == len(inputs)):
+            # DistributedDataParallel averages the gradients, so the loss is scaled; the last backward pass does it.
+            with self._gradient_sync(number == len(inputs)):
                 micro_loss = self._loss_module(*micro_batch, self._compute_dtype) / count
                 (micro_loss * self.processes.count).backward()
             loss = loss + micro_loss.detach()
         loss = all_sum(loss)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = clip_by_global_norm(gradients, self.settings.clip)
-        if torch.isfinite(loss) and torch.isfinite(norm):  # if not, nothing changes
+        if torch.isfinite(loss) and torch.isfinite(norm):  # otherwise nothing changes
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
         self.model.eval()
         return {"loss": loss, "grad_norm": norm}
 
-    def _exchanging(self, now: bool) -> contextlib.AbstractContextManager:
-        if isinstance(self._loss_module, DistributedDataParallel) and not now:
+    def _gradient_sync(self, enabled: bool) -> contextlib.AbstractContextManager:
+        if isinstance(self._loss_module, DistributedDataParallel) and not enabled:
             return self._loss_module.no_sync()
         return contextlib.nullcontext()
 
@@ -161,24 +170,24 @@ class Trainer:
         stored = train_state.read(folder, self.config)
         load_weights(self.model, stored.arrays["parameters"], stored.format, origin=str(folder))
         moments = {moment: stored.converted(moment, "torch", self.config) for moment in train_state.MOMENTS}
-        # The optimizer numbers its parameters over its groups.
+        # The optimizer numbers its parameters across its groups.
         name_of = {parameter: name for name, parameter in self.model.named_parameters()}
         names = [name_of[p] for group in self.optimizer.param_groups for p in group["params"]]
         state = {
             number: {"step": torch.tensor(float(stored.step))}
-            # Contiguous, as the fused optimizer takes it for granted.
+            # The fused optimizer requires contiguous moments.
             | {moment: torch.tensor(arrays[name]).contiguous() for moment, arrays in moments.items()}
             for number, name in enumerate(names)
         }
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
     def _moments(self) -> tuple[int, dict[str, dict[str, Tensor]]]:
-        """The number of updates, and {moment: {parameter: tensor}}, zeros before the first update."""
-        found: dict[str, Any] = {moment: {} for moment in train_state.MOMENTS}
+        """Return the number of updates, and {moment: {parameter: tensor}}, with zeros before the first update."""
+        moments: dict[str, Any] = {moment: {} for moment in train_state.MOMENTS}
         step = 0
         for name, parameter in self.model.named_parameters():
             state = self.optimizer.state.get(parameter) or {}
             step = int(state.get("step", 0))
             for moment in train_state.MOMENTS:
-                found[moment][name] = state.get(moment, torch.zeros_like(parameter))
-        return step, found
+                moments[moment][name] = state.get(moment, torch.zeros_like(parameter))
+        return step, moments

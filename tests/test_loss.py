@@ -1,4 +1,4 @@
-"""The chunked loss is the plain one, and holds no array of all logits."""
+"""The chunked loss is the plain one, without an array of all logits; both backends treat targets alike."""
 
 import dataclasses
 
@@ -7,12 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 from support.models import TINY, probing_weights, random_batch
 
 import gpt_jax.adapter
+import gpt_jax.notebook
+import gpt_jax.train
+import gpt_torch.loss
+import gpt_torch.notebook
+import gpt_torch.train
 from gpt_jax.loss import _chunks, head_loss, summed_loss
 from parity.comparison.compare import compare
 from parity.config import IGNORE_INDEX, GPTConfig
+from parity.errors import InputError
+from parity.training.settings import recipe
 
 
 def plain(x, head, targets):
@@ -106,3 +114,68 @@ def test_computing_again_changes_no_gradient_and_saves_memory(remat):
     assert less < 0.8 * more
     for a, b in zip(again, kept, strict=True):
         assert compare("gradient", np.asarray(a), np.asarray(b), 2e-5 * np.abs(b).max()).ok
+
+
+TARGETS_TO_REFUSE = (-2, -99, -101, TINY.n_vocab, 2**20)
+
+
+def torch_batch(inputs, targets):
+    return torch.from_numpy(inputs).long(), torch.from_numpy(targets).long()
+
+
+def losses_and_gradients(inputs, targets):
+    """{backend: (summed loss, [gradient])}, the losses inside jax.jit and in eager torch."""
+    model = gpt_jax.GPTModel(TINY)
+    jax_loss, jax_gradients = jax.jit(jax.value_and_grad(summed_loss))(model, inputs, targets)
+    torch_model = gpt_torch.GPTModel(TINY)
+    torch_loss = gpt_torch.loss.summed_loss(torch_model, *torch_batch(inputs, targets))
+    torch_loss.backward()
+    return {
+        "jax": (float(jax_loss), [np.asarray(leaf) for leaf in jax.tree.leaves(jax_gradients)]),
+        "torch": (torch_loss.item(), [p.grad.numpy() for p in torch_model.parameters()]),
+    }
+
+
+def test_both_ignored_targets_count_nothing():
+    inputs, targets = random_batch(TINY)
+    assert (targets == IGNORE_INDEX).any()
+    as_torch = np.where(targets == IGNORE_INDEX, -100, targets)
+    for (loss, gradients), (other_loss, others) in zip(
+        losses_and_gradients(inputs, targets).values(), losses_and_gradients(inputs, as_torch).values(), strict=True
+    ):
+        assert loss == other_loss
+        assert all(np.array_equal(a, b) for a, b in zip(gradients, others, strict=True))
+    means = [float(gpt_jax.loss.calc_loss(gpt_jax.GPTModel(TINY), inputs, ids)) for ids in (targets, as_torch)]
+    model = gpt_torch.GPTModel(TINY)
+    means += [gpt_torch.loss.calc_loss(model, *torch_batch(inputs, ids)).item() for ids in (targets, as_torch)]
+    assert means[0] == means[1]
+    assert means[2] == means[3] == pytest.approx(means[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", TARGETS_TO_REFUSE)
+def test_other_targets_are_refused_where_a_function_can_raise(bad):
+    inputs, targets = random_batch(TINY)
+    targets[1, 3] = bad
+    settings = recipe("tiny").settings
+    jax_trainer, torch_trainer = gpt_jax.train.Trainer(TINY, settings), gpt_torch.train.Trainer(TINY, settings)
+    jax_model, torch_model = jax_trainer.state.model, torch_trainer.model
+    for call in (
+        lambda: gpt_jax.loss.calc_loss(jax_model, inputs, targets),
+        lambda: gpt_torch.loss.calc_loss(torch_model, *torch_batch(inputs, targets)),
+        lambda: jax_trainer.to_device(inputs[None], targets[None]),
+        lambda: torch_trainer.to_device(inputs[None], targets[None]),
+        lambda: gpt_jax.notebook.calc_loss_batch(jnp.asarray(inputs), jnp.asarray(targets), jax_model),
+        lambda: gpt_torch.notebook.calc_loss_batch(*torch_batch(inputs, targets), torch_model),
+    ):
+        with pytest.raises(InputError, match=f"target {bad} is outside the vocabulary"):
+            call()
+
+
+@pytest.mark.parametrize("bad", TARGETS_TO_REFUSE[:4])
+def test_other_targets_make_a_compiled_loss_nan(bad):
+    inputs, targets = random_batch(TINY)
+    targets[1, 3] = bad
+    for loss, gradients in losses_and_gradients(inputs, targets).values():
+        assert np.isnan(loss)
+        assert all(np.isnan(gradient).any() for gradient in gradients)
+    assert np.isnan(float(jax.jit(gpt_jax.loss.calc_loss)(gpt_jax.GPTModel(TINY), inputs, targets)))
