@@ -1,7 +1,7 @@
-"""python -m parity.doctor: what each framework would run on here, what is about to go wrong, and what to do.
+"""python -m parity.doctor: report the devices and kernels that each framework would use, and likely problems.
 
-Each framework is asked in a process of its own, so that neither changes what the other sees. Exit status: 0 if
-nothing is wrong, 1 if something is.
+Each framework is asked in a process of its own, so that neither changes what the other sees. A framework that is
+not installed is reported as such. The exit status is 0 if no problem was found, and 1 otherwise.
 """
 
 import json
@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "torch", "numpy", "tiktoken", "tensorflow-cpu")
-# What pip installs of CUDA beside JAX; torch names its own.
-_CUDNN = ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
+_CUDNN = ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12")  # the packages that JAX uses; torch reports its own version
+_MIN_CUDNN = (9, 8)  # jax's wheels are built for it; with an older one JAX falls back to the CPU
 
 _ASK_JAX = """
 import json, jax
@@ -29,7 +29,6 @@ print(json.dumps({
     "devices": [f"{d.platform} ({d.device_kind})" for d in devices],
     "platform": devices[0].platform,
     "precision": jax.config.jax_default_matmul_precision or "default",
-    "x64": bool(jax.config.jax_enable_x64),
 }))
 """
 _ASK_TORCH = """
@@ -39,40 +38,39 @@ print(json.dumps({
     "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     + (["mps"] if torch.backends.mps.is_available() else []) + [f"cpu ({torch.get_num_threads()} threads)"],
     "platform": "gpu" if cuda else "cpu",
-    "cuda": torch.version.cuda,
     "cudnn": torch.backends.cudnn.version() if cuda else None,
     "precision": torch.get_float32_matmul_precision(),
     "sdpa": [n for n in ("flash", "mem_efficient", "cudnn", "math")
              if cuda and getattr(torch.backends.cuda, f"{n}_sdp_enabled")()],
 }))
 """
-_SMALLEST_CUDNN = (9, 8)  # jax's wheels are built for it; older ones make JAX fall back to the CPU
+_PROGRAMS = {"jax": _ASK_JAX, "torch": _ASK_TORCH}
 
 
 class Finding(NamedTuple):
     """One line of the report."""
 
-    what: str
+    name: str
     value: str
-    wrong: str = ""
-    """What to do, where it is wrong"""
+    problem: str = ""
+    """What is wrong and what to do about it; empty if nothing is."""
 
 
 def ask(program: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What a framework says of itself; {"error": its last words} where it cannot start."""
+    """Run a program that prints JSON -> the JSON object, or {"error": last line of output} if it fails."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, env=environment
         )
         if done.returncode == 0:
-            return {**json.loads(done.stdout.strip().splitlines()[-1]), "warnings": done.stderr}
+            return json.loads(done.stdout.strip().splitlines()[-1])
         return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
     except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
         return {"error": str(error)}
 
 
 def nvidia_gpus() -> list[str]:
-    """Names of the GPUs that the driver sees."""
+    """Names of the GPUs that the NVIDIA driver lists."""
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -83,89 +81,127 @@ def nvidia_gpus() -> list[str]:
     return listed.stdout.strip().splitlines() if listed.returncode == 0 else []
 
 
-def installed(name: str) -> str | None:
+def installed(package: str) -> str | None:
+    """Version of an installed package, or None."""
     try:
-        return version(name)
+        return version(package)
     except PackageNotFoundError:
         return None
 
 
 def examine(
-    gpus: list[str], jax: Mapping[str, Any], torch: Mapping[str, Any], environment: Mapping[str, str]
+    gpus: list[str], jax: Mapping[str, Any] | None, torch: Mapping[str, Any] | None, environment: Mapping[str, str]
 ) -> Iterator[Finding]:
-    """Findings from what the driver and each framework say, and the environment's variables."""
+    """Judge what was found out about this machine.
+
+    Args:
+        gpus: GPUs that the driver lists.
+        jax: JAX's answer to `ask`; None if JAX is not installed.
+        torch: PyTorch's answer; None if PyTorch is not installed.
+        environment: The environment variables.
+    """
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
-    for name in PACKAGES:
-        yield Finding(name, installed(name) or "not installed")
+    for package in PACKAGES:
+        yield Finding(package, installed(package) or "not installed")
     yield Finding("GPUs of the driver", "; ".join(gpus) or "none")
-    for name, said in (("jax", jax), ("torch", torch)):
-        if "error" in said:
-            yield Finding(name, "does not start", f"{said['error']}; install it again: make setup")
-            continue
-        wrong = ""
-        if gpus and said["platform"] == "cpu":
-            extra = "make setup EXTRAS=test,dev,tf,cuda13" if name == "jax" else "a torch build with CUDA"
-            wrong = f"it would run on the CPU although there is a GPU; install {extra}"
-            if name == "jax" and environment.get("JAX_PLATFORMS", "") == "cpu":
-                wrong = "it would run on the CPU although there is a GPU, as JAX_PLATFORMS=cpu asks; unset it"
-        yield Finding(f"{name}'s devices", "; ".join(said["devices"]), wrong)
-    if "error" not in jax:
-        on_gpu = jax["platform"] == "gpu"
-        note = ", which is TF32 on this GPU; parity needs highest" if on_gpu and jax["precision"] == "default" else ""
-        yield Finding("jax's products", f"{jax['precision']}{note}")
-        yield Finding("jax's attention", "cudnn in 16 bit without dropout, else explicit" if on_gpu else "explicit")
-        if on_gpu:
-            yield _preallocation(environment)
-            yield _cudnn(torch)
-    if "error" not in torch:
-        wrong = ""
-        if torch["precision"] != "highest":
-            wrong = "float32 products are not in full; torch.set_float32_matmul_precision('highest') for parity"
-        yield Finding("torch's products", torch["precision"], wrong)
-        kernels = ", ".join(torch["sdpa"]) or "explicit, or the CPU's fused kernel (sdpa)"
-        yield Finding("torch's attention", kernels)
-    if installed("tensorflow"):
+    if jax is None and torch is None:
         yield Finding(
-            "tensorflow", "with GPU support", "it takes the GPU's memory when imported; prefer tensorflow-cpu"
+            "frameworks", "none", "neither backend can be used; pip install 'gpt-parity[jax]' or 'gpt-parity[torch]'"
         )
+    yield from _examine_jax(gpus, jax, torch or {}, environment)
+    yield from _examine_torch(gpus, torch)
+    if installed("tensorflow"):
+        problem = "it reserves the GPU's memory when it is imported; install tensorflow-cpu instead"
+        yield Finding("tensorflow", "with GPU support", problem)
 
 
-def _preallocation(environment: Mapping[str, str]) -> Finding:
-    off = environment.get("XLA_PYTHON_CLIENT_PREALLOCATE", "").lower() in ("false", "0")
-    part = environment.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
-    share = "as it needs it" if off else f"{float(part):.0%} at once; XLA_PYTHON_CLIENT_PREALLOCATE=false to share it"
-    return Finding("jax's GPU memory", share)
+def _examine_jax(
+    gpus: list[str], jax: Mapping[str, Any] | None, torch: Mapping[str, Any], environment: Mapping[str, str]
+) -> Iterator[Finding]:
+    if jax is None:
+        yield Finding("jax's devices", "not installed; to use gpt_jax: pip install 'gpt-parity[jax]'")
+        return
+    if "error" in jax:
+        yield Finding("jax's devices", "JAX does not start", f"{jax['error']}; reinstall it: make setup")
+        return
+    problem = ""
+    if gpus and jax["platform"] == "cpu":
+        problem = "JAX would run on the CPU although there is a GPU; "
+        if environment.get("JAX_PLATFORMS", "") == "cpu":
+            problem += "unset JAX_PLATFORMS, which is cpu"
+        else:
+            problem += "install its GPU build: make setup EXTRAS=test,dev,tf,cuda13"
+    yield Finding("jax's devices", "; ".join(jax["devices"]), problem)
+    on_gpu = jax["platform"] == "gpu"
+    note = ", which is TF32 on this GPU; parity needs highest" if on_gpu and jax["precision"] == "default" else ""
+    yield Finding("jax's matmul precision", f"{jax['precision']}{note}")
+    yield Finding("jax's attention", "cudnn in 16 bit without dropout, else explicit" if on_gpu else "explicit")
+    if on_gpu:
+        yield _gpu_memory(environment)
+        yield _cudnn(torch)
+
+
+def _gpu_memory(environment: Mapping[str, str]) -> Finding:
+    name, fraction = "jax's GPU memory", environment.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
+    if environment.get("XLA_PYTHON_CLIENT_PREALLOCATE", "").lower() in ("false", "0"):
+        return Finding(name, "allocated as needed")
+    try:
+        value = f"{float(fraction):.0%} reserved at start; XLA_PYTHON_CLIENT_PREALLOCATE=false allocates as needed"
+    except ValueError:
+        return Finding(name, fraction, "XLA_PYTHON_CLIENT_MEM_FRACTION must be a number such as 0.75")
+    return Finding(name, value)
 
 
 def _cudnn(torch: Mapping[str, Any]) -> Finding:
-    """JAX and torch in one process use the cuDNN that was loaded first."""
-    there = {name: found for name in _CUDNN if (found := installed(name))}
-    if not there:
-        return Finding("cuDNN", "not from pip; the system's is used")
-    wrong = ""
-    for name, found in there.items():
-        if tuple(int(part) for part in found.split(".")[:2]) < _SMALLEST_CUDNN:
-            wrong = f"{name} {found} is older than JAX needs; pip install -U {name}"
-    if len(there) > 1:
-        wrong = "two CUDA generations are installed; keep one"
-    theirs = f", torch reports {torch['cudnn']}" if torch.get("cudnn") else ""
-    return Finding("cuDNN", "; ".join(f"{name} {found}" for name, found in there.items()) + theirs, wrong)
+    """Judge cuDNN; if JAX and torch share a process, both use the one that was loaded first."""
+    versions = {package: found for package in _CUDNN if (found := installed(package))}
+    if not versions:
+        return Finding("cuDNN", "not installed by pip; JAX uses the system's")
+    problem = ""
+    for package, found in versions.items():
+        if tuple(int(part) for part in found.split(".")[:2]) < _MIN_CUDNN:
+            problem = f"{package} {found} is older than JAX needs; pip install -U {package}"
+    if len(versions) > 1:
+        problem = "packages of two CUDA generations are installed; uninstall one of them"
+    of_torch = f", torch reports {torch['cudnn']}" if torch.get("cudnn") else ""
+    return Finding("cuDNN", "; ".join(f"{package} {found}" for package, found in versions.items()) + of_torch, problem)
+
+
+def _examine_torch(gpus: list[str], torch: Mapping[str, Any] | None) -> Iterator[Finding]:
+    if torch is None:
+        yield Finding("torch's devices", "not installed; to use gpt_torch: pip install 'gpt-parity[torch]'")
+        return
+    if "error" in torch:
+        yield Finding("torch's devices", "PyTorch does not start", f"{torch['error']}; reinstall it: make setup")
+        return
+    problem = ""
+    if gpus and torch["platform"] == "cpu":
+        problem = "PyTorch would run on the CPU although there is a GPU; install a build with CUDA"
+    yield Finding("torch's devices", "; ".join(torch["devices"]), problem)
+    problem = ""
+    if torch["precision"] != "highest":
+        problem = "parity needs full float32 products: torch.set_float32_matmul_precision('highest')"
+    yield Finding("torch's matmul precision", torch["precision"], problem)
+    kernels = ", ".join(torch["sdpa"]) or "explicit, or the CPU's fused kernel (sdpa)"
+    yield Finding("torch's attention", kernels)
 
 
 def main() -> int:
+    """Print the report -> exit status."""
     console = Console()
-    with console.status("asking both frameworks"):
-        findings = list(examine(nvidia_gpus(), ask(_ASK_JAX), ask(_ASK_TORCH), os.environ))
+    with console.status("asking the frameworks"):
+        jax, torch = (ask(program) if installed(name) else None for name, program in _PROGRAMS.items())
+        findings = list(examine(nvidia_gpus(), jax, torch, os.environ))
     table = Table(box=SIMPLE, show_header=False)
     for finding in findings:
-        table.add_row(finding.what, finding.value, style="bold red" if finding.wrong else None)
+        table.add_row(finding.name, finding.value, style="bold red" if finding.problem else None)
     console.print(table)
-    wrong = [finding for finding in findings if finding.wrong]
-    for finding in wrong:
-        console.print(f"wrong: {finding.what}: {finding.wrong}", style="bold red", highlight=False, soft_wrap=True)
-    if not wrong:
-        console.print("nothing is wrong")
-    return int(bool(wrong))
+    problems = [finding for finding in findings if finding.problem]
+    for finding in problems:
+        console.print(f"problem: {finding.name}: {finding.problem}", style="bold red", highlight=False, soft_wrap=True)
+    if not problems:
+        console.print("no problems found")
+    return int(bool(problems))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The doctor's findings on machines that are well and on machines that are not."""
+"""python -m parity.doctor: its findings on healthy machines and on machines with problems."""
 
 import subprocess
 import sys
@@ -8,17 +8,17 @@ from support.runs import ROOT
 
 from parity import doctor
 
-JAX_CPU = {"devices": ["cpu (cpu)"], "platform": "cpu", "precision": "default", "x64": False}
+JAX_CPU = {"devices": ["cpu (cpu)"], "platform": "cpu", "precision": "default"}
 JAX_GPU = {**JAX_CPU, "devices": ["gpu (NVIDIA H100)"], "platform": "gpu"}
 CPU = {"devices": ["cpu (2 threads)"], "platform": "cpu", "precision": "highest"}
-TORCH_CPU = {**CPU, "cuda": None, "cudnn": None, "sdpa": []}
+TORCH_CPU = {**CPU, "cudnn": None, "sdpa": []}
 TORCH_GPU = {**TORCH_CPU, "devices": ["NVIDIA H100"], "platform": "gpu", "cudnn": 92600, "sdpa": ["flash", "cudnn"]}
 GPU = ["NVIDIA H100, 580.10"]
 
 
 def findings(gpus, jax, torch, **environment):
     found = list(doctor.examine(gpus, jax, torch, environment))
-    return {f.what: f.value for f in found}, {f.what: f.wrong for f in found if f.wrong}
+    return {f.name: f.value for f in found}, {f.name: f.problem for f in found if f.problem}
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def no_tensorflow(monkeypatch):
     return there
 
 
-def test_well_machines():
+def test_healthy_machines():
     values, wrong = findings([], JAX_CPU, TORCH_CPU)
     assert not wrong
     assert values["jax"] == "0.11.0"
@@ -37,28 +37,30 @@ def test_well_machines():
     assert "jax's GPU memory" not in values
     values, wrong = findings(GPU, JAX_GPU, TORCH_GPU)
     assert not wrong
-    assert "TF32" in values["jax's products"]
-    assert values["jax's GPU memory"].startswith("75% at once")
+    assert "TF32" in values["jax's matmul precision"]
+    assert values["jax's GPU memory"].startswith("75% reserved at start")
     assert values["cuDNN"] == "nvidia-cudnn-cu13 9.26.0.51, torch reports 92600"
     values, _ = findings(GPU, JAX_GPU, TORCH_GPU, XLA_PYTHON_CLIENT_PREALLOCATE="false")
-    assert values["jax's GPU memory"] == "as it needs it"
+    assert values["jax's GPU memory"] == "allocated as needed"
 
 
-def test_silent_cpu_runs_are_told():
+def test_gpu_present_but_cpu_used_is_reported():
     _, wrong = findings(GPU, JAX_CPU, TORCH_CPU)
     assert "cuda13" in wrong["jax's devices"]
-    assert "with CUDA" in wrong["torch's devices"]
+    assert "build with CUDA" in wrong["torch's devices"]
     _, wrong = findings(GPU, JAX_CPU, TORCH_GPU, JAX_PLATFORMS="cpu")
     assert wrong == {
-        "jax's devices": "it would run on the CPU although there is a GPU, as JAX_PLATFORMS=cpu asks; unset it"
+        "jax's devices": "JAX would run on the CPU although there is a GPU; unset JAX_PLATFORMS, which is cpu"
     }
 
 
-def test_other_troubles_are_told(no_tensorflow):
+def test_other_problems_are_reported(no_tensorflow):
     _, wrong = findings([], {"error": "ImportError: no jaxlib"}, TORCH_CPU)
-    assert "no jaxlib" in wrong["jax"]
+    assert "no jaxlib" in wrong["jax's devices"]
+    _, wrong = findings(GPU, JAX_GPU, TORCH_GPU, XLA_PYTHON_CLIENT_MEM_FRACTION="most")
+    assert "must be a number" in wrong["jax's GPU memory"]
     _, wrong = findings([], JAX_CPU, {**TORCH_CPU, "precision": "high"})
-    assert "'highest'" in wrong["torch's products"]
+    assert "'highest'" in wrong["torch's matmul precision"]
     no_tensorflow["nvidia-cudnn-cu12"] = "9.1.0.70"
     _, wrong = findings(GPU, JAX_GPU, TORCH_GPU)
     assert "two CUDA generations" in wrong["cuDNN"]
@@ -68,6 +70,17 @@ def test_other_troubles_are_told(no_tensorflow):
     no_tensorflow["tensorflow"] = "2.21.0"
     _, wrong = findings([], JAX_CPU, TORCH_CPU)
     assert "tensorflow-cpu" in wrong["tensorflow"]
+
+
+def test_a_backend_that_is_not_installed_is_no_problem_but_none_at_all_is_one():
+    values, wrong = findings([], None, TORCH_CPU)
+    assert not wrong
+    assert "pip install 'gpt-parity[jax]'" in values["jax's devices"]
+    values, wrong = findings(GPU, JAX_GPU, None)
+    assert not wrong
+    assert "pip install 'gpt-parity[torch]'" in values["torch's devices"]
+    _, wrong = findings([], None, None)
+    assert list(wrong) == ["frameworks"]
 
 
 def test_frameworks_that_break_are_reported_not_raised():
@@ -82,4 +95,4 @@ def test_the_command():
     assert done.returncode in (0, 1), done.stderr
     assert "jax's devices" in done.stdout
     assert "torch's devices" in done.stdout
-    assert ("nothing is wrong" in done.stdout) == (done.returncode == 0)
+    assert ("no problems found" in done.stdout) == (done.returncode == 0)
