@@ -1,9 +1,10 @@
-"""Convert GPT-2 weights from any form to any other, through the one table.
+"""Convert GPT-2 weights from any format to any other.
 
     python scripts/convert.py 124M out/ --to huggingface
     python scripts/convert.py runs/NAME/checkpoints/000600 out/ --to openai --verify
 
-OUT gets a manifest.json: name, shape, axes, dtype and sha256 of every tensor.
+Writes the weights, the tokenizer's files if SOURCE has them, and manifest.json with the name, shape, axes, dtype and
+sha256 of every tensor.
 """
 
 import dataclasses
@@ -23,52 +24,54 @@ from parity.comparison.compare import compare
 from parity.config import GPTConfig
 from parity.errors import InputError, exit_with_message
 from parity.weights import huggingface, openai
-from parity.weights.load import read_folder
+from parity.weights.load import find_folder, read_folder
 
-# The same two files of the tokenizer go by other names.
+# The two files of the tokenizer have the same content in both, under different names.
 _VOCABULARY = {"openai": ("encoder.json", "vocab.bpe"), "huggingface": ("vocab.json", "merges.txt")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     source: tyro.conf.Positional[str]
-    """A size (124M, ...), OpenAI's folder, Hugging Face's folder, or a checkpoint of ours."""
+    """A size such as 124M, or a folder with OpenAI's files, with Hugging Face's files, or with a checkpoint of a
+    run."""
     out: tyro.conf.Positional[Path]
-    """A folder that does not exist yet, or is empty."""
+    """Folder to write, which must not exist yet or be empty."""
     to: Literal["openai", "huggingface", "torch", "flax"] = "huggingface"
-    """openai: a TensorFlow bundle; the others: safetensors in transformers' names, or in those of our models."""
+    """Format to write. openai is a TensorFlow checkpoint, as OpenAI published it. The others are safetensors files:
+    huggingface with transformers' names, torch and flax with those of gpt_torch's and gpt_jax's parameters."""
     verify: bool = False
-    """Load both afterwards and compare their logits."""
+    """Load both folders with gpt_torch afterwards, and compare the logits of random tokens."""
 
 
 def main() -> None:
     args = parse(Args, __doc__)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise InputError(f"{args.out} is not an empty folder; name another")
-    config, arrays, source = read_folder(args.source)
-    found = dict(weights.convert(arrays, source, "huggingface", config, np.float32, origin=args.source))
-    if not config.qkv_bias and args.to in _VOCABULARY:  # these know no GPT-2 without it; 0 is the same function
+        raise InputError(f"{args.out} is not an empty folder; give another")
+    source = find_folder(args.source)
+    config, stored, from_format = read_folder(source)
+    arrays = dict(weights.convert(stored, from_format, "huggingface", config, np.float32, origin=args.source))
+    if not config.qkv_bias and args.to in _VOCABULARY:
+        # These formats always have the bias; a bias of 0 is the same function.
         config = dataclasses.replace(config, qkv_bias=True)
         shapes = weights.shapes(config, "huggingface")
-        found |= {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name not in found}
-    for name, array in found.items():
+        arrays |= {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name not in arrays}
+    for name, array in arrays.items():
         weights.warn_if_not_finite(name, array, args.source)
-    converted = dict(weights.convert(found, "huggingface", args.to, config))
+    converted = dict(weights.convert(arrays, "huggingface", args.to, config))
     if args.to == "openai":
         openai.write(args.out, config, converted)
     else:
         huggingface.write(args.out, config, converted, args.to)
     write_manifest(args.out, args.to, config, converted)
-    ours_and_theirs = (_VOCABULARY.get(name, _VOCABULARY["huggingface"]) for name in (source, args.to))
-    for ours, theirs in zip(*ours_and_theirs, strict=True):
-        if (file := Path(args.source) / ours).is_file():
-            shutil.copyfile(file, args.out / theirs)
+    copy_vocabulary(source, from_format, args.out, args.to)
     sys.stdout.write(f"{args.out}: {len(converted)} tensors, {weights.n_params(config):,} parameters\n")
     if args.verify:
-        verify(args.source, args.out)
+        verify(source, args.out)
 
 
-def write_manifest(folder: Path, format: str, config: GPTConfig, converted: dict[str, np.ndarray]) -> None:
+def write_manifest(folder: Path, format: str, config: GPTConfig, arrays: dict[str, np.ndarray]) -> None:
+    """Write manifest.json: what each tensor is, and the sha256 of its bytes."""
     axes = {name: row.pattern(format) for row in weights.rows(config) for name in row.names(format, config)}
     entries = {
         name: {
@@ -77,25 +80,39 @@ def write_manifest(folder: Path, format: str, config: GPTConfig, converted: dict
             "dtype": str(array.dtype),
             "sha256": hashlib.sha256(np.ascontiguousarray(array)).hexdigest(),
         }
-        for name, array in sorted(converted.items())
+        for name, array in sorted(arrays.items())
     }
     (folder / "manifest.json").write_text(json.dumps({"format": format, "tensors": entries}, indent=1) + "\n")
 
 
-def verify(source: str, out: Path) -> None:
-    """Raise InputError unless both give the same logits in torch."""
-    import torch
+def copy_vocabulary(source: Path, from_format: str, out: Path, to_format: str) -> None:
+    """Copy the tokenizer's files, if the source has them, under the names that the target format gives them."""
+    names = (_VOCABULARY.get(format, _VOCABULARY["huggingface"]) for format in (from_format, to_format))
+    for from_name, to_name in zip(*names, strict=True):
+        if (source / from_name).is_file():
+            shutil.copyfile(source / from_name, out / to_name)
 
-    import gpt_torch
 
-    one, other = (gpt_torch.load_pretrained(path) for path in (source, out))
-    tokens = np.random.default_rng(0).integers(0, one.config.n_vocab, (1, min(64, one.config.n_ctx)))
+def verify(source: Path, out: Path) -> None:
+    """Raise InputError unless both folders give the same logits in gpt_torch."""
+    try:
+        import torch
+
+        import gpt_torch
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"--verify needs {error.name}, which is not installed: pip install 'gpt-parity[torch]'"
+        ) from None
+
+    before, after = (gpt_torch.load_pretrained(folder) for folder in (source, out))
+    config = before.config
+    tokens = np.random.default_rng(0).integers(0, config.n_vocab, (1, min(64, config.n_ctx)))
     with torch.inference_mode():
-        a, b = (model(torch.from_numpy(tokens)).numpy() for model in (one, other))
-    result = compare("logits", b, a, 1e-6)
+        logits_before, logits_after = (model(torch.from_numpy(tokens)).numpy() for model in (before, after))
+    result = compare("logits", logits_after, logits_before, 1e-6)
     sys.stdout.write(f"verified: {result}\n")
     if not result.ok:
-        raise InputError(f"{out} computes something else than {source}: {result}")
+        raise InputError(f"{out} does not compute the same function as {source}: {result}")
 
 
 if __name__ == "__main__":
