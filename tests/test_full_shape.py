@@ -103,7 +103,7 @@ def test_our_folders_open_in_both_backends_and_in_transformers(name, tmp_path):
 def test_initial_weights_agree():
     config = PRESETS["124M"]
     weights = initial_weights(config, seed=0)
-    tokens = random_batch(config, rows=1)[0]
+    tokens = random_batch(config, rows=1)[0][:, :256]  # the other tests have all 1,024 positions
     torch_logits, jax_logits = (backend.logits(config, weights, tokens) for backend in BACKENDS.values())
     result = compare("torch-jax, initial weights", jax_logits, torch_logits, 1e-5)
     print(result)

@@ -126,9 +126,11 @@ def test_wrong_weights_are_caught(reference, plant):
 def test_wrong_code_is_caught(reference, name, plant, monkeypatch):
     dtype, weights, batch, logits, right = reference
     WRONG_CODE[plant](name, monkeypatch)
-    jax.clear_caches()  # or the compiled right program would answer
+    if name == "jax":
+        jax.clear_caches()  # or the compiled right program would answer
     try:
         assert not compare("logits", BACKENDS[name].logits(TINY, weights, batch[0]), logits, LOGITS_ATOL[dtype]).ok
         assert_caught(right, BACKENDS[name].loss_and_gradients(TINY, weights, *batch), dtype)
     finally:
-        jax.clear_caches()
+        if name == "jax":
+            jax.clear_caches()

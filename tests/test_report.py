@@ -213,7 +213,7 @@ def test_the_script_writes_its_report_and_exits_with_0_or_1(tmp_path):
         "    wrong = {**weights, 'h.1.ln_2.bias': weights['h.1.ln_2.bias'] + 1e-3}\n"
         "    return backend.activations(config, wrong, tokens, names, compute)\n"
     )
-    result = run_script("check_parity.py", "torch", mine, *options)
+    result = run_script("check_parity.py", "torch", mine, *options, "--sections", "activations")
     assert result.returncode == 1, result.stdout + result.stderr
     assert "the first row beyond its error bound is blocks.1.ln_2 (activations;" in result.stdout
 

@@ -20,15 +20,19 @@ def script_in(name):
     return text
 
 
+@pytest.fixture(scope="module")
+def known_options():
+    return run_script("train_jax.py", "--help").stdout
+
+
 @pytest.mark.parametrize("name", ["train.slurm", "jobset.yaml"])
-def test_examples(name):
+def test_examples(name, known_options):
     script = script_in(name)
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     script = script.replace("\\\n", " ")
     [line] = [line for line in script.splitlines() if "train_jax.py" in line]
-    known = run_script("train_jax.py", "--help").stdout
     for option in re.findall(r"(?<=\s)--[a-z-]+", line.split("train_jax.py")[1]):
-        assert re.search(rf"{option}\b", known), option
+        assert re.search(rf"{option}\b", known_options), option
     preset, mesh, accumulate = (
         re.search(rf"{option} (\S+)", line)[1] for option in ("--preset", "--mesh", "--accumulate")
     )
