@@ -34,7 +34,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "top-p 0.9": {"temperature": 1.0, "top_p": 0.9},
     "min-p 0.05": {"temperature": 1.0, "min_p": 0.05},
 }
-PROMPTS = ("The ", "In the beginning", "def ", "A list is")
+PROMPTS: tuple[str, ...] = ("The ", "In the beginning", "def ", "A list is")
 MEASURES = {
     "mean log-probability": "mean log-probability of the chosen tokens, nats, under the model",
     "distinct-1": "distinct tokens / tokens of a continuation, the mean",

@@ -78,7 +78,7 @@ def write_manifest(folder: Path, format: str, config: GPTConfig, arrays: dict[st
             "shape": list(array.shape),
             "axes": axes[name],
             "dtype": str(array.dtype),
-            "sha256": hashlib.sha256(np.ascontiguousarray(array)).hexdigest(),
+            "sha256": hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).hexdigest(),
         }
         for name, array in sorted(arrays.items())
     }

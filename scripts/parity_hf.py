@@ -21,10 +21,8 @@ from parity.weights import huggingface
 def build(config: GPTConfig, weights: Weights, compute: Compute = DEFAULT_COMPUTE) -> transformers.GPT2LMHeadModel:
     """Make transformers' model with these weights, without dropout and with the explicit attention."""
     entries = {k: v for k, v in huggingface.config_to_dict(config).items() if not k.endswith("pdrop")}
-    hf_config = transformers.GPT2Config(
-        **entries, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, attn_implementation="eager"
-    )
-    model = transformers.GPT2LMHeadModel(hf_config).eval()
+    entries |= {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "attn_implementation": "eager"}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**entries)).eval()
     state = {n if n.startswith("lm_head") else f"transformer.{n}": torch.tensor(w) for n, w in weights.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
@@ -45,7 +43,7 @@ def activations(
     compute: Compute = DEFAULT_COMPUTE,
 ) -> dict[str, np.ndarray]:
     """Read activations with forward hooks; attention scores before the mask cannot be reached from outside."""
-    model = build(config, weights, compute)
+    model: Any = build(config, weights, compute)
     cache: dict[str, Any] = {}
 
     def record(module: torch.nn.Module, name: str, which: str) -> None:
@@ -104,7 +102,7 @@ def loss_and_gradients(
     targets: np.ndarray,
     compute: Compute = DEFAULT_COMPUTE,
 ) -> tuple[float, dict[str, np.ndarray]]:
-    model = build(config, weights, compute)
+    model: Any = build(config, weights, compute)
     logits = model(torch.from_numpy(inputs).long()).logits.flatten(0, 1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = torch.nn.functional.cross_entropy(
