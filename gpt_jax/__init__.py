@@ -1,4 +1,4 @@
-"""GPT-2 in Flax NNX, compiled by XLA."""
+"""GPT-2 in Flax NNX, compiled by XLA. gpt_torch has the same functions for PyTorch."""
 
 from gpt_jax.activations import run_with_cache, run_with_patches
 from gpt_jax.decoding import DecodingModel, for_decoding

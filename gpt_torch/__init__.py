@@ -1,4 +1,4 @@
-"""GPT-2 in PyTorch: the readable reference."""
+"""GPT-2 in PyTorch. gpt_jax has the same functions for Flax."""
 
 from gpt_torch.activations import run_with_cache, run_with_patches
 from gpt_torch.generate import generate, generate_text_simple, stream

@@ -13,7 +13,7 @@ from parity.errors import InputError
 from parity.training.runs import RunFolder, run_config
 from parity.training.settings import TrainSettings, recipe
 
-# The dict of the notebook, as it stands there.
+# The configuration dict of the notebook, unchanged.
 NOTEBOOK = {
     "vocab_size": 50257, "context_length": 256, "emb_dim": 768, "n_heads": 12, "n_layers": 12, "drop_rate": 0.1,
     "qkv_bias": False,

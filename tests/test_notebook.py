@@ -23,7 +23,7 @@ from parity.weights import openai, openai_files
 
 @pytest.fixture
 def models_dir(tmp_path, monkeypatch):
-    """A models folder with a tiny model under the name 124M, and no network."""
+    """A folder of models that has a tiny model under the name 124M; the network is not used."""
     arrays = dict(table.convert(probing_weights(TINY, np.float32), "huggingface", "openai", TINY))
     openai.write(tmp_path / "124M", TINY, arrays)
     monkeypatch.setenv("GPT_PARITY_OFFLINE", "1")
@@ -47,9 +47,9 @@ def test_download_and_load_and_assign(models_dir, name, tied_head):
     gpt = package.GPTModel(cfg)
     package.load_weights_into_gpt(gpt, params)
     tokens = random_batch(TINY)[0]
-    got = BACKENDS[name].logits(gpt.config, package.export_weights(gpt), tokens)
-    want = BACKENDS["torch"].logits(TINY, probing_weights(TINY, np.float32), tokens)
-    result = compare(name, got, want, 2e-5)
+    logits = BACKENDS[name].logits(gpt.config, package.export_weights(gpt), tokens)
+    expected = BACKENDS["torch"].logits(TINY, probing_weights(TINY, np.float32), tokens)
+    result = compare(name, logits, expected, 2e-5)
     assert result.ok, str(result)
     with pytest.raises(InputError, match="unknown model/h2"):
         package.load_weights_into_gpt(package.GPTModel({**cfg, "n_layers": 2}), params)
@@ -59,12 +59,12 @@ def test_download_and_load_and_assign(models_dir, name, tied_head):
 
 def test_nesting_round_trip(models_dir):
     _, tensors = openai.read(models_dir / "124M")
-    back = notebook.flatten(notebook.nest(TINY, tensors))
-    assert back.keys() == tensors.keys()
-    assert all(np.array_equal(back[name], np.asarray(tensors[name])) for name in tensors)
+    flat = notebook.flatten(notebook.nest(TINY, tensors))
+    assert flat.keys() == tensors.keys()
+    assert all(np.array_equal(flat[name], np.asarray(tensors[name])) for name in tensors)
 
 
-# Its training functions
+# The training functions of the notebook
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 40
 PACKAGES = {"torch": gpt_torch_notebook, "jax": gpt_jax_notebook}
@@ -83,9 +83,9 @@ def test_loaders_have_the_same_order_in_both():
             loader, _ = loaders(package, **options)
             epochs.append([[np.asarray(part) for part in batch] for _ in range(2) for batch in loader])
             assert len(epochs[-1]) == 2 * len(loader)
-        for one, other in zip(*epochs, strict=True):
-            assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
-            assert np.array_equal(one[0][:, 1:], one[1][:, :-1])
+        for batch, other in zip(*epochs, strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(batch, other, strict=True))
+            assert np.array_equal(batch[0][:, 1:], batch[1][:, :-1])
     ordered = np.concatenate([np.asarray(inputs) for inputs, _ in loaders(gpt_torch_notebook, shuffle=False)[0]])
     dataset = gpt_torch_notebook.GPTDatasetV1(TEXT[:1500], ByteTokenizer(), 24, 24)
     assert np.array_equal(ordered[5], dataset[5][0])

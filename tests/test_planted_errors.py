@@ -1,4 +1,4 @@
-"""Every tolerance can fail: each planted error exceeds that of logits, loss and gradients, in both dtypes."""
+"""Every tolerance can fail: each planted error exceeds those of logits, loss and gradients, in both dtypes."""
 
 import jax
 import numpy as np
@@ -68,7 +68,7 @@ def small_eps(name, monkeypatch):
 
 def mask_off_by_one(shift):
     def plant(name, monkeypatch):
-        """Look one position too far ahead (1), or not at the own position (-1; the first row keeps it)."""
+        """Attend one position too far ahead (1), or not to the own position (-1; the first row keeps it)."""
         attention = MODEL[name].MultiHeadAttention
         method = "forward" if name == "torch" else "__call__"
         right = getattr(attention, method)
@@ -94,7 +94,7 @@ WRONG_CODE = {
 
 
 def assert_caught(right, wrong, dtype):
-    """Loss and the gradients, by their own tolerances."""
+    """Assert that the loss and some gradient differ by more than their tolerances."""
     assert not compare("loss", wrong[0], right[0], 0, LOSS_RTOL[dtype]).ok
     assert any(
         not compare(name, wrong[1][name], g, GRADIENT_RTOL[dtype] * np.abs(g).max()).ok for name, g in right[1].items()
@@ -127,7 +127,7 @@ def test_wrong_code_is_caught(reference, name, plant, monkeypatch):
     dtype, weights, batch, logits, right = reference
     WRONG_CODE[plant](name, monkeypatch)
     if name == "jax":
-        jax.clear_caches()  # or the compiled right program would answer
+        jax.clear_caches()  # otherwise the compiled program without the error would run
     try:
         assert not compare("logits", BACKENDS[name].logits(TINY, weights, batch[0]), logits, LOGITS_ATOL[dtype]).ok
         assert_caught(right, BACKENDS[name].loss_and_gradients(TINY, weights, *batch), dtype)

@@ -7,7 +7,7 @@ import tiktoken
 from parity.data.tokenizer import END_OF_TEXT, ByteTokenizer, GPT2Tokenizer, encode_prompt, load_tokenizer, stream_text
 from parity.errors import InputError
 
-# From OpenAI's own encoder, as published in many places.
+# Token ids by OpenAI's encoder, published in many places.
 KNOWN = {
     "Hello, I am": [15496, 11, 314, 716],
     "Every effort moves you": [6109, 3626, 6100, 345],
@@ -31,7 +31,7 @@ def test_known_ids(vocab_bpe):
 
 
 def test_equal_to_tiktokens_own_gpt2(vocab_bpe, tmp_path, monkeypatch):
-    """tiktoken's loader finds the file in a seeded cache, under the SHA-1 of its address; no network."""
+    """The cache of tiktoken is filled beforehand, under the SHA-1 of the file's address, so it needs no network."""
     encoder = vocab_bpe.with_name("encoder.json")
     (tmp_path / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee").write_bytes(vocab_bpe.read_bytes())
     (tmp_path / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6").write_bytes(encoder.read_bytes())
