@@ -1,4 +1,4 @@
-"""A train state on disk: orbax for all of it, and model.safetensors that either backend reads."""
+"""The train state on disk: all of it as an orbax folder, and model.safetensors, which either backend reads."""
 
 import logging
 from pathlib import Path
@@ -15,19 +15,26 @@ from parity.training.optimizer_state import ORBAX_FOLDER
 
 
 def save(folder: Path, model: GPTModel, arrays: dict[str, Array]) -> None:
-    """Write `arrays` (orbax) and the model's weights (safetensors) into an existing folder; waits until written.
+    """Write a train state, and return when all of it is written.
 
-    Of several processes each writes its parts of `arrays`, and the first one the model. Raises OSError where the
-    disk does not take them.
+    All processes of a run call this: each writes its shards of `arrays`, and the first one writes the model.
+
+    Args:
+        folder: An existing folder.
+        model: The model, unsharded; it becomes model.safetensors with config.json.
+        arrays: The train state by name; it becomes the folder state/.
+
+    Raises:
+        OSError: If the disk has no room for it or refuses a write.
     """
     checkpoints.require_space(folder, 4 * sum(leaf.nbytes for leaf in jax.tree.leaves(model)))
     with ocp.StandardCheckpointer() as checkpointer:
-        logger = logging.getLogger("absl")  # there orbax writes the stack of an error that is raised too
+        logger = logging.getLogger("absl")  # orbax logs the traceback of an error that it also raises
         before, logger.disabled = logger.disabled, True
         try:
             checkpointer.save(folder.absolute() / ORBAX_FOLDER, arrays)
             checkpointer.wait_until_finished()
-        except ValueError as error:  # tensorstore's word for a full disk
+        except ValueError as error:  # what tensorstore raises on a full disk
             raise OSError(str(error).splitlines()[0]) from error
         finally:
             logger.disabled = before
@@ -36,20 +43,24 @@ def save(folder: Path, model: GPTModel, arrays: dict[str, Array]) -> None:
 
 
 def restore(folder: Path, like: dict[str, Array]) -> dict[str, Array]:
-    """The arrays saved in `folder`; raises InputError unless names, shapes and dtypes are those of `like`."""
+    """Return the arrays that save() wrote to `folder`, sharded as those of `like`.
+
+    Raises:
+        InputError: If there are none, or if their names, shapes or dtypes differ from those of `like`.
+    """
     with ocp.StandardCheckpointer() as checkpointer:
         path = folder.absolute() / ORBAX_FOLDER
         try:
-            stored = checkpointer.metadata(path).item_metadata
+            metadata = checkpointer.metadata(path).item_metadata
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{path} is no train state of gpt_jax ({error})") from None
-        found = {name: (tuple(stored[name].shape), stored[name].dtype) for name in stored}
-        wanted = {name: (array.shape, array.dtype) for name, array in like.items()}
-        different = [
-            f"{name} is {found.get(name)} there, {wanted.get(name)} here"
-            for name in sorted(found.keys() | wanted.keys())
-            if found.get(name) != wanted.get(name)
-        ]
-        if different:
+            raise InputError(f"{path} is not a train state of gpt_jax ({error})") from None
+        stored = {name: (tuple(metadata[name].shape), metadata[name].dtype) for name in metadata}
+        expected = {name: (array.shape, array.dtype) for name, array in like.items()}
+        # orbax would cast another dtype silently.
+        if different := [
+            f"{name} is {stored.get(name)} in the checkpoint, {expected.get(name)} in this run"
+            for name in sorted(stored.keys() | expected.keys())
+            if stored.get(name) != expected.get(name)
+        ]:
             raise InputError(f"{path} does not fit this run: {'; '.join(different)}")
         return checkpointer.restore(path, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))

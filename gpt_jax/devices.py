@@ -1,34 +1,54 @@
-"""Which device, dtype and attention a JAX run uses: chosen once, said aloud, never silently changed."""
+"""The device and the attention implementation of a JAX run: chosen once, printed, and never changed silently."""
 
 import jax
 import jaxlib
 
 from parity.errors import InputError
 
+DEVICES = ("auto", "cpu", "gpu", "cuda", "tpu")
+"""Names that choose_device accepts; gpu and cuda mean the same, as in gpt_torch."""
+
 
 def choose_device(name: str) -> jax.Device:
-    """This process's first device of a kind: auto (JAX's own choice), cpu, gpu or tpu.
+    """Return this process's first device of a kind.
 
-    Raises InputError, with JAX's reason, where there is none.
+    Args:
+        name: One of DEVICES; `auto` is the kind that JAX prefers.
+
+    Raises:
+        InputError: For an unknown name, or if JAX sees no such device; the message has JAX's reason.
     """
+    if name not in DEVICES:
+        raise InputError(f"--device {name}: gpt_jax runs on {', '.join(DEVICES)}")
+    platform = {"auto": None, "cuda": "gpu"}.get(name, name)
     try:
-        return jax.local_devices(backend=None if name == "auto" else name)[0]
+        return jax.local_devices(backend=platform)[0]
     except RuntimeError as error:
         raise InputError(
             f"--device {name}: jax {jax.__version__} sees only {jax.devices()[0].platform} devices here "
             f"({str(error).splitlines()[0]}). "
-            "For an NVIDIA GPU install the cuda13 extra (make setup EXTRAS=test,dev,tf,cuda13) and check nvidia-smi"
+            "For an NVIDIA GPU, install the extra cuda13 (pip install 'gpt-parity[jax,cuda13]') and check nvidia-smi"
         ) from None
 
 
 def choose_attention(name: str, device: jax.Device, dtype: str, drop_rate: float) -> str:
-    """ "explicit" or "cudnn" for auto; raises InputError where cudnn is asked for and cannot run."""
+    """Return the attention implementation of a run, `explicit` or `cudnn`.
+
+    Args:
+        name: `explicit`, `cudnn`, or `auto` for cudnn wherever it can run.
+        device: The device that computes.
+        dtype: The dtype that the model computes in.
+        drop_rate: The model's dropout rate.
+
+    Raises:
+        InputError: If cudnn is requested and cannot run; the message lists every reason.
+    """
     obstacles = [
         text
         for text, applies in (
             ("it needs a GPU", device.platform != "gpu"),
-            ("it computes in 16 bit only: --dtype bfloat16", dtype == "float32"),
-            ("it has no dropout: --drop-rate 0", drop_rate > 0),
+            ("it computes in 16 bits only; use --dtype bfloat16", dtype != "bfloat16"),
+            ("it does not support dropout; use --drop-rate 0", drop_rate > 0),
         )
         if applies
     ]
@@ -40,4 +60,5 @@ def choose_attention(name: str, device: jax.Device, dtype: str, drop_rate: float
 
 
 def describe(device: jax.Device) -> str:
+    """Return the device's kind and the versions of the framework, for logs."""
     return f"{device.platform} ({device.device_kind}), jax {jax.__version__}, jaxlib {jaxlib.__version__}"

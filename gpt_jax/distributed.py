@@ -1,4 +1,4 @@
-"""Several processes as one run: jax.distributed, and how they end together."""
+"""Several processes as one JAX run: how they join through jax.distributed, and how they end together."""
 
 import contextlib
 import os
@@ -15,22 +15,29 @@ from parity.errors import InputError, report_error
 from parity.training.processes import ALONE, Processes
 
 _START_SECONDS = 300
-_SILENT_SECONDS = 60
-"""A process that sends no sign of life for so long is taken for dead, which ends the others."""
-_LOST = re.compile("gloo|nccl|coordination|heartbeat", re.IGNORECASE)
+_HEARTBEAT_SECONDS = 60
+"""A process without a heartbeat for this long counts as dead, which ends the others."""
+_LOST_PEER = re.compile("gloo|nccl|coordination|heartbeat", re.IGNORECASE)
 
 
 @contextlib.contextmanager
 def processes(
     detect: bool, coordinator: str | None = None, count: int | None = None, index: int | None = None
 ) -> Iterator[Processes]:
-    """This process as one of a run's, to be entered before JAX sees its devices.
+    """Join the processes of a run; enter this before JAX sees its devices.
 
-    `detect`: SLURM, Open MPI or Kubernetes tell JAX who coordinates, how many there are and which this is. Else
-    all three are given, or none for a run of one process. An error in one of several processes ends it at once,
-    and by that the others.
+    If an exception leaves the block in one of several processes, that process exits at once, and the others then
+    lose it and exit as well.
 
-    Raises InputError for options that are not complete, and for processes that do not find each other.
+    Args:
+        detect: Whether JAX finds the coordinator, the count and the index itself, from SLURM, Open MPI or Kubernetes.
+        coordinator: HOST:PORT of process 0. Without `detect`, give this, `count` and `index`, or none of the three
+            for a run of one process.
+        count: Number of processes.
+        index: Index of this process, from 0.
+
+    Raises:
+        InputError: For incomplete options, or if the processes do not find each other.
     """
     given = {"--coordinator": coordinator, "--num-processes": count, "--process-id": index}
     missing = [name for name, value in given.items() if value is None]
@@ -39,8 +46,8 @@ def processes(
         return
     if len(missing) != (3 if detect else 0):
         raise InputError(
-            "give either --distributed, where SLURM, Open MPI or Kubernetes start the processes, or all "
-            f"of {', '.join(given)}" + f"; missing: {', '.join(missing)}" * (not detect)
+            "give either --distributed, if SLURM, Open MPI or Kubernetes starts the processes, or all of "
+            f"{', '.join(given)}" + f"; missing: {', '.join(missing)}" * (not detect)
         )
     try:
         jax.distributed.initialize(
@@ -49,7 +56,7 @@ def processes(
             index,
             cluster_detection_method=None if detect else "deactivate",
             initialization_timeout=_START_SECONDS,
-            heartbeat_timeout_seconds=_SILENT_SECONDS,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
         raise InputError(
@@ -60,10 +67,10 @@ def processes(
     try:
         yield this
     except BaseException as error:
-        # JAX's own way out waits for the others, who wait for this one.
+        # JAX's exit handlers wait for the other processes, which wait for this one.
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        os._exit(_tell(error, this))
+        os._exit(_report(error, this))
     jax.distributed.shutdown()
 
 
@@ -71,10 +78,11 @@ def _all_reduce_max(number: int) -> int:
     return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
-def _tell(error: BaseException, this: Processes) -> int:
+def _report(error: BaseException, this: Processes) -> int:
+    """Print an error, and return the exit status."""
     reason = (str(error).splitlines() or [""])[0]
-    # XLA's errors come as RuntimeError or ValueError, whatever they are about.
-    if isinstance(error, RuntimeError | ValueError) and _LOST.search(reason):
+    # XLA raises RuntimeError or ValueError for every kind of failure; only the message says which.
+    if isinstance(error, RuntimeError | ValueError) and _LOST_PEER.search(reason):
         error = this.lost_peer_error(reason)
     try:
         return report_error(error)

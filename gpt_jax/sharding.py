@@ -1,9 +1,11 @@
-"""One model over many devices: a mesh, and which of its axes each axis of a parameter is divided along.
+"""One model over many devices: the mesh, and the mesh axis along which each axis of a parameter is sharded.
 
-The rules are by axis letter (parity/config.py), applied from outside: the model knows no mesh, and XLA puts the
-collectives in. `data`: copies of the model, each with its part of the batch. `fsdp`: parameters and optimizer
-divided along D, gathered where they are used; the batch is divided along it too. `tensor`: heads, MLP and
-vocabulary divided, activations summed.
+The rules name axes by letter (parity/config.py) and are applied from outside: the model knows no mesh, and XLA inserts
+the collectives. The axes of the mesh are
+
+    data    replicas of the model, each with its shard of the batch
+    fsdp    parameters and optimizer state sharded along D and gathered where they are used; also shards the batch
+    tensor  heads, MLP and vocabulary sharded; activations are summed by an all-reduce
 """
 
 import contextlib
@@ -25,12 +27,12 @@ from parity.weights import Row
 
 RULES = {"D": "fsdp", "N": "tensor", "F": "tensor", "V": "tensor"}
 BATCH = ("data", "fsdp")
-"""A batch's rows"""
+"""The mesh axes that shard the rows of a batch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """How many devices lie along each axis of the mesh; `data=2,fsdp=2,tensor=2` on the command line."""
+    """Number of devices along each axis of the mesh; on the command line, `data=2,fsdp=2,tensor=2`."""
 
     data: int = 1
     fsdp: int = 1
@@ -38,15 +40,21 @@ class MeshShape:
 
     @classmethod
     def parse(cls, text: str) -> "MeshShape":
-        """Raises InputError for what is not of the form `data=2,fsdp=2,tensor=2`, in any order, any left out."""
+        """Read a text like `data=2,fsdp=2,tensor=2`; axes come in any order, and one left out has size 1.
+
+        Raises:
+            InputError: For a text of another form.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
-        found: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         for part in text.split(","):
             name, _, size = part.strip().partition("=")
-            if name not in known or name in found or not size.isdecimal() or int(size) < 1:
-                raise InputError(f"--mesh {text!r}: write data=2,fsdp=2,tensor=2, each a count of devices, once")
-            found[name] = int(size)
-        return cls(**found)
+            if name not in known or name in sizes or not size.isdecimal() or int(size) < 1:
+                raise InputError(
+                    f"--mesh {text!r}: write data=2,fsdp=2,tensor=2, each axis at most once with a number of devices"
+                )
+            sizes[name] = int(size)
+        return cls(**sizes)
 
     def __str__(self) -> str:
         return ",".join(f"{name}={size}" for name, size in dataclasses.asdict(self).items())
@@ -56,7 +64,7 @@ class MeshShape:
         return self.data * self.fsdp * self.tensor
 
     def check(self, config: GPTConfig, micro_size: int) -> None:
-        """Raise InputError unless the model and its micro-batches can be divided so."""
+        """Raise InputError unless the model, and micro-batches of `micro_size` windows, can be sharded evenly."""
         for letter, name, size in (("D", "n_embd", self.fsdp), ("N", "n_head", self.tensor)):
             if config.axes[letter] % size:
                 raise InputError(f"--mesh: {name}={config.axes[letter]} is not divisible by {RULES[letter]}={size}")
@@ -68,100 +76,115 @@ class MeshShape:
 
 
 def make_mesh(shape: MeshShape, device_kind: str | None = None) -> Mesh:
-    """A mesh over the first devices of a kind; several processes use all they have.
+    """Return a mesh over the first devices of a kind.
 
-    Raises InputError where there are too few, or some process would have none of its devices in it.
+    Args:
+        shape: Number of devices along each axis.
+        device_kind: JAX's name of the platform; by default the one that JAX prefers.
+
+    Raises:
+        InputError: If there are too few devices, or if several processes would leave some of theirs unused.
     """
     devices = sorted(jax.devices(device_kind), key=lambda device: (device.process_index, device.id))
     if shape.size > len(devices) or (jax.process_count() > 1 and shape.size < len(devices)):
-        there = f"{len(devices)} ({devices[0].platform})"
+        available = f"{len(devices)} ({devices[0].platform})"
         if jax.process_count() > 1:
-            there += f" in {jax.process_count()} processes, which use all of them"
-        raise InputError(f"--mesh needs {shape.size} devices, there are {there}")
+            available += f" in {jax.process_count()} processes, which must use all of them"
+        raise InputError(f"--mesh needs {shape.size} devices; available: {available}")
     sizes = (shape.data, shape.fsdp, shape.tensor)
     return Mesh(np.asarray(devices[: shape.size]).reshape(sizes), ("data", "fsdp", "tensor"))
 
 
 def partition_spec(row: Row, config: GPTConfig, mesh: Mesh) -> P:
-    """Along which axis of the mesh each axis of a parameter of gpt_jax is divided.
+    """Return the mesh axis along which each axis of a gpt_jax parameter is sharded.
 
-    A vocabulary that cannot be divided evenly (50,257 is odd) stays whole.
+    A vocabulary that cannot be divided evenly (50,257 is odd) is replicated.
     """
     letters = row.axes["flax"].split()
-    along = [
+    mesh_axes = [
         RULES[letter] if letter in RULES and _divides(letter, config, dict(mesh.shape)) else None for letter in letters
     ]
-    return P(*([None] if row.per_layer else []), *along)
+    return P(*([None] if row.per_layer else []), *mesh_axes)
 
 
 def shardings(tree: Any, config: GPTConfig, mesh: Mesh, name_of: Callable[[tuple], str]) -> Any:
-    """A NamedSharding for each leaf of a model, an optimizer's state, or both; `name_of` its path.
+    """Return a NamedSharding for each leaf of a model, an optimizer state, or both.
 
-    A leaf is divided as the parameter that its name ends with; others (counts) are on every device.
+    Args:
+        tree: The leaves; only their paths matter.
+        config: The model's configuration.
+        mesh: The mesh.
+        name_of: Returns the dotted name of a leaf's path. A leaf is sharded as the parameter that its name ends with,
+            and replicated if there is none (counts).
     """
     specs = {row.flax: partition_spec(row, config, mesh) for row in weights.rows(config)}
 
-    def one(path: tuple, _: Any) -> NamedSharding:
+    def leaf_sharding(path: tuple, _: Any) -> NamedSharding:
         name = name_of(path)
-        found = [s for flax, s in specs.items() if name == flax or name.endswith("." + flax)]
-        return NamedSharding(mesh, found[0] if found else P())
+        matching = [spec for flax, spec in specs.items() if name == flax or name.endswith("." + flax)]
+        return NamedSharding(mesh, matching[0] if matching else P())
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
 
 def shard_activations(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
-    """Within it, models that are traced have their activations divided: rows, heads and the MLP, but never D.
+    """Within this context, models that are traced have their activations sharded along rows, heads and the MLP.
 
-    Left to itself, XLA may follow the parameters' `fsdp` into D and gather the batch instead: right, but with
-    all activations of all rows on each device.
+    D is not sharded. Left to itself, XLA may follow the `fsdp` sharding of the parameters into D and gather the batch
+    instead, which is correct but puts the activations of all rows on every device.
     """
     if mesh is None:
         return contextlib.nullcontext()
-    along = {"B": BATCH, "N": RULES["N"], "F": RULES["F"]}
+    mesh_axes = {"B": BATCH, "N": RULES["N"], "F": RULES["F"]}
 
     def constrain(axes: str, x: Array) -> Array:
-        divided = NamedSharding(mesh, P(*[along.get(letter) for letter in axes.split()]))
-        return jax.lax.with_sharding_constraint(x, divided)
+        spec = P(*[mesh_axes.get(letter) for letter in axes.split()])
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     return taps.constraining(constrain)
 
 
-def device_put_tree(tree: Any, placed: Any) -> Any:
-    """Arrays that every process has, divided as `placed` says; a process puts its own parts on its devices."""
+def device_put_tree(tree: Any, tree_sharding: Any) -> Any:
+    """Shard host arrays that every process has completely; each process copies its shards to its devices.
 
-    def one(leaf: Any, sharding: NamedSharding) -> Array:
+    Args:
+        tree: Arrays.
+        tree_sharding: A NamedSharding for each of them.
+    """
+
+    def put(leaf: Any, sharding: NamedSharding) -> Array:
         array = np.asarray(leaf)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    return jax.tree.map(one, tree, placed)
+    return jax.tree.map(put, tree, tree_sharding)
 
 
-def _same(tree: Any) -> Any:
-    return tree  # a function with a name, so that gather() compiles once
+def _identity(tree: Any) -> Any:
+    return tree  # one function for all calls, so that jax.jit compiles gather() once
 
 
 def gather(tree: Any, mesh: Mesh) -> Any:
-    """The arrays whole, on one of this process's devices; every process takes part."""
-    whole = jax.jit(_same, out_shardings=NamedSharding(mesh, P()))(tree)
-    return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
+    """Collective: return the unsharded arrays, on one device of this process."""
+    replicated = jax.jit(_identity, out_shardings=NamedSharding(mesh, P()))(tree)
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), replicated)
 
 
 def local_rows(size: int, mesh: Mesh) -> slice:
-    """Which of a batch's `size` rows lie on this process's devices, which are neighbours in the mesh."""
-    places = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((size,)).values()
-    bounds = [place[0].indices(size) for place in places if place is not None]
+    """Return the rows of a batch of `size` rows that lie on this process's devices; they are contiguous."""
+    indices = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((size,)).values()
+    bounds = [index[0].indices(size) for index in indices if index is not None]
     return slice(min(first for first, *_ in bounds), max(last for _, last, _ in bounds))
 
 
 def bytes_per_device(config: GPTConfig, shape: MeshShape, itemsize: int = 4) -> int:
-    """Bytes of the parameters that each device holds, by the rules above."""
+    """Return the bytes of parameters that each device holds."""
     sizes = dataclasses.asdict(shape)
     total = 0
     for row in weights.rows(config):
         letters = row.axes["flax"].split()
-        counts = [config.axes[letter] for letter in letters]
-        divided = math.prod(sizes[RULES[x]] for x in letters if x in RULES and _divides(x, config, sizes))
-        total += math.prod(counts) // divided * (config.n_layer if row.per_layer else 1)
+        axis_sizes = [config.axes[letter] for letter in letters]
+        shards = math.prod(sizes[RULES[x]] for x in letters if x in RULES and _divides(x, config, sizes))
+        total += math.prod(axis_sizes) // shards * (config.n_layer if row.per_layer else 1)
     return total * itemsize
 
 

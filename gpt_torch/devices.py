@@ -1,23 +1,36 @@
-"""Which device a torch run uses: chosen once, said aloud, never silently changed."""
+"""The device of a torch run: chosen once, printed, and never changed silently."""
 
 import torch
 
 from parity.errors import InputError
 
+DEVICES = ("auto", "cpu", "gpu", "cuda", "mps")
+"""Names that choose_device accepts; gpu and cuda mean the same, as in gpt_jax."""
+
 
 def choose_device(name: str) -> torch.device:
-    """auto (cuda, mps or cpu, the first there is), or one by name; raises InputError where it is missing."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, is_there in there.items() if is_there)
-    if not there[name]:
+    """Return the device of a run.
+
+    Args:
+        name: One of DEVICES; `auto` is the first of cuda, mps and cpu that torch sees.
+
+    Raises:
+        InputError: For an unknown name, or if torch sees no such device.
+    """
+    if name not in DEVICES:
+        raise InputError(f"--device {name}: gpt_torch runs on {', '.join(DEVICES)}")
+    visible = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kinds = [kind for kind, is_visible in visible.items() if is_visible]
+    kind = kinds[0] if name == "auto" else {"gpu": "cuda"}.get(name, name)
+    if kind not in kinds:
         raise InputError(
-            f"--device {name}: torch {torch.__version__} sees only {', '.join(k for k, v in there.items() if v)} here; "
-            "install a torch build for it, and for cuda check nvidia-smi"
+            f"--device {name}: torch {torch.__version__} sees only {', '.join(kinds)} here; install a build of torch "
+            "that supports it and, for an NVIDIA GPU, check nvidia-smi"
         )
-    return torch.device(name)
+    return torch.device(kind)
 
 
 def describe(device: torch.device) -> str:
+    """Return the device's kind and the version of the framework, for logs."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     return f"{device.type} ({kind}), torch {torch.__version__}"

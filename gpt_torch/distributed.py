@@ -1,4 +1,4 @@
-"""Several processes as one run: torchrun starts them, torch.distributed joins them."""
+"""Several processes as one torch run: torchrun starts them, and torch.distributed joins them."""
 
 import contextlib
 import datetime
@@ -10,22 +10,25 @@ from torch import distributed
 
 from parity.training.processes import ALONE, Processes
 
-_SILENT = datetime.timedelta(minutes=10)
-"""How long a process waits for the others."""
+_TIMEOUT = datetime.timedelta(minutes=10)
+"""How long a process waits for the others in a collective operation."""
 
 
 @contextlib.contextmanager
 def processes() -> Iterator[Processes]:
-    """This process as one of torchrun's, or the only one; each has a GPU of its own where there are any.
+    """Join the processes that torchrun started; without torchrun, the run has this process alone.
 
-    Raises InputError where another process of the run is lost.
+    On a machine with GPUs, each process uses its own.
+
+    Raises:
+        InputError: If another process of the run is lost.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield ALONE
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group(timeout=_SILENT)  # gloo for the CPU, NCCL for GPUs
+    distributed.init_process_group(timeout=_TIMEOUT)  # Gloo for CPUs, NCCL for GPUs
     this = Processes(distributed.get_rank(), distributed.get_world_size(), _all_reduce_max)
     try:
         yield this
@@ -38,7 +41,7 @@ def processes() -> Iterator[Processes]:
 
 
 def all_sum(value: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all processes, in place."""
+    """Replace a tensor by its sum over all processes, in place, and return it."""
     if distributed.is_initialized():
         distributed.all_reduce(value)
     return value

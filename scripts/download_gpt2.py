@@ -1,4 +1,4 @@
-"""Download OpenAI's GPT-2: the seven files of one size, checked, resuming where it stopped.
+"""Download the seven files of one of OpenAI's GPT-2 models, verify them, and print their folder.
 
 python scripts/download_gpt2.py 124M
 """
@@ -18,12 +18,13 @@ from parity.weights.openai_files import download_model
 @dataclasses.dataclass(frozen=True)
 class Args:
     size: tyro.conf.Positional[Literal["124M", "355M", "774M", "1558M"]]
+    """Number of parameters of the model."""
     folder: Path | None = None
-    """Where to; by default models/SIZE in the cache folder (GPT_PARITY_CACHE)."""
+    """Folder for the files; by default models/SIZE in the cache folder (GPT_PARITY_CACHE)."""
     base_url: tuple[str, ...] = ()
-    """Addresses of folders that hold SIZE/NAME, in the order to try, instead of the known mirrors."""
+    """Addresses of folders that hold SIZE/NAME, in the order to try; by default OpenAI's and a mirror."""
     offline: bool = False
-    """Only look whether the files are there."""
+    """Only check whether the files are there; an error if one is missing."""
 
 
 def main() -> None:

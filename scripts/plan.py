@@ -1,12 +1,12 @@
-"""What a training run needs: memory of each device, time, messages, room on the disk.
+"""Estimate what a training run needs: memory per device, time, communication and disk space.
 
     python scripts/plan.py --preset 1558M --mesh fsdp=8 --accumulate 30 --tokens 10e9
     python scripts/plan.py --preset 124M-fineweb-edu --mesh data=8 --tokens 10e9
     python scripts/plan.py --preset 124M --tokens-per-s 500000          # measured by benchmark.py train --gpu
-    python scripts/plan.py --preset 1558M --mesh fsdp=8 --accumulate 30 --compile --dtype float32     # asks XLA too
+    python scripts/plan.py --preset 1558M --mesh fsdp=8 --accumulate 30 --compile --dtype float32     # also asks XLA
 
-The memory model is fitted to XLA's accounts of compiled steps (gpt_jax/plan.py); time follows from the share of
-the device's peak that is reached, or from tokens/s that were measured.
+The estimate of memory is fitted to XLA's accounts of compiled steps (gpt_jax/memory.py). Time follows from the
+fraction of the device's peak that is assumed to be reached, or from a measured speed.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from parity.cli import parse
+from parity.config import GPTConfig
 from parity.errors import InputError, exit_with_message
 from parity.training.flops import flops_per_token, peak_flops
 from parity.training.settings import recipe
@@ -31,104 +32,114 @@ with exit_with_message():
 @dataclasses.dataclass(frozen=True)
 class Args:
     preset: str = "124M"
-    """Model and batch of a preset of train_jax.py."""
+    """Preset of train_jax.py that gives the model, the batch and the options not given here."""
     mesh: str = "data=1"
-    """Devices, as train_jax.py takes them."""
+    """Number of devices along each axis of the mesh, as in train_jax.py: data=2,fsdp=2,tensor=2 for example."""
     accumulate: int | None = None
-    """Micro-batches of a step; by default the preset's."""
+    """Micro-batches per step; by default the preset's."""
     tokens: float | None = None
-    """To train on; by default the preset's steps."""
+    """Number of tokens to train on; by default those of the preset's steps."""
     device: str = "H100"
-    """A GPU by its name: A100, H100, H100 PCIe, H200, L40S, RTX 4090, ..."""
+    """Name of the GPU, which gives its peak rate: A100, H100, H100 PCIe, H200, L40S, RTX 4090, ..."""
     memory_gb: float = 80.0
-    """Of each device."""
+    """Memory of each device in GB."""
     mfu: float = 0.4
-    """Share of the device's peak that model FLOPs reach."""
+    """Assumed model FLOPs utilization: the fraction of the device's peak that training reaches."""
     tokens_per_s: float | None = None
-    """Measured on one device, in place of mfu."""
+    """Measured speed of one device in tokens per second; by default it is estimated from --device and --mfu."""
     link_gb_per_s: float = 400.0
-    """Between devices, each way: NVLink of an H100 gives some 400, InfiniBand 50 a device."""
+    """Bandwidth between devices in each direction, in GB per second: about 400 with an H100's NVLink."""
     dtype: Literal["float32", "bfloat16", "float64"] | None = None
-    """By default the preset's."""
+    """Compute dtype; by default the preset's."""
     remat: Literal["none", "products", "all"] | None = None
-    """By default the preset's."""
+    """What the backward pass recomputes, as in train_jax.py; by default the preset's."""
     attention: Literal["explicit", "cudnn"] = "cudnn"
+    """Attention implementation; explicit also stores the attention patterns."""
     compile: bool = False
-    """Compile the step for as many simulated CPU devices, with explicit attention, and say what XLA sets aside."""
+    """Also compile the step for simulated CPU devices, with explicit attention, and print the memory XLA reports."""
 
 
 def main() -> None:
     args, console = parse(Args, __doc__), Console()
     jax.config.update("jax_platforms", "cpu")  # nothing is computed
-    config, settings = recipe(args.preset).model, recipe(args.preset).settings
-    remat = args.remat or recipe(args.preset).remat
+    preset, shape = recipe(args.preset), MeshShape.parse(args.mesh)
+    config, remat = preset.model, args.remat or preset.remat
     settings = dataclasses.replace(
-        settings, accumulate=args.accumulate or settings.accumulate, dtype=args.dtype or settings.dtype
+        preset.settings,
+        accumulate=args.accumulate or preset.settings.accumulate,
+        dtype=args.dtype or preset.settings.dtype,
     )
-    shape = MeshShape.parse(args.mesh)
-    micro = settings.batch_size // settings.accumulate
-    shape.check(config, micro)
-    tokens_a_step = settings.batch_size * config.n_ctx
-    tokens = args.tokens or settings.steps * tokens_a_step
+    micro_size = settings.batch_size // settings.accumulate
+    shape.check(config, micro_size)
     for name in ("tokens", "memory_gb", "mfu", "link_gb_per_s", "tokens_per_s"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise InputError(f"--{name.replace('_', '-')} must be positive")
 
-    need = memory(config, shape, micro, settings.dtype, remat, args.attention)
-    table = Table("memory of a device", "GB", title=f"{args.preset} over {shape}: {n_params(config):,} parameters")
-    for name, size in dataclasses.asdict(need).items():
-        table.add_row(name, f"{size / 1e9:.2f}")
-    table.add_row("all", f"{need.total / 1e9:.2f}", style="bold")
+    estimate = memory(config, shape, micro_size, settings.dtype, remat, args.attention)
+    table = Table("memory per device", "GB", title=f"{args.preset} over {shape}: {n_params(config):,} parameters")
+    for name, size in dataclasses.asdict(estimate).items():
+        table.add_row(name.replace("_", " "), f"{size / 1e9:.2f}")
+    table.add_row("total", f"{estimate.total / 1e9:.2f}", style="bold")
     console.print(table)
-    told = f"{micro} windows of {config.n_ctx} tokens in a micro-batch, {settings.dtype}, {args.attention} attention"
-    console.print(f"{told}, remat {remat}", highlight=False)
-    if need.total > 0.9e9 * args.memory_gb:
+    console.print(
+        f"{micro_size} windows of {config.n_ctx} tokens per micro-batch, {settings.dtype}, {args.attention} attention, "
+        f"remat {remat}",
+        highlight=False,
+    )
+    if estimate.total > 0.9e9 * args.memory_gb:
         console.print(
-            f"more than 90 % of {args.memory_gb:.0f} GB: raise --accumulate or fsdp, or take --remat products",
+            f"This is more than 90 % of {args.memory_gb:.0f} GB: raise --accumulate or fsdp, or use --remat products.",
             style="yellow",
         )
 
-    speed, source = args.tokens_per_s, "measured"
-    if speed is None:
-        peak = peak_flops(args.device)
-        if peak is None:
-            raise InputError(f"--device {args.device}: its peak is not known here; give --tokens-per-s")
-        speed = args.mfu * peak / flops_per_token(config)
-        source = f"{args.mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s, assumed"
-    seconds = tokens_a_step / (speed * shape.size)
+    tokens_per_step = settings.batch_size * config.n_ctx
+    tokens = args.tokens or settings.steps * tokens_per_step
+    speed, source = _tokens_per_s(args, config)
+    seconds = tokens_per_step / (speed * shape.size)
     hours = tokens / (speed * shape.size) / 3600
-    table = Table("time", "", title=f"{tokens:,.0f} tokens, {tokens / tokens_a_step:,.0f} steps of {tokens_a_step:,}")
-    table.add_row("model FLOPs a token, 6N + 12LDT", f"{flops_per_token(config) / 1e9:.3f} GFLOP")
-    table.add_row("tokens/s of a device", f"{speed:,.0f} ({source})")
-    table.add_row(f"tokens/s of {shape.size} without messages", f"{speed * shape.size:,.0f}")
-    table.add_row("a step", f"{seconds:.2f} s")
-    table.add_row("all", f"{hours:,.1f} h, {hours * shape.size:,.1f} device hours")
+    title = f"{tokens:,.0f} tokens, {tokens / tokens_per_step:,.0f} steps of {tokens_per_step:,}"
+    table = Table("time", "", title=title)
+    table.add_row("model FLOPs per token, 6N + 12LDT", f"{flops_per_token(config) / 1e9:.3f} GFLOP")
+    table.add_row("tokens/s per device", f"{speed:,.0f} ({source})")
+    table.add_row(f"tokens/s of {shape.size} without communication", f"{speed * shape.size:,.0f}")
+    table.add_row("time per step", f"{seconds:.2f} s")
+    table.add_row("total", f"{hours:,.1f} h, {hours * shape.size:,.1f} device hours")
     console.print(table)
 
-    sent = communication_bytes(config, shape, micro, settings.accumulate, settings.dtype)
     if shape.size > 1:
-        table = Table("messages of a device and step", "GB", "s, if nothing overlaps")
-        for name, size in sent.items():
+        table = Table("communication per device and step", "GB", "s without overlap")
+        for name, size in communication_bytes(config, shape, micro_size, settings.accumulate, settings.dtype).items():
             table.add_row(name, f"{size / 1e9:.2f}", f"{size / 1e9 / args.link_gb_per_s:.3f}")
         console.print(table)
-    wide = 8 if settings.dtype == "float64" else 4
-    each = n_params(config) * wide
+    # A checkpoint holds the train state (parameters and two moments) and model.safetensors.
+    checkpoint = 4 * n_params(config) * (8 if settings.dtype == "float64" else 4)
     console.print(
-        f"a checkpoint: {4 * each / 1e9:.1f} GB on the disk, {settings.keep} and the best are kept; "
-        f"{tokens * 2 / 1e9:.1f} GB of uint16 tokens if none comes twice",
+        f"disk: {checkpoint / 1e9:.1f} GB per checkpoint, of which the newest {settings.keep} and the best are kept; "
+        f"{tokens * 2 / 1e9:.1f} GB of uint16 tokens if no token is used twice",
         highlight=False,
+        soft_wrap=True,
     )
 
     if args.compile:
         jax.config.update("jax_num_cpu_devices", shape.size)
-        found = compiled_memory(config, shape, settings, remat)
-        model = memory(config, shape, micro, settings.dtype, remat)
+        compiled = compiled_memory(config, shape, settings, remat)
+        estimate = memory(config, shape, micro_size, settings.dtype, remat)
         console.print(
-            f"XLA, compiling for {shape.size} CPU devices and explicit attention: {found / 1e9:.2f} GB each; "
-            f"the model says {model.total / 1e9:.2f} GB of that",
+            f"XLA reports {compiled / 1e9:.2f} GB per device for {shape.size} CPU devices and explicit attention; "
+            f"the estimate is {estimate.total / 1e9:.2f} GB",
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _tokens_per_s(args: Args, config: GPTConfig) -> tuple[float, str]:
+    """Return the speed of one device, and where the figure comes from."""
+    if args.tokens_per_s is not None:
+        return args.tokens_per_s, "measured"
+    peak = peak_flops(args.device)
+    if peak is None:
+        raise InputError(f"--device {args.device}: its peak rate is not known; give --tokens-per-s")
+    return args.mfu * peak / flops_per_token(config), f"assuming {args.mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s"
 
 
 if __name__ == "__main__":

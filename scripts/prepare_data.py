@@ -2,9 +2,9 @@
 
     python scripts/prepare_data.py fineweb/*.parquet --out data/fineweb          # a Hugging Face export
     python scripts/prepare_data.py corpus.jsonl.gz books/ --out data/mine --workers 8
-    python scripts/prepare_data.py --verify data/fineweb                         # read all shards, compare sha256
+    python scripts/prepare_data.py --verify data/fineweb                         # compare all shards with the index
 
-Interrupted, it goes on where it was when it is started again with the same options.
+If it is interrupted, run it again with the same options: it resumes after the last complete shard.
 """
 
 import dataclasses
@@ -26,41 +26,42 @@ from parity.errors import InputError, exit_with_message
 @dataclasses.dataclass(frozen=True)
 class Args:
     sources: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Files (.txt, .jsonl, .jsonl.gz, .parquet) and folders of them. In text, <|endoftext|> ends a document."""
+    """Files (.txt, .jsonl, .jsonl.gz, .parquet) and folders of them. In .txt files, <|endoftext|> ends a document."""
     out: Path | None = None
-    """Folder for the shards and index.json; then give it to a training script as --corpus."""
+    """Folder for the shards and index.json; pass it to a training script as --corpus."""
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"
+    """Tokenizer that encodes the documents; the training script must use the same one."""
     vocab_bpe: Path | None = None
-    """OpenAI's vocab.bpe, for the gpt2 tokenizer."""
+    """Path of OpenAI's vocab.bpe, for the gpt2 tokenizer; by default the one in the cache, or a download."""
     text_field: str = "text"
     """Field of JSONL and column of Parquet that holds the text."""
     validation_fraction: float = 0.005
-    """Part of the documents that is for validation."""
+    """Fraction of the documents that are for validation."""
     shard_tokens: int = 100_000_000
-    """Tokens in a shard, two bytes each."""
+    """Tokens per shard; each takes two bytes."""
     workers: int = os.cpu_count() or 1
-    """Threads that tokenize."""
+    """Number of threads that tokenize; by default one per CPU core."""
     verify: Path | None = None
-    """Compare a prepared folder's shards with its index, and do nothing else."""
+    """Only compare the shards of this prepared folder with the sha256 in its index."""
 
 
 def main() -> None:
     args, console = parse(Args, __doc__), Console()
     if args.verify is not None:
-        console.print(f"{shards.verify(args.verify)} shards of {args.verify} are as they were written")
+        console.print(f"{shards.verify(args.verify)} shards of {args.verify} match their sha256")
         return
     if not args.sources or args.out is None:
-        raise InputError("give the files to tokenize, and --out, the folder for the shards")
+        raise InputError("name the files to tokenize and, with --out, the folder for the shards")
     tokenizer = load_tokenizer(args.tokenizer, args.vocab_bpe)
-    columns = (SpinnerColumn(), TextColumn("{task.fields[shown]}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.fields[summary]}"), TimeElapsedColumn())
     begin = time.perf_counter()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", shown="reading")
+        bar = progress.add_task("", summary="reading")
 
-        def show(so_far: shards.Progress) -> None:
-            speed = so_far.tokens / (time.perf_counter() - begin)
-            counts = f"{so_far.documents:,} documents, {so_far.tokens:,} tokens, {so_far.shards} shards"
-            progress.update(bar, shown=f"{counts}, {speed:,.0f} tokens/s")
+        def show(done: shards.Progress) -> None:
+            speed = done.tokens / (time.perf_counter() - begin)
+            counts = f"{done.documents:,} documents, {done.tokens:,} tokens, {done.shards} shards"
+            progress.update(bar, summary=f"{counts}, {speed:,.0f} tokens/s")
 
         index = shards.prepare_shards(
             args.sources,

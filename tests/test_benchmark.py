@@ -28,10 +28,10 @@ def test_warm_up_is_not_counted_but_first_calls_can_be_measured():
     specs = {"peer": Spec(slow_first_call, (), {"DEVICE_NAME": "a device"})}
     timings, _ = interleave(specs, 1, 2)
     assert len(timings["peer"].seconds) == 2
-    assert max(timings["peer"].seconds) < 0.3
+    assert max(timings["peer"].seconds) < 1
     assert timings["peer"].peak == 4
     assert timings["peer"].device == "a device"
-    assert min(first_calls(specs, 2)["peer"].seconds) >= 0.3
+    assert min(first_calls(specs, 2)["peer"].seconds) >= 1
 
 
 def test_a_peer_that_dies_is_named():

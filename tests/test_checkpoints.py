@@ -1,6 +1,7 @@
 """Nothing saved is lost or silently altered: step folders, damage, full disks, and the other framework's files."""
 
 import dataclasses
+import re
 import shutil
 import subprocess
 
@@ -80,7 +81,9 @@ def test_another_dtype_is_refused(tmp_path):
     folder = checkpoints.save(tmp_path, 0, gpt_jax.train.Trainer(TINY, SETTINGS).save, keep=2)
     with gpt_jax.adapter.jax.enable_x64(True):
         other = gpt_jax.train.Trainer(TINY, dataclasses.replace(SETTINGS, dtype="float64"))
-        with pytest.raises(InputError, match=r"parameters.tok_emb.embedding is .*float32.* there, .*float64.* here"):
+        with pytest.raises(
+            InputError, match=r"tok_emb.embedding is .*float32.* in the checkpoint, .*float64.* in this"
+        ):
             other.restore(folder)
 
 
@@ -169,13 +172,12 @@ def test_a_disk_that_fills_up_in_a_real_run(finished_runs, tmp_path, name):
         ["bash", "-c", 'ulimit -f 60 && exec "$@"', "bash", *command(f"train_{name}.py", "--run", run, "--resume")],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert result.returncode == 2, result.stdout + result.stderr
-    # With JAX, tensorstore's own threads complain too, before it or after it.
-    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1
-    assert told[0].startswith(f"error: checkpoint {run}/checkpoints/000060 could not be written")
+    # With JAX, tensorstore's own threads write to standard error as well, before, after or in the middle of it.
+    assert len(re.findall("error: checkpoint ", result.stderr)) == 1
+    assert f"error: checkpoint {run}/checkpoints/000060 could not be written" in result.stderr
     assert name == "jax" or "Traceback" not in result.stderr
     assert {p: p.read_bytes() for p in (run / "checkpoints").rglob("*") if p.is_file()} == before
     again = run_script(f"train_{name}.py", "--run", run, "--resume")
@@ -222,7 +224,7 @@ def cut_manifest(folder):
 def test_damage_is_told_and_the_newest_intact_step_is_taken(finished_runs, tmp_path, name, damage):
     shutil.copytree(finished_runs[name][0] / "checkpoints", tmp_path / "checkpoints")
     damage(tmp_path / "checkpoints" / "000060")
-    with pytest.warns(UserWarning, match="000060 is passed over: (missing or altered|it has no manifest|its manifest)"):
+    with pytest.warns(UserWarning, match="000060 is skipped: (missing or altered|it has no manifest|its manifest)"):
         newest = checkpoints.newest_intact(tmp_path / "checkpoints")
     assert newest.name == "000040"
     with pytest.raises(InputError, match="000060 is damaged"):
@@ -230,7 +232,7 @@ def test_damage_is_told_and_the_newest_intact_step_is_taken(finished_runs, tmp_p
     TRAINERS[name](recipe_config(), SETTINGS).restore(newest)
     for step in ("000020", "000040"):
         damage(tmp_path / "checkpoints" / step)
-    with pytest.warns(UserWarning, match="passed over"), pytest.raises(InputError, match="no intact checkpoint"):
+    with pytest.warns(UserWarning, match="is skipped"), pytest.raises(InputError, match="no intact checkpoint"):
         checkpoints.newest_intact(tmp_path / "checkpoints")
 
 

@@ -72,16 +72,16 @@ def test_the_memory_model_against_xla(preset, mesh, more):
     options = ("--preset", preset, "--mesh", mesh, "--dtype", "float32", "--accumulate", "30", "--compile")
     result = run_script("plan.py", *options, *more)
     assert result.returncode == 0, result.stderr
-    found = re.search(r"attention: ([\d.]+) GB each; the model says ([\d.]+) GB", result.stdout)
-    xla, model = map(float, found.groups())
-    print(f"{preset} over {mesh} {' '.join(more)}: XLA {xla} GB, model {model} GB")
-    assert 0.8 < model / xla < 1.25
+    sizes = re.search(r"XLA reports ([\d.]+) GB .* the estimate is ([\d.]+) GB", result.stdout)
+    xla, estimate = map(float, sizes.groups())
+    print(f"{preset} over {mesh} {' '.join(more)}: XLA {xla} GB, estimate {estimate} GB")
+    assert 0.8 < estimate / xla < 1.25
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--device", "toaster"), "--device toaster: its peak is not known here; give --tokens-per-s"),
+        (("--device", "toaster"), "--device toaster: its peak rate is not known; give --tokens-per-s"),
         (("--mesh", "fsdp=8"), "micro-batches of 12 windows are not divisible by data x fsdp = 8"),
         (("--mfu", "0"), "--mfu must be positive"),
         (("--preset", "9B"), "unknown preset '9B'"),

@@ -1,7 +1,10 @@
 """One run by several processes: the same losses, each reads its part, the first one writes, all end together."""
 
+import contextlib
 import dataclasses
+import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -14,6 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.interrupting import interrupted
 from support.runs import command, metrics, run_script
 
 from parity.data.windows import Windows
@@ -25,29 +29,35 @@ from parity.training.settings import recipe
 OPTIONS = ("--preset", "tiny", "--steps", "20", "--eval-every", "10")
 RTOL = {"float32": 1e-5, "float64": 1e-12}
 PROGRAM = """
-import sys
+import json, pathlib, sys
 import jax, numpy as np
 from gpt_jax.distributed import processes
 from gpt_jax.sharding import MeshShape, make_mesh
 from gpt_jax.train import Trainer
 from parity.config import GPTConfig
 from parity.training.settings import recipe
+rows = []
 with processes(False, sys.argv[1], 2, int(sys.argv[2])):
     config = GPTConfig(n_vocab=96, n_ctx=16, n_embd=64, n_head=8, n_layer=2)
     for shape in (4,), (1, 4), (2, 1, 2), (1, 2, 2), (1, 1, 4):
         trainer = Trainer(config, recipe("tiny").settings, mesh=make_mesh(MeshShape(*shape)))
         part = trainer.local_slice(8)
         inputs, _ = trainer.to_device(*[np.arange(128, dtype=np.int32).reshape(1, 8, 16)[:, part]] * 2)
-        print(part.start, part.stop, inputs.shape, len({str(shard.index) for shard in inputs.addressable_shards}))
+        shards = len({str(shard.index) for shard in inputs.addressable_shards})
+        rows.append([part.start, part.stop, list(inputs.shape), shards])
         whole = trainer._gathered(trainer.state.model)
         assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(whole))
+    pathlib.Path(sys.argv[3]).write_text(json.dumps(rows))  # Gloo writes to standard output
 """
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port(first=16384, last=32767):
+    """A port below those that the system gives to outgoing connections, one of which could take it meanwhile."""
+    while True:
+        port = random.randint(first, last)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def spawn(arguments, **environment):
@@ -55,16 +65,21 @@ def spawn(arguments, **environment):
     return subprocess.Popen(list(map(str, arguments)), **pipes, env={**os.environ, **environment})
 
 
-def start(count, *arguments, each=None, **environment):
-    """train_jax.py in so many processes on this machine; `each`: further arguments of each."""
+def start(count, *arguments, each=None, signalled=None, **environment):
+    """Start `count` processes of train_jax.py.
+
+    `each`: further arguments of each. `signalled`: (index, signal, moment) of one that sends itself a signal.
+    """
     these = ("--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", count, "--process-id")
-    return [
-        spawn(command("train_jax.py", *arguments, *(each[index] if each else ()), *these, index), **environment)
-        for index in range(count)
-    ]
+    started = []
+    for index in range(count):
+        options = ("train_jax.py", *arguments, *(each[index] if each else ()), *these, index)
+        receives = signalled is not None and signalled[0] == index
+        started.append(spawn(interrupted(*signalled[1:], *options) if receives else command(*options), **environment))
+    return started
 
 
-def finish(started, timeout=200):
+def finish(started, timeout=300):
     """[(exit status, output, errors)]; a process that hangs is killed, and fails the test."""
     ends = time.monotonic() + timeout
     try:
@@ -75,11 +90,9 @@ def finish(started, timeout=200):
     return [(process.returncode, *output) for process, output in zip(started, outputs, strict=True)]
 
 
-def wait_for_step(step, run, started):
-    """Until the first process has logged it, or is gone."""
-    log = run / "metrics.jsonl"
-    while not (log.exists() and f'"step": {step},' in log.read_text()) and started[0].poll() is None:
-        time.sleep(0.02)
+def at_step(number):
+    """In the loop, before the step."""
+    return f"parity.training.loop:learning_rate:{number}"
 
 
 def torchrun(count, *arguments):
@@ -87,7 +100,7 @@ def torchrun(count, *arguments):
     run = [sys.executable, "-m", "torch.distributed.run", "--master-port", str(free_port())]
     script = command("train_torch.py", *arguments)[1:]
     return subprocess.run(
-        [*run, "--nproc-per-node", str(count), "--", *script], capture_output=True, text=True, timeout=200
+        [*run, "--nproc-per-node", str(count), "--", *script], capture_output=True, text=True, timeout=300
     )
 
 
@@ -125,7 +138,7 @@ def test_jax_losses_do_not_depend_on_the_processes(count, dtype, more, alone, tm
     done = finish(start(count, *OPTIONS, "--dtype", dtype, *mesh, "--run", tmp_path / "run", **environment))
     assert [status for status, *_ in done] == [0] * count, done
     same(tmp_path / "run", alone[dtype], RTOL[dtype])
-    # The first says what happens; the others' output is gloo's own.
+    # The first process reports what happens; the others' output is Gloo's own.
     assert f"in {count} processes" in done[0][1]
     assert not any("loss" in output for _, output, _ in done[1:])
     samples = (tmp_path / "run" / "samples.txt").read_text()
@@ -146,17 +159,14 @@ def test_torch_losses_do_not_depend_on_the_processes(dtype, more, alone, tmp_pat
 def test_a_stopped_run_goes_on_in_another_number_of_processes(alone, tmp_path):
     """SIGTERM reaches one of two; both stop after the same step. Then one goes on."""
     options = (*OPTIONS, "--dtype", "float64", "--log-every", "1", "--run", tmp_path / "run")
-    started = start(2, *options)
-    wait_for_step(3, tmp_path / "run", started)
-    started[1].send_signal(signal.SIGTERM)
-    done = finish(started)
+    done = finish(start(2, *options, signalled=(1, signal.SIGTERM, at_step(5))))
     assert [status for status, *_ in done] == [143, 143], done
-    [stopped] = re.findall(r"stopped by SIGTERM after step (\d+), which is saved", done[0][1])
-    assert metrics(tmp_path / "run")[-1]["step"] == int(stopped) < 20
-    assert (tmp_path / "run" / "checkpoints" / f"{int(stopped):06d}" / "manifest.json").exists()
+    assert "stopped by SIGTERM after step 5" in done[0][1]
+    assert metrics(tmp_path / "run")[-1]["step"] == 5
+    assert (tmp_path / "run" / "checkpoints" / "000005" / "manifest.json").exists()
     [(status, output, errors)] = finish(start(1, *options, "--resume"))
     assert status == 0, errors
-    assert f"resuming   after step {stopped}" in output
+    assert "resuming   after step 5" in output
     same(tmp_path / "run", alone["float64"], 1e-10)
 
 
@@ -180,12 +190,11 @@ def test_more_processes_go_on_from_a_checkpoint(by, alone, tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_others(victim, tmp_path):
-    started = start(2, "--preset", "tiny", "--steps", "100000", "--run", tmp_path / "run")
-    wait_for_step(30, tmp_path / "run", started)
-    started[victim].kill()
-    done = finish(started, timeout=60)
+    options = ("--preset", "tiny", "--steps", "100000", "--run", tmp_path / "run")
+    done = finish(start(2, *options, signalled=(victim, signal.SIGKILL, at_step(31))))
+    assert done[victim][0] == -signal.SIGKILL
     status, _, errors = done[1 - victim]
-    ours = f"error: process {1 - victim} of 2 lost another one"
+    ours = f"error: process {1 - victim} of 2 lost another process"
     if victim == 0 and status == -signal.SIGABRT:  # the coordinator itself: JAX may be there before us
         assert "another task died" in errors
     else:
@@ -201,7 +210,7 @@ def test_processes_that_do_not_belong_together_are_told(tmp_path):
     started = start(2, *OPTIONS, "--run", tmp_path / "run", each=rates)
     for status, _, errors in finish(started):
         assert status == 2
-        assert "different options" in errors or "lost another one" in errors
+        assert "different options" in errors or "lost another process" in errors
     assert not (tmp_path / "run" / "config.json").exists()
 
 
@@ -224,7 +233,7 @@ def test_incomplete_options_are_told(options, message, tmp_path):
 def test_slurm_tells_who_is_who(tmp_path):
     """What srun sets for each of two tasks on a node; JAX makes the coordinator's port of the job's number."""
     these = {"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1"}
-    these["SLURM_JOB_ID"] = str(free_port())  # some number
+    these["SLURM_JOB_ID"] = str(free_port(61440, 65535) - 61440)
     options = ("--preset", "tiny", "--steps", "1", "--run", tmp_path / "run", "--distributed")
     started = [
         spawn(command("train_jax.py", *options), **these, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)
@@ -243,12 +252,14 @@ def test_torch_refuses_batches_that_cannot_be_divided(tmp_path):
 def test_each_process_has_its_rows(tmp_path):
     """Two processes with two devices each: rows of a batch of eight, and the global array they make."""
     address = f"127.0.0.1:{free_port()}"
-    started = [spawn([sys.executable, "-c", PROGRAM, address, i], JAX_NUM_CPU_DEVICES="2") for i in range(2)]
+    started = [
+        spawn([sys.executable, "-c", PROGRAM, address, i, tmp_path / str(i)], JAX_NUM_CPU_DEVICES="2") for i in range(2)
+    ]
     done = finish(started)
     assert [status for status, *_ in done] == [0, 0], done
-    parts = [[line for line in output.splitlines() if not line.startswith("[Gloo]")] for _, output, _ in done]
-    assert parts[0] == [f"0 4 (1, 8, 16) {n}" for n in (2, 2, 1, 1)] + ["0 8 (1, 8, 16) 1"]
-    assert parts[1] == [f"4 8 (1, 8, 16) {n}" for n in (2, 2, 1, 1)] + ["0 8 (1, 8, 16) 1"]
+    found = [json.loads((tmp_path / str(i)).read_text()) for i in range(2)]
+    assert found[0] == [[0, 4, [1, 8, 16], n] for n in (2, 2, 1, 1)] + [[0, 8, [1, 8, 16], 1]]
+    assert found[1] == [[4, 8, [1, 8, 16], n] for n in (2, 2, 1, 1)] + [[0, 8, [1, 8, 16], 1]]
 
 
 class Part:

@@ -2,11 +2,11 @@
 
 import signal
 import subprocess
-import time
 
 import pytest
+from support.interrupting import interrupted
 from support.models import BACKENDS
-from support.runs import command, metrics, run_script
+from support.runs import metrics, run_script
 
 from parity.training import checkpoints
 
@@ -19,32 +19,24 @@ def uninterrupted(shared_run):
     return {name: shared_run(f"dropout-{name}", f"train_{name}.py", *OPTIONS)[0] for name in BACKENDS}
 
 
-def start_and_signal(name, arguments, run, number, when):
-    """Start the script, and send it a signal as soon as `when(run)`; its exit status and output."""
-    process = subprocess.Popen(
-        command(f"train_{name}.py", *arguments, "--run", run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        deadline = time.monotonic() + 100
-        while time.monotonic() < deadline and process.poll() is None and not when(run):
-            time.sleep(0.0005)
-        process.send_signal(number)
-        output, errors = process.communicate(timeout=100)
-    finally:
-        process.kill()
-    return process.returncode, output + errors
+def run_and_signal(name, arguments, run, number, moment):
+    """Run the script, which sends itself a signal at the moment; its exit status and output."""
+    command = interrupted(number, moment, f"train_{name}.py", *arguments, "--run", run)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
 
 
-def has(step):
-    return lambda run: (run / "checkpoints" / f"{step:06d}").exists()
+def at_step(number):
+    """In the loop, before the step."""
+    return f"parity.training.loop:learning_rate:{number}"
 
 
-def saving_after(step):
-    return lambda run: has(step)(run) and any((run / "checkpoints").glob(".unfinished-*/*"))
-
-
-def saving_the_first(run):
-    return (run / "checkpoints").exists()
+PUBLISHING_THE_FIRST_SAVE = "parity.training.checkpoints:_flush:1"
+# Of the save after step 20, the third one: half of its files are written.
+WRITING_A_LATER_SAVE = {
+    "jax": "gpt_jax.checkpoint:save_pretrained:3",
+    "torch": "parity.training.optimizer_state:write_optimizer:3",
+}
 
 
 def assert_equal_runs(one, other):
@@ -58,13 +50,17 @@ def assert_equal_runs(one, other):
 def test_killed_again_and_again(uninterrupted, tmp_path, name):
     """In the first save, in the middle of a later save, and between saves."""
     run = tmp_path / "run"
-    moments = [(OPTIONS, saving_the_first), (("--resume",), saving_after(10)), (("--resume",), has(40))]
-    in_a_save = 0
-    for arguments, when in moments:
-        status, output = start_and_signal(name, arguments, run, signal.SIGKILL, when)
+    for arguments, moment, saved in (
+        (OPTIONS, PUBLISHING_THE_FIRST_SAVE, []),
+        (("--resume",), WRITING_A_LATER_SAVE[name], [0, 10]),
+        (("--resume",), at_step(15), [0, 10, 20]),
+    ):
+        status, output = run_and_signal(name, arguments, run, signal.SIGKILL, moment)
         assert status == -signal.SIGKILL, output
-        in_a_save += any((run / "checkpoints").glob(".unfinished-*"))
-    assert in_a_save or name == "torch"  # torch's save of so small a model is over in no time
+        assert checkpoints.steps(run / "checkpoints") == saved
+        unfinished = list((run / "checkpoints").glob(".unfinished-*"))
+        assert len(unfinished) == ("learning_rate" not in moment)
+        assert all(any(folder.iterdir()) for folder in unfinished)
     result = run_script(f"train_{name}.py", "--run", run, "--resume")
     assert result.returncode == 0, result.stderr
     assert_equal_runs(run, uninterrupted[name])
@@ -82,14 +78,13 @@ def test_killed_again_and_again(uninterrupted, tmp_path, name):
 )
 def test_asked_to_stop(uninterrupted, tmp_path, name, number):
     run = tmp_path / "run"
-    status, output = start_and_signal(name, OPTIONS, run, number, has(10))
+    status, output = run_and_signal(name, OPTIONS, run, number, at_step(13))
     assert status == 128 + number, output
     assert f"stopped by {number.name}" in output
-    done = checkpoints.steps(run / "checkpoints")[-1]
-    assert 10 <= done < 60
+    assert checkpoints.steps(run / "checkpoints")[-1] == 13
     result = run_script(f"train_{name}.py", "--run", run, "--resume")
     assert result.returncode == 0, result.stderr
-    assert f"resuming   after step {done}" in result.stdout
+    assert "resuming   after step 13" in result.stdout
     assert_equal_runs(run, uninterrupted[name])
 
 
@@ -118,9 +113,8 @@ def test_the_other_frameworks_run_goes_on(exact_runs, tmp_path, first):
     """Begun with one, stopped, ended with the other."""
     [second] = BACKENDS.keys() - {first}
     run = tmp_path / "run"
-    start_and_signal(first, EXACT, run, signal.SIGTERM, has(20))
-    done = checkpoints.steps(run / "checkpoints")[-1]
-    assert 20 <= done < 60
+    run_and_signal(first, EXACT, run, signal.SIGTERM, at_step(25))
+    assert checkpoints.steps(run / "checkpoints")[-1] == 25
     result = run_script(f"train_{second}.py", "--run", run, "--resume")
     assert result.returncode == 0, result.stderr
     assert_same_path(run, exact_runs[first])

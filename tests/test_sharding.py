@@ -28,15 +28,15 @@ RTOL = {"float32": 2e-6, "float64": 1e-12}
     ],
     ids=" ".join,
 )
-def runs(request):
-    """(dtype, shapes, what sharded_runs.py says)"""
+def runs(request, tmp_path_factory):
+    """(dtype, shapes, what sharded_runs.py found)"""
     dtype, which = request.param
     program = str(ROOT / "tests" / "support" / "sharded_runs.py")
-    done = subprocess.run(
-        [sys.executable, program, dtype, which], capture_output=True, text=True, timeout=500, env=EIGHT
-    )
+    out = tmp_path_factory.mktemp("sharded") / "facts.json"
+    command = [sys.executable, program, dtype, which, str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=EIGHT)
     assert done.returncode == 0, done.stderr
-    return dtype, {"few": FEW, "all": ALL}[which], json.loads(done.stdout.splitlines()[-1])
+    return dtype, {"few": FEW, "all": ALL}[which], json.loads(out.read_text())
 
 
 def test_losses_do_not_depend_on_the_mesh(runs):
@@ -85,7 +85,7 @@ def test_messages_are_those_that_the_mesh_needs(runs):
 def test_what_cannot_be_divided_is_told():
     assert MeshShape.parse("tensor=2, data=4") == MeshShape(data=4, tensor=2)
     for bad in ("", "data", "data=0", "model=2", "data=2,data=2", "data=x"):
-        with pytest.raises(InputError, match="write data=2,fsdp=2,tensor=2"):
+        with pytest.raises(InputError, match="write data=2,fsdp=2,tensor=2, each axis"):
             MeshShape.parse(bad)
     with pytest.raises(InputError, match="n_head=25 is not divisible by tensor=2"):
         MeshShape(tensor=2).check(PRESETS["1558M"], 8)
@@ -105,5 +105,5 @@ def test_the_script_runs_over_a_mesh(finished_runs, tmp_path):
     assert [e["loss"] for e in metrics(tmp_path / "run") if "loss" in e][:20] == pytest.approx(want, rel=1e-5)
     result = run_script("train_jax.py", "--preset", "tiny", "--mesh", "data=8", "--run", tmp_path / "few")
     assert result.returncode == 2
-    assert "--mesh needs 8 devices, there are 1 (cpu)" in result.stderr
+    assert "--mesh needs 8 devices; available: 1 (cpu)" in result.stderr
     assert not (tmp_path / "few").exists()

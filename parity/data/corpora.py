@@ -74,7 +74,7 @@ def load_corpus(name: str, tokenizer: Tokenizer, validation_fraction: float = 0.
         return _from_text(name, _named_text(name), tokenizer, validation_fraction)
     if path.is_file() and path.suffix != ".bin":
         return _from_text(name, _read_text(path), tokenizer, validation_fraction)
-    if (path / shards.INDEX).exists():
+    if shards.is_prepared(path):
         return _prepared(path, tokenizer, validation_fraction)
     bins = [path] if path.is_file() else sorted(path.glob("*.bin"))
     if not bins:

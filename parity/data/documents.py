@@ -1,4 +1,4 @@
-"""Documents from text, JSONL and Parquet files, a piece at a time, so that no file has to fit into memory."""
+"""Documents from text, JSONL and Parquet files, one piece at a time, so that no file has to fit in memory."""
 
 import gzip
 import json
@@ -12,8 +12,8 @@ from parity.data.tokenizer import END_OF_TEXT
 from parity.errors import InputError
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-_BLOCK = 2**20  # characters
-# After a newline with no white space on either side: GPT-2's tokenizer splits there anyway (parity/tokenizer.py).
+_BLOCK = 2**20  # characters read at once
+# After a newline without white space on either side, where GPT-2's tokenizer splits anyway.
 _CUT = re.compile(r"(?<=\S)\n(?=\S)")
 
 
@@ -22,15 +22,16 @@ class Piece(NamedTuple):
 
     text: str
     ends: bool
-    """Whether the document ends with it."""
+    """Whether it is the last piece of its document."""
     document: int
-    """The document's number, from 0."""
+    """Index of the document, from 0."""
 
 
-def find(sources: Sequence[Path]) -> list[Path]:
-    """The files that the sources name: a file, or those in a folder, in order of their paths.
+def find_files(sources: Sequence[Path]) -> list[Path]:
+    """Return the files of the sources, in order: each source is a file, or a folder that is searched recursively.
 
-    Raises InputError for a source that is missing, or a folder without any.
+    Raises:
+        InputError: For a source that does not exist, or a folder without any suitable file.
     """
     files: list[Path] = []
     for source in sources:
@@ -42,23 +43,30 @@ def find(sources: Sequence[Path]) -> list[Path]:
         elif source.is_file():
             files.append(source)
         else:
-            raise InputError(f"{source} is no file or folder")
+            raise InputError(f"{source} is neither a file nor a folder")
     return files
 
 
 def pieces(files: Sequence[Path], text_field: str = "text") -> Iterator[Piece]:
-    """The documents of all files in order, empty ones left out.
+    """Yield the documents of all files in order, without the empty ones.
 
-    A text file is one document, or several with END_OF_TEXT between them; a line of JSONL and a row of Parquet
-    are one. Raises InputError that names the file, and the line or field in it.
+    A text file is one document, or several separated by END_OF_TEXT. Each line of a JSONL file and each row of a
+    Parquet file is one.
+
+    Args:
+        files: What find_files returned.
+        text_field: Field of JSONL and column of Parquet that holds the text.
+
+    Raises:
+        InputError: For content that cannot be read; the message names the file, and the line or field.
     """
-    number, begun = 0, False
+    index, unfinished = 0, False
     for file in files:
         for text, ends in _reader(file)(file, text_field):
-            if text or begun:
-                yield Piece(text, ends, number)
-                begun = not ends
-                number += ends
+            if text or unfinished:
+                yield Piece(text, ends, index)
+                unfinished = not ends
+                index += ends
 
 
 def _reader(file: Path) -> Callable[[Path, str], Iterator[tuple[str, bool]]]:
@@ -68,7 +76,7 @@ def _reader(file: Path) -> Callable[[Path, str], Iterator[tuple[str, bool]]]:
 
 
 def _text(file: Path, _: str) -> Iterator[tuple[str, bool]]:
-    """In blocks, cut where that changes no token; a text without line ends is held whole."""
+    """Read blocks, split where that changes no token; a text without newlines is held in memory completely."""
     buffer = ""
     try:
         with file.open(encoding="utf-8") as stream:
@@ -96,14 +104,14 @@ def _jsonl(file: Path, text_field: str) -> Iterator[tuple[str, bool]]:
             raise
         raise InputError(f"{file}, line {number}: not valid JSON in UTF-8 ({error})") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{file} is cut or damaged ({error})") from None
+        raise InputError(f"{file} is truncated or damaged ({error})") from None
 
 
 def _field(entry: object, name: str, origin: str) -> str:
     if not isinstance(entry, dict) or not isinstance(entry.get(name), str):
-        there = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
-        raise InputError(f"{origin}: no text in field {name!r}, there is {there}; choose one with --text-field")
-    # JSON may hold halves of surrogate pairs, which are no text.
+        fields = f"fields {sorted(entry)}" if isinstance(entry, dict) else f"a {type(entry).__name__}"
+        raise InputError(f"{origin}: no text in field {name!r}; the line has {fields}; choose one with --text-field")
+    # JSON may hold unpaired surrogates, which are not text.
     return entry[name].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -117,7 +125,7 @@ def _parquet(file: Path, text_field: str) -> Iterator[tuple[str, bool]]:
         with parquet.ParquetFile(file) as stored:
             names = stored.schema_arrow.names
             if text_field not in names:
-                raise InputError(f"{file}: no column {text_field!r}, there is {names}; choose one with --text-field")
+                raise InputError(f"{file}: no column {text_field!r}, it has {names}; choose one with --text-field")
             for batch in stored.iter_batches(256, columns=[text_field]):
                 yield from ((text or "", True) for text in batch.column(0).to_pylist())
     except (pyarrow.ArrowException, OSError) as error:

@@ -1,9 +1,9 @@
-"""How much arithmetic a model needs, and what a device could do."""
+"""The arithmetic that training needs per token, and the peak rates of GPUs."""
 
 from parity.config import GPTConfig
 from parity.weights import n_params
 
-# Dense bfloat16 products with float32 sums, FLOP/s, from the makers' data sheets; the longest name that fits counts.
+# Dense bfloat16 matmuls with float32 accumulation, FLOP/s, from the makers' data sheets.
 _PEAKS = {
     "A100": 312e12,
     "A10G": 70e12,
@@ -22,17 +22,19 @@ _PEAKS = {
 
 
 def flops_per_token(config: GPTConfig) -> float:
-    """Model FLOPs of one token's forward and backward pass: 6N + 12LDT (Chowdhery et al. 2022, appendix B).
+    """Return the model FLOPs of one token's forward and backward pass: 6N + 12LDT.
 
-    N: parameters that a token is multiplied with, which are all but the position table's. Recomputation does not count.
+    N counts the parameters that a token is multiplied with: all but the position table and, if the head is untied,
+    the token embedding. Recomputation does not count (Chowdhery et al. 2022, PaLM, appendix B).
     """
     N = n_params(config) - config.n_ctx * config.n_embd
     if not config.tied_head:
-        N -= config.n_vocab * config.n_embd  # the embedding is looked up
+        N -= config.n_vocab * config.n_embd  # looked up, not multiplied
     return 6 * N + 12 * config.n_layer * config.n_embd * config.n_ctx
 
 
 def peak_flops(device: str) -> float | None:
-    """FLOP/s in bfloat16 of a GPU by the name that it gives itself, or None where it is not known."""
+    """Return the peak bfloat16 FLOP/s of a GPU by its reported name, or None if it is unknown."""
+    # The longest name that fits counts: "H100 PCIe" before "H100".
     known = [name for name in _PEAKS if name in device]
     return _PEAKS[max(known, key=len)] if known else None

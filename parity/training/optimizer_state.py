@@ -1,7 +1,7 @@
-"""A train state on disk, whichever backend wrote it: AdamW's moments beside model.safetensors.
+"""The optimizer state of a checkpoint, whichever backend wrote it: AdamW's moments beside model.safetensors.
 
-gpt_torch writes optimizer.safetensors, with names in the huggingface format; gpt_jax writes the folder
-state/ with orbax, which tensorstore reads without JAX.
+gpt_torch writes optimizer.safetensors, with names in the huggingface format. gpt_jax writes the folder state/ with
+orbax; without JAX it is read with tensorstore, the library that orbax itself stores arrays with.
 """
 
 import dataclasses
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorstore
 from safetensors import SafetensorError, safe_open
 
 from parity import weights
@@ -21,7 +20,7 @@ from parity.weights import huggingface
 ORBAX_FOLDER = "state"
 OPTIMIZER_FILE = "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's running means of the gradient and of its square, in torch's names; optax's mu and nu."""
+"""AdamW's running means of the gradient and of its square, in torch's names; optax calls them mu and nu."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,26 +28,33 @@ class TrainState:
     """Everything of a run that changes from step to step."""
 
     step: int
-    """Updates made so far: AdamW's count, which steps passed over do not raise."""
+    """Number of updates made: AdamW's count, which skipped steps do not raise."""
     arrays: Mapping[str, Mapping[str, Any]]
-    """{"parameters", "exp_avg" and "exp_avg_sq": {name: array}}, the names in `format`."""
+    """{"parameters", "exp_avg" and "exp_avg_sq": {name: array}}, with the names of `format`."""
     format: str
 
     def converted(self, part: str, target: str, config: GPTConfig) -> dict[str, np.ndarray]:
-        """One of the parts in another format of parity/weights.py."""
+        """Return one of the parts in another weight format (parity/weights/table.py)."""
         return dict(weights.convert(self.arrays[part], self.format, target, config, origin=part))
 
 
 def write_optimizer(folder: Path, step: int, moments: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Write optimizer.safetensors; `moments`: {moment: {huggingface name: array}}."""
+    """Write optimizer.safetensors.
+
+    Args:
+        folder: The checkpoint's folder.
+        step: Number of updates made.
+        moments: {moment: {huggingface name: array}}.
+    """
     named = {f"{moment}.{name}": array for moment, part in moments.items() for name, array in part.items()}
     huggingface.save_tensors(folder / OPTIMIZER_FILE, named, {"step": str(step)})
 
 
 def read(folder: Path, config: GPTConfig) -> TrainState:
-    """The train state in a checkpoint's folder, arrays read when they are used.
+    """Return the train state in a checkpoint's folder; parameters are read from disk when they are used.
 
-    Raises InputError for a folder without one, and for a model of another shape.
+    Raises:
+        InputError: If the folder holds no optimizer state, or the state of a model of another shape.
     """
     _, parameters, _ = huggingface.read(folder)
     weights.check({n: tuple(a.shape) for n, a in parameters.items()}, config, "huggingface", str(folder))
@@ -56,23 +62,31 @@ def read(folder: Path, config: GPTConfig) -> TrainState:
         return _from_orbax(folder / ORBAX_FOLDER, config)
     file = folder / OPTIMIZER_FILE
     if not file.is_file():
-        raise InputError(f"{folder} holds no optimizer state ({OPTIMIZER_FILE} or {ORBAX_FOLDER}/); start from it "
-                         "with --init-from instead")  # fmt: skip
+        raise InputError(
+            f"{folder} holds no optimizer state ({OPTIMIZER_FILE} or {ORBAX_FOLDER}/); "
+            "start a new run from its weights with --init-from"
+        )
     try:
         with safe_open(file, "numpy") as stored:
             step = int(stored.metadata()["step"])
-            found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file} cannot be read ({error})") from None
-    moments = {moment: {n.removeprefix(f"{moment}."): a for n, a in found.items() if n.startswith(f"{moment}.")}
-               for moment in MOMENTS}  # fmt: skip
+    moments = {
+        moment: {n.removeprefix(f"{moment}."): array for n, array in arrays.items() if n.startswith(f"{moment}.")}
+        for moment in MOMENTS
+    }
     return TrainState(step, {"parameters": parameters, **moments}, "huggingface")
 
 
 def _from_orbax(folder: Path, config: GPTConfig) -> TrainState:
-    names = weights.shapes(config, "flax")
+    try:
+        import tensorstore
+    except ImportError:
+        raise InputError(f"{folder} needs a package to be read: pip install tensorstore") from None
 
     def load(name: str) -> np.ndarray:
+        # The layout in which orbax stores an array: zarr inside an OCDBT database; test_checkpoints.py pins it.
         store = {"driver": "ocdbt", "base": folder.absolute().as_uri() + "/", "path": f"{name}/"}
         try:
             array = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True).result()
@@ -80,5 +94,6 @@ def _from_orbax(folder: Path, config: GPTConfig) -> TrainState:
         except ValueError as error:
             raise InputError(f"{folder}: {name} cannot be read ({str(error).splitlines()[0]})") from None
 
+    names = weights.shapes(config, "flax")
     arrays = {part: {name: load(f"{part}.{name}") for name in names} for part in ("parameters", *MOMENTS)}
     return TrainState(int(load("step")), arrays, "flax")

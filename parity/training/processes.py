@@ -1,4 +1,4 @@
-"""The processes of one run, and the little that they must tell each other."""
+"""The processes of one run, and the collective operations that they need."""
 
 import dataclasses
 import zlib
@@ -9,32 +9,36 @@ from parity.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Which of a run's processes this is. The first writes the run folder, which all of them must see."""
+    """This process's place among the processes of a run.
+
+    The first process writes the run folder, which all processes must be able to read.
+    """
 
     index: int = 0
     count: int = 1
     all_reduce_max: Callable[[int], int] = lambda number: number
-    """The largest of the numbers (below 2**31) that the processes call it with; all of them must."""
+    """Collective: return the largest of the integers (below 2**31) that the processes pass."""
 
     @property
     def first(self) -> bool:
         return self.index == 0
 
     def barrier(self) -> None:
-        """Until every process has come to this line."""
+        """Wait until every process has called this."""
         self.all_reduce_max(0)
 
     def lost_peer_error(self, reason: str) -> InputError:
-        """What a process says that cannot reach another one any more; `reason`: the library's words."""
+        """Return the error of a process that can no longer reach another one; `reason` is the library's message."""
         return InputError(
-            f"process {self.index} of {self.count} lost another one, whose own output may say why ({reason}). "
+            f"process {self.index} of {self.count} lost another process, whose own output may say why ({reason}). "
             "Checkpoints saved before are intact: start all processes again with --resume"
         )
 
     def agree_on(self, text: str) -> bool:
-        """Whether all processes give the same text."""
+        """Collective: return whether all processes pass the same text."""
         number = zlib.crc32(text.encode()) >> 1
         return [self.all_reduce_max(number), -self.all_reduce_max(-number)] == [number, number]
 
 
 ALONE = Processes()
+"""The only process of its run."""

@@ -1,4 +1,4 @@
-"""OpenAI's seven files of each size: names, lengths, hashes, mirrors."""
+"""The seven files that OpenAI published of each model size: names, lengths, hashes and mirrors."""
 
 import functools
 import os
@@ -20,7 +20,7 @@ from parity.errors import InputError
 from parity.storage.download import RemoteFile, cache_folder, fetch
 from parity.weights import n_params
 
-# openai/gpt-2 download_model.py; the second is the mirror of rasbt/LLMs-from-scratch.
+# The first is the address in openai/gpt-2's download_model.py, the second a mirror of rasbt/LLMs-from-scratch.
 MIRRORS = (
     "https://openaipublic.blob.core.windows.net/gpt-2/models",
     "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2",
@@ -29,8 +29,8 @@ SIZES = ("124M", "355M", "774M", "1558M")
 DATA = "model.ckpt.data-00000-of-00001"
 
 
-# OpenAI publishes no hashes. encoder.json and vocab.bpe are pinned by tiktoken too; `checkpoint` and
-# hparams.json follow from their content; the others were seen in public repositories.
+# OpenAI publishes no hashes. Those of encoder.json and vocab.bpe are also pinned by tiktoken; those of `checkpoint`
+# and hparams.json follow from their known content; the others were taken from public repositories.
 _SHA256 = {
     "checkpoint": "dd1b025d2e155283f5e300ce95bf6d5b6bc0f7fe010db73daa6975eb896ab9cb",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -48,21 +48,31 @@ _LENGTHS = {
 
 
 def model_files(size: str) -> list[RemoteFile]:
-    """The seven files of one of OpenAI's models; raises InputError for an unknown size."""
+    """Return the seven files of a model size; raise InputError for an unknown one."""
     if size not in SIZES:
         raise InputError(f"unknown model {size!r}; OpenAI published {', '.join(SIZES)}")
-    lengths = {**_SAME_FOR_ALL, **_LENGTHS.get(size, {}), DATA: 4 * n_params(PRESETS[size])}
-    known = _SHA256 if size == "124M" else {name: _SHA256[name] for name in _SAME_FOR_ALL}
-    return [RemoteFile(name, lengths.get(name), known.get(name)) for name in _SHA256]
+    sizes = {**_SAME_FOR_ALL, **_LENGTHS.get(size, {}), DATA: 4 * n_params(PRESETS[size])}
+    hashes = _SHA256 if size == "124M" else {name: _SHA256[name] for name in _SAME_FOR_ALL}
+    return [RemoteFile(name, sizes.get(name), hashes.get(name)) for name in _SHA256]
 
 
 def download_model(
     size: str, folder: Path | None = None, base_urls: Sequence[str] = (), offline: bool | None = None
 ) -> Path:
-    """The folder with OpenAI's files of a model, fetched where they are missing.
+    """Download OpenAI's files of a model, except those that are already there.
 
-    `folder`: by default models/SIZE in the cache. `base_urls`: addresses of folders that hold SIZE/NAME, in the
-    order to try. Raises InputError that lists every address and why it failed.
+    Args:
+        size: One of SIZES.
+        folder: Where to store the files; by default models/SIZE in the cache folder.
+        base_urls: Addresses of folders that hold SIZE/NAME, in the order to try; by default GPT_PARITY_BASE_URL if it
+            is set, otherwise MIRRORS.
+        offline: Whether to forbid downloads; by default as GPT_PARITY_OFFLINE says.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: If a file cannot be downloaded; the message lists every address with its failure.
     """
     folder = folder or cache_folder() / "models" / size
     if not base_urls:
@@ -71,12 +81,12 @@ def download_model(
     columns = (TextColumn("{task.description:32}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     files = model_files(size)
     with Progress(*columns, TimeRemainingColumn()) as progress:
-        for wanted in files:
-            bar = progress.add_task(wanted.name, total=wanted.size)
-            addresses = [f"{base.rstrip('/')}/{size}/{wanted.name}" for base in base_urls]
-            fetch(wanted, folder / wanted.name, addresses, offline, functools.partial(_show, progress, bar))
+        for remote in files:
+            bar = progress.add_task(remote.name, total=remote.size)
+            addresses = [f"{base.rstrip('/')}/{size}/{remote.name}" for base in base_urls]
+            fetch(remote, folder / remote.name, addresses, offline, functools.partial(_show, progress, bar))
     return folder
 
 
-def _show(progress: Progress, bar: TaskID, done: int) -> None:
-    progress.update(bar, completed=done)
+def _show(progress: Progress, bar: TaskID, received: int) -> None:
+    progress.update(bar, completed=received)

@@ -53,7 +53,7 @@ def facts(trainer):
     }
 
 
-def main(dtype, shapes):
+def main(dtype, shapes, out):
     jax.config.update("jax_enable_x64", dtype == "float64")
     settings = dataclasses.replace(SETTINGS, dtype=dtype)
     found = {}
@@ -70,8 +70,8 @@ def main(dtype, shapes):
             trainer = make(settings, shape)
             trainer.restore(saved)
             found[f"restored {shape}"] = {"losses": losses(trainer, 10, 20)}
-    print(json.dumps(found))
+    out.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], {"all": ALL, "few": FEW}[sys.argv[2]])
+    main(sys.argv[1], {"all": ALL, "few": FEW}[sys.argv[2]], Path(sys.argv[3]))

@@ -26,6 +26,6 @@ def slow_first_call():
 
     def call():
         calls.append(1)
-        time.sleep(0.3 if len(calls) == 1 else 0.001)
+        time.sleep(1 if len(calls) == 1 else 0.001)
 
     return Workload(call, lambda: len(calls), os.environ["DEVICE_NAME"])
