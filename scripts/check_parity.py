@@ -35,7 +35,6 @@ from parity.config import as_config
 from parity.errors import InputError, exit_with_message
 from parity.training.settings import recipe
 from parity.weights import initial_weights
-from parity.weights.load import read_folder
 
 _ALIASES = {"hf": Path(__file__).parent / "parity_hf.py"}
 _MAX_PRINTED = 24  # rows of a section that are all printed; of a longer one, those nearest to their bounds
@@ -45,12 +44,12 @@ _MAX_PRINTED = 24  # rows of a section that are all printed; of a longer one, th
 class Args:
     a: tyro.conf.Positional[str] = "torch"
     """First implementation: torch, jax, numpy (the float64 reference), hf (Hugging Face transformers) or the path
-    of a Python file. Append :WEIGHTS, a size or a folder, to give it weights of its own."""
+    of a Python file. Append :WEIGHTS (a size, a run or a folder) to give it weights of its own."""
     b: tyro.conf.Positional[str] = "jax"
     """Second implementation, given like the first."""
     weights: str = "sharp"
     """Weights of both: initial (freshly initialized), sharp (initial weights with matrices five times as large and
-    random biases, so that attention is sharp), a size such as 124M, or a folder with weights."""
+    random biases, so that attention is sharp), a size such as 124M, a run folder or a folder with weights."""
     preset: str = "tiny"
     """Preset of the model's shape for --weights initial and sharp; other weights bring their own shape."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
@@ -112,8 +111,7 @@ def make_case(args: Args) -> Case:
         config = as_config(args.preset)
         weights = (sharp_weights if args.weights == "sharp" else initial_weights)(config, args.seed)
     else:
-        config = read_folder(args.weights)[0]
-        weights = read_weights(args.weights)
+        config, weights = read_weights(args.weights)
     if not 2 <= args.positions <= config.n_ctx:
         raise InputError(f"--positions must be in 2..{config.n_ctx}, got {args.positions}")
     return Case(

@@ -23,8 +23,9 @@ from parity.cli import parse
 from parity.comparison.compare import compare
 from parity.config import GPTConfig
 from parity.errors import InputError, exit_with_message
+from parity.training.initial import weights_folder
 from parity.weights import huggingface, openai
-from parity.weights.load import find_folder, read_folder
+from parity.weights.load import read_folder
 
 # The two files of the tokenizer have the same content in both, under different names.
 _VOCABULARY = {"openai": ("encoder.json", "vocab.bpe"), "huggingface": ("vocab.json", "merges.txt")}
@@ -33,8 +34,8 @@ _VOCABULARY = {"openai": ("encoder.json", "vocab.bpe"), "huggingface": ("vocab.j
 @dataclasses.dataclass(frozen=True)
 class Args:
     source: tyro.conf.Positional[str]
-    """A size such as 124M, or a folder with OpenAI's files, with Hugging Face's files, or with a checkpoint of a
-    run."""
+    """What to convert: a size such as 124M, a run folder (its newest intact checkpoint), or a folder with OpenAI's
+    files, Hugging Face's files or one checkpoint."""
     out: tyro.conf.Positional[Path]
     """Folder to write, which must not exist yet or be empty."""
     to: Literal["openai", "huggingface", "torch", "flax"] = "huggingface"
@@ -48,7 +49,7 @@ def main() -> None:
     args = parse(Args, __doc__)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise InputError(f"{args.out} is not an empty folder; give another")
-    source = find_folder(args.source)
+    source = weights_folder(args.source)
     config, stored, from_format = read_folder(source)
     arrays = dict(weights.convert(stored, from_format, "huggingface", config, np.float32, origin=args.source))
     if not config.qkv_bias and args.to in _VOCABULARY:

@@ -1,4 +1,4 @@
-"""scripts/convert.py, as a user runs it."""
+"""scripts/convert.py, run as a user runs it."""
 
 import dataclasses
 import hashlib
@@ -12,6 +12,8 @@ import pytest
 from support.models import CONFIGS, TINY, probing_weights
 
 from parity import weights as table
+from parity.comparison.implementation import read_weights
+from parity.training import checkpoints
 from parity.weights import huggingface, openai
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "convert.py"
@@ -57,6 +59,19 @@ def test_native_names_too(source, tmp_path, form):
     assert (tmp_path / "back" / data).read_bytes() == (source / data).read_bytes()
     tensors = json.loads((tmp_path / "native" / "manifest.json").read_text())["tensors"]
     assert {name: tuple(entry["shape"]) for name, entry in tensors.items()} == table.shapes(TINY, form)
+
+
+def test_a_run_stands_for_its_newest_checkpoint(tmp_path):
+    for step in (1, 2):
+        weights = probing_weights(TINY, np.float32, seed=step)
+        checkpoints.save(tmp_path / "run" / "checkpoints", step, lambda f, w=weights: huggingface.write(f, TINY, w), 2)
+    result = convert(tmp_path / "run", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    _, tensors, _ = huggingface.read(tmp_path / "out")
+    assert all(np.array_equal(np.asarray(tensors[name]), array) for name, array in weights.items())
+    config, arrays = read_weights(str(tmp_path / "run"))
+    assert config == TINY
+    assert all(np.array_equal(arrays[name], array) for name, array in weights.items())
 
 
 def test_without_qkv_bias_the_bias_is_zero(tmp_path):

@@ -17,16 +17,16 @@ GPU = ["NVIDIA H100, 580.10"]
 
 
 def findings(gpus, jax, torch, **environment):
-    found = list(doctor.examine(gpus, jax, torch, environment))
-    return {f.name: f.value for f in found}, {f.name: f.problem for f in found if f.problem}
+    report = list(doctor.examine(gpus, jax, torch, environment))
+    return {f.name: f.value for f in report}, {f.name: f.problem for f in report if f.problem}
 
 
 @pytest.fixture(autouse=True)
 def no_tensorflow(monkeypatch):
-    """As if only these packages were installed."""
-    there = {"jax": "0.11.0", "torch": "2.13.0", "nvidia-cudnn-cu13": "9.26.0.51"}
-    monkeypatch.setattr(doctor, "installed", there.get)
-    return there
+    """Pretend that only these packages are installed; tests may change the dict."""
+    versions = {"jax": "0.11.0", "torch": "2.13.0", "nvidia-cudnn-cu13": "9.26.0.51"}
+    monkeypatch.setattr(doctor, "installed", versions.get)
+    return versions
 
 
 def test_healthy_machines():

@@ -1,4 +1,4 @@
-"""The 124M shape at 1024 positions, float32, random weights: torch, Flax and Hugging Face's own model."""
+"""The 124M shape with 1,024 positions in float32 and random weights: torch, Flax and Hugging Face transformers."""
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from parity.weights import huggingface, initial_weights, openai
 
 pytestmark = pytest.mark.optimized  # as users' programs are compiled
 
-FLOOR = 1e-4  # worst absolute difference of logits; measured figures are in docs/results/parity.md
+LOGITS_ATOL = 1e-4  # worst absolute difference of logits; measured figures are in docs/results/parity.md
 
 
 def hugging_face_logits(config, weights, tokens):
@@ -33,7 +33,7 @@ def hugging_face_logits(config, weights, tokens):
 
 @pytest.fixture(scope="module")
 def full_shape():
-    """(config, weights, tokens [1, 1024], logits of each): initial weights, five times as large, and biases."""
+    """(config, sharp weights, tokens [1, 1024], {implementation: logits})."""
     config = PRESETS["124M"]
     weights = sharp_weights(config, 0)
     tokens = random_batch(config, rows=1)[0]
@@ -42,27 +42,29 @@ def full_shape():
     return config, weights, tokens, logits
 
 
-@pytest.mark.parametrize(("one", "other"), [("torch", "jax"), ("torch", "hf"), ("jax", "hf")])
-def test_logits_agree(full_shape, one, other, record_property):
+@pytest.mark.parametrize(("a", "b"), [("torch", "jax"), ("torch", "hf"), ("jax", "hf")])
+def test_logits_agree(full_shape, a, b, record_property):
     *_, logits = full_shape
-    assert np.abs(logits["torch"]).max() > 1  # not the near-uniform model of fresh weights
-    result = compare(f"{one}-{other}", logits[one], logits[other], FLOOR)
+    assert np.abs(logits["torch"]).max() > 1  # fresh weights would give nearly uniform probabilities
+    result = compare(f"{a}-{b}", logits[a], logits[b], LOGITS_ATOL)
     record_property("worst", result.error)
     print(result)
     assert result.ok, str(result)
 
 
-def test_the_floor_can_be_exceeded(full_shape, monkeypatch):
-    """A slip in one layer of twelve shows: one bias, one transposed square matrix, the erf GELU."""
+def test_the_tolerance_catches_planted_errors(full_shape, monkeypatch):
+    """An error in one layer of twelve exceeds the tolerance: a bias, a transposed square matrix, the erf GELU."""
     config, weights, tokens, logits = full_shape
     tokens = tokens[:, :128]
     right = BACKENDS["torch"].logits(config, weights, tokens)
-    assert compare("causal", right, logits["torch"][:, :128], FLOOR).ok
+    assert compare("causal", right, logits["torch"][:, :128], LOGITS_ATOL).ok
     square, bias = "h.7.attn.c_proj.weight", "h.7.attn.c_proj.bias"
     for wrong in ({square: weights[square].T.copy()}, {bias: weights[bias] * 1.1}):
-        assert not compare("planted", BACKENDS["torch"].logits(config, {**weights, **wrong}, tokens), right, FLOOR).ok
+        assert not compare(
+            "planted", BACKENDS["torch"].logits(config, {**weights, **wrong}, tokens), right, LOGITS_ATOL
+        ).ok
     monkeypatch.setattr("gpt_torch.model.GELU.forward", lambda self, x: torch.nn.functional.gelu(x))
-    assert not compare("erf GELU", BACKENDS["torch"].logits(config, weights, tokens), right, FLOOR).ok
+    assert not compare("erf GELU", BACKENDS["torch"].logits(config, weights, tokens), right, LOGITS_ATOL).ok
 
 
 @pytest.mark.parametrize("name", ["gpt2", "one layer"])
@@ -85,7 +87,7 @@ def test_our_folders_open_in_both_backends_and_in_transformers(name, tmp_path):
     weights = probing_weights(config, np.float32)
     huggingface.write(tmp_path, config, weights)
     tokens = random_batch(config)[0]
-    wanted = BACKENDS["torch"].logits(config, weights, tokens)
+    expected = BACKENDS["torch"].logits(config, weights, tokens)
     assert gpt_torch.load_pretrained(tmp_path).config == gpt_jax.load_pretrained(tmp_path).config == config
     with torch.inference_mode():
         opened = {
@@ -96,7 +98,7 @@ def test_our_folders_open_in_both_backends_and_in_transformers(name, tmp_path):
             theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
             opened["transformers"] = theirs(torch.from_numpy(tokens).long()).logits.numpy()
     for reader, got in opened.items():
-        result = compare(reader, got, wanted, 2e-5)
+        result = compare(reader, got, expected, 2e-5)
         assert result.ok, str(result)
 
 
@@ -121,7 +123,7 @@ def test_float64_agrees_with_the_oracle_on_a_short_input(full_shape):
 
 
 def test_tensorflow_and_we_read_the_same_124m(full_shape, tmp_path):
-    """The whole bundle, 148 tensors, by our reader and by TensorFlow's: equal to the bit."""
+    """Our reader and TensorFlow's give bit-identical tensors, for all 148 of a bundle."""
     pytest.importorskip("tensorflow", reason="the tf extra is not installed")
     config, weights, *_ = full_shape
     arrays = dict(table.convert(weights, "huggingface", "openai", config))

@@ -1,4 +1,4 @@
-"""Every form in which Hugging Face's GPT-2 weights come, and the ones that are refused."""
+"""The forms of Hugging Face's GPT-2 weights that are read, and those that are refused."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The NumPy reader and writer of OpenAI's checkpoints, and both models through them."""
+"""Reading and writing OpenAI's checkpoints with NumPy, and loading them into both models."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def data_of(folder):
 
 
 def rewrite_index(folder, change):
-    """Change the entries {name: bytes} and write them with right checksums."""
+    """Change the entries {name: bytes} of the index and write them with valid checksums."""
     entries = dict(leveldb.read_table(index_of(folder).read_bytes()))
     change(entries)
     index_of(folder).write_bytes(leveldb.write_table(sorted(entries.items())))
@@ -47,10 +47,10 @@ def rewrite_index(folder, change):
 
 def test_round_trip_is_exact(folder):
     config, tensors = openai.read(folder)
-    wanted = openai_weights()
+    expected = openai_weights()
     assert config == TINY
-    assert tensors.keys() == wanted.keys()
-    for name, array in wanted.items():
+    assert tensors.keys() == expected.keys()
+    for name, array in expected.items():
         assert tensors[name].shape == array.shape
         assert np.array_equal(np.asarray(tensors[name]), array)
     assert data_of(folder).stat().st_size == 4 * table.n_params(TINY)
@@ -65,7 +65,7 @@ def test_names_of_124m_share_prefixes_and_restarts():
 
 
 def test_several_shards_and_other_dtypes(tmp_path):
-    """A bundle as a sharded saver leaves it: each entry names its shard."""
+    """A bundle in two shards: each entry names its shard."""
     tensor_bundle.write_bundle(tmp_path / "model.ckpt", {"a": np.arange(4.0), "b": np.arange(6, dtype=np.float16)})
     data = data_of(tmp_path).read_bytes()
     for shard, part in enumerate((data[:32], data[32:])):
@@ -87,32 +87,32 @@ def test_several_shards_and_other_dtypes(tmp_path):
 
 def test_both_backends_load_the_folder(folder):
     tokens = random_batch(TINY)[0]
-    wanted = BACKENDS["torch"].logits(TINY, probing_weights(TINY, np.float32), tokens)
+    expected = BACKENDS["torch"].logits(TINY, probing_weights(TINY, np.float32), tokens)
     for name, package in (("torch", gpt_torch), ("jax", gpt_jax)):
         model = package.load_pretrained(folder)
         got = BACKENDS[name].logits(model.config, package.export_weights(model), tokens)
-        result = compare(name, got, wanted, 2e-5)
+        result = compare(name, got, expected, 2e-5)
         assert result.ok, str(result)
 
 
 def test_tensorflow_reads_what_we_write_and_we_what_it_writes(folder, tmp_path):
     tf = pytest.importorskip("tensorflow", reason="the tf extra is not installed")
-    wanted = openai_weights()
+    expected = openai_weights()
     reader = tf.train.load_checkpoint(str(folder / "model.ckpt"))
-    assert reader.get_variable_to_shape_map().keys() == wanted.keys()
-    for name, array in wanted.items():
+    assert reader.get_variable_to_shape_map().keys() == expected.keys()
+    for name, array in expected.items():
         assert np.array_equal(reader.get_tensor(name), array)
     config, arrays = openai.read(folder, reader="tensorflow")
     assert config == TINY
-    assert all(np.array_equal(arrays[name], wanted[name]) for name in wanted)
+    assert all(np.array_equal(arrays[name], expected[name]) for name in expected)
     theirs = tmp_path / "theirs" / "model.ckpt"
     theirs.parent.mkdir()
-    names = list(wanted)
+    names = list(expected)
     tf.raw_ops.SaveV2(
-        prefix=str(theirs), tensor_names=names, shape_and_slices=[""] * len(names), tensors=[wanted[n] for n in names]
+        prefix=str(theirs), tensor_names=names, shape_and_slices=[""] * len(names), tensors=[expected[n] for n in names]
     )
     tensors = tensor_bundle.read_bundle(theirs)
-    assert all(np.array_equal(np.asarray(tensors[name]), wanted[name]) for name in names)
+    assert all(np.array_equal(np.asarray(tensors[name]), expected[name]) for name in names)
     index_of(folder).write_bytes(index_of(folder).read_bytes()[:-9])
     with pytest.raises(InputError, match="TensorFlow cannot read it"):
         openai.read(folder, reader="tensorflow")
@@ -242,7 +242,7 @@ def test_wrong_hparams_missing_and_extra_layers(folder):
 
 
 def test_mutated_indexes_give_our_error_or_the_right_values(folder):
-    """20,000 edits, half of them with checksums made right again, so that the parser itself is reached."""
+    """20,000 random edits of an index; half of them get valid checksums, so that they reach the parser."""
     original = index_of(folder).read_bytes()
     original_entries = tensor_bundle.read_index(folder / "model.ckpt")
     generator = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The parity report: planted errors are found, and located to the right name; exit codes."""
+"""The parity report detects planted errors and names the right activation; the script's files and exit status."""
 
 import base64
 import json
@@ -36,7 +36,7 @@ def case(dtype="float64", names=("*",), **options):
 
 
 def changed(**changes):
-    """gpt_torch with some weights changed: {name with dots as __: function}."""
+    """gpt_torch with some weights changed: {name, with __ for dots: function of the array}."""
 
     def activations(config, weights, tokens, names, compute):
         wrong = {name.replace("__", "."): change for name, change in changes.items()}
@@ -87,7 +87,7 @@ def positions_off_by_one(self, tokens, right=torch.nn.Embedding.forward):
     return right(self, (tokens + 1) % 24 if self.num_embeddings == 24 else tokens)
 
 
-# {what is wrong: (where it must be found first, how it is planted)}
+# {planted error: (the first activation that must fail, how it is planted)}
 PLANTS = {
     "a token's embedding": ("embed", changed(wte__weight=lambda w: w * (1 + 1e-9))),
     "positions off by one": ("embed", patched(torch.nn.Embedding, "forward", positions_off_by_one)),
@@ -121,7 +121,7 @@ PLANTS = {
 
 @pytest.fixture(scope="module")
 def right():
-    """gpt_jax, run once."""
+    """gpt_jax without an error; its activations are computed once."""
     given = case()
     activations = BACKENDS["jax"].activations(given.config, given.weights, given.inputs)
     return Implementation("jax", types.SimpleNamespace(activations=lambda *_: activations))
@@ -130,12 +130,12 @@ def right():
 @pytest.mark.parametrize("what", PLANTS)
 @pytest.mark.parametrize("order", [1, -1], ids=["A", "B"])
 def test_planted_errors_are_located(right, what, order, monkeypatch):
-    where, planted = PLANTS[what]
+    first_wrong, planted = PLANTS[what]
     wrong = planted(monkeypatch) if callable(planted) else planted
     rows = list(sections.activations(*[right, wrong][::order], case()))
     first = report.first_failure(rows)
     assert first is not None
-    assert first.name == where
+    assert first.name == first_wrong
     small, large = (first.error_a, first.error_b)[::order]
     assert large > 10 * max(small, 1e-16)  # the report says which of the two is wrong
 
@@ -283,12 +283,12 @@ def test_the_adapter_restores_the_callers_matmul_precision():
 
 
 def test_two_copies_of_weights(tmp_path):
-    gpt_torch.save_pretrained(gpt_torch.adapter.build(TINY, sharp_weights(TINY, 0)), tmp_path / "one")
-    gpt_torch.save_pretrained(gpt_torch.adapter.build(TINY, sharp_weights(TINY, 1)), tmp_path / "two")
-    for other, status in (("one", 0), ("two", 1)):
+    gpt_torch.save_pretrained(gpt_torch.adapter.build(TINY, sharp_weights(TINY, 0)), tmp_path / "first")
+    gpt_torch.save_pretrained(gpt_torch.adapter.build(TINY, sharp_weights(TINY, 1)), tmp_path / "second")
+    for other, status in (("first", 0), ("second", 1)):
         result = run_script(
-            "check_parity.py", f"torch:{tmp_path / 'one'}", f"numpy:{tmp_path / other}", "--weights", tmp_path / "one",
-            "--sections", "activations", "--out", tmp_path / "report",
+            "check_parity.py", f"torch:{tmp_path / 'first'}", f"numpy:{tmp_path / other}",
+            "--weights", tmp_path / "first", "--sections", "activations", "--out", tmp_path / "report",
         )  # fmt: skip
         assert result.returncode == status, result.stdout + result.stderr
 

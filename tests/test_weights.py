@@ -1,3 +1,5 @@
+"""The table of parameters and the converter: names, shapes, orientation, round trips, initial weights."""
+
 import dataclasses
 import functools
 import weakref
@@ -22,7 +24,7 @@ PUBLISHED = {"124M": 124_439_808, "355M": 354_823_168, "774M": 774_030_080, "155
 
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_parameter_counts(preset):
-    """In the table and in both models, nothing allocated."""
+    """The table and both models agree with the published counts; nothing is allocated."""
     with torch.device("meta"):
         in_torch = sum(p.numel() for p in gpt_torch.GPTModel(preset, seed=None).parameters())
     abstract = jax.eval_shape(lambda: gpt_jax.GPTModel(preset, seed=None))
@@ -44,10 +46,10 @@ def test_table_names_and_shapes_are_the_models(preset):
 @pytest.mark.parametrize("target", table.FORMATS)
 def test_round_trips_are_exact(source, target):
     original = probing_weights(TINY)
-    there = dict(table.convert(original, "huggingface", source, TINY))
-    across = dict(table.convert(there, source, target, TINY))
-    assert {n: a.shape for n, a in across.items()} == table.shapes(TINY, target)
-    back = dict(table.convert(across, target, "huggingface", TINY))
+    in_source = dict(table.convert(original, "huggingface", source, TINY))
+    in_target = dict(table.convert(in_source, source, target, TINY))
+    assert {n: a.shape for n, a in in_target.items()} == table.shapes(TINY, target)
+    back = dict(table.convert(in_target, target, "huggingface", TINY))
     assert back.keys() == original.keys()
     assert all(np.array_equal(back[name], original[name]) for name in original)
 
@@ -88,7 +90,7 @@ def test_models_give_back_what_they_were_given(config):
 
 
 def test_head_order_by_probe():
-    """Column (c, n, h) of OpenAI's c_attn lands at [c, n, h] in flax and in row (c, n, h) in torch."""
+    """Column (c, n, h) of OpenAI's c_attn becomes [c, n, h] in flax and row (c, n, h) in torch."""
     config = dataclasses.replace(TINY, n_layer=1)
     D, H = config.n_embd, config.head_width
     weights = {name: np.zeros(shape) for name, shape in table.shapes(config, "openai").items()}

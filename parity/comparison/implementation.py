@@ -15,6 +15,7 @@ from parity.comparison.error_bounds import Rounding
 from parity.comparison.protocol import DEFAULT_COMPUTE, Batch, Compute, Weights
 from parity.config import GPTConfig
 from parity.errors import InputError
+from parity.training.initial import weights_folder
 from parity.training.settings import TrainSettings
 from parity.weights import convert
 from parity.weights.load import read_folder
@@ -86,8 +87,8 @@ def open_implementation(spec: str, config: GPTConfig, aliases: Mapping[str, Path
     """Open an implementation by name or file.
 
     Args:
-        spec: "torch", "jax", "numpy", an alias or the path of a Python file; ":WEIGHTS" after it, a size or a
-            folder, gives the implementation weights of its own.
+        spec: "torch", "jax", "numpy", an alias or the path of a Python file; ":WEIGHTS" after it (a size, a
+            run or a folder) gives the implementation weights of its own.
         config: The configuration of the comparison, which weights of its own must match.
         aliases: {name: Python file} of further names.
 
@@ -107,7 +108,7 @@ def open_implementation(spec: str, config: GPTConfig, aliases: Mapping[str, Path
         raise InputError(f"{name!r} is not an implementation; choose one of {known}, or give a Python file")
     if not hasattr(module, "activations"):
         raise InputError(f"{path} has no function activations(config, weights, tokens, names, compute); define it")
-    return Implementation(spec, module, read_weights(origin, config) if origin else None)
+    return Implementation(spec, module, _own_weights(origin, config) if origin else None)
 
 
 def _import_backend(name: str) -> ModuleType:
@@ -128,12 +129,17 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def read_weights(origin: str, config: GPTConfig | None = None) -> dict[str, np.ndarray]:
-    """Read the weights of a size or folder into memory, in the huggingface format.
+def read_weights(origin: str) -> tuple[GPTConfig, dict[str, np.ndarray]]:
+    """Read the configuration and all weights, in the huggingface format, of a size, a run or a folder.
 
-    Raises InputError if `config` is given and differs from theirs in anything but the dropout rate.
+    Raises InputError as parity.training.initial.weights_folder and parity.weights.load.read_folder do.
     """
-    own_config, arrays, format = read_folder(origin)
-    if config is not None and dataclasses.replace(own_config, drop_rate=config.drop_rate) != config:
+    config, arrays, format = read_folder(weights_folder(origin))
+    return config, dict(convert(arrays, format, "huggingface", config, origin=origin))
+
+
+def _own_weights(origin: str, config: GPTConfig) -> Weights:
+    own_config, arrays = read_weights(origin)
+    if dataclasses.replace(own_config, drop_rate=config.drop_rate) != config:
         raise InputError(f"{origin} holds a model of another shape ({own_config}) than the comparison's ({config})")
-    return dict(convert(arrays, format, "huggingface", own_config, origin=origin))
+    return arrays
