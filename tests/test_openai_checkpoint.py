@@ -174,6 +174,13 @@ def test_hostile_entries(folder, value, message):
         openai.read(folder)
 
 
+@pytest.mark.parametrize("names", [(b"a", b"a"), (b"b", b"a")])
+def test_repeated_and_unsorted_names_are_refused(names):
+    table_bytes = leveldb.write_table([(name, b"value") for name in names])
+    with pytest.raises(leveldb.DamageError, match=repr(names[1])):
+        list(leveldb.read_table(table_bytes))
+
+
 def test_names_never_become_paths(folder):
     rewrite_index(folder, lambda entries: entries.update({b"../../etc/passwd": entries.pop(b"model/wte")}))
     _, tensors = openai.read(folder)
