@@ -99,11 +99,7 @@ Patch = Any
 
 
 def expand_patches(patches: Mapping[str, Patch], config: GPTConfig) -> dict[str, Patch]:
-    """Expand patterns in the keys of `patches`: every activation that matches a pattern gets its patch.
-
-    Raises:
-        InputError: For a key that matches nothing, and for an activation that two keys match.
-    """
+    """Expand patterns in the keys; raise InputError for one without a match, and for an activation with two patches."""
     expanded: dict[str, Patch] = {}
     key_of: dict[str, str] = {}
     for key, patch in patches.items():
@@ -130,10 +126,6 @@ def register_tracer(tracer: type, trace_state: Callable[[], Any]) -> None:
     _tracers[tracer] = trace_state
 
 
-def _trace_states() -> dict[type, Any]:
-    return {tracer: state() for tracer, state in _tracers.items()}
-
-
 @dataclasses.dataclass
 class Probe:
     """What `probe` does with the activations of the models that run in it.
@@ -154,7 +146,9 @@ class Probe:
     cache: dict[str, Any] = dataclasses.field(default_factory=dict)
     visited: set[str] = dataclasses.field(default_factory=set)
     layer: int | None = None
-    trace_states: Mapping[type, Any] = dataclasses.field(default_factory=_trace_states)
+    trace_states: Mapping[type, Any] = dataclasses.field(
+        default_factory=lambda: {tracer: state() for tracer, state in _tracers.items()}
+    )
 
     def visit(self, name: str, x: Any) -> Any:
         """Record or replace the activation x, and return what the model goes on with."""
@@ -251,16 +245,12 @@ def layer(number: int | None) -> None:
         _active.probe.layer = number
 
 
-def _convert_nothing(value: Any, x: Any) -> Any:
-    return value
-
-
 @contextlib.contextmanager
 def probe(
     config: GPTConfig,
     names: Iterable[str] | str | None,
     patches: Mapping[str, Patch] | None = None,
-    convert: Callable[[Any, Any], Any] = _convert_nothing,
+    convert: Callable[[Any, Any], Any] = lambda value, x: value,
 ) -> Iterator[dict[str, Any]]:
     """Record and replace activations of the models that run in this context, on this thread.
 
@@ -297,13 +287,7 @@ def run(
     patches: Mapping[str, Patch] | None,
     convert: Callable[[Any, Any], Any],
 ) -> tuple[Any, dict[str, Any]]:
-    """Run model(tokens) under a probe; both backends' `run_with_cache` call it.
-
-    Warns if the model's fused attention is replaced by the explicit one. Arguments and errors are those of `probe`.
-
-    Returns:
-        (logits, recorded activations).
-    """
+    """Return (logits, recorded activations) of model(tokens) under a probe: `run_with_cache` of both backends."""
     with probe(model.config, names, patches, convert) as cache:
         if attention(model.attention) != model.attention:
             warnings.warn(
