@@ -1,0 +1,81 @@
+"""Show what is cached on this machine, with its size, and delete it.
+
+    python scripts/cache.py                     # every kind of cache, with its size
+    python scripts/cache.py --clear corpora     # delete the downloaded corpora, after a question
+    python scripts/cache.py --clear all --yes   # delete everything without a question
+
+Compiled programs are listed only if the environment variable JAX_COMPILATION_CACHE_DIR names their folder.
+"""
+
+import dataclasses
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.prompt import Confirm
+from rich.table import Table
+
+from parity.cli import parse
+from parity.data.corpora import DOWNLOADS
+from parity.errors import InputError, exit_with_message
+from parity.storage.download import cache_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    clear: Literal["models", "vocabulary", "corpora", "compiled", "all"] | None = None
+    """Delete this kind of cache, or all of them; by default nothing is deleted."""
+    yes: bool = False
+    """Delete without asking."""
+
+
+def main() -> None:
+    args, console = parse(Args, __doc__), Console(width=None if sys.stdout.isatty() else 200)
+    caches = cached_paths()
+    table = Table("cache", "files", "size", "where")
+    for kind, paths in caches.items():
+        files = [file for path in paths for file in _files(path)]
+        size = sum(file.lstat().st_size for file in files)
+        table.add_row(kind, str(len(files)), f"{size / 1e6:,.1f} MB", ", ".join(map(str, paths)))
+    console.print(table)
+    if args.clear is None:
+        return
+    chosen = [path for kind, paths in caches.items() if args.clear in (kind, "all") for path in paths]
+    if not chosen:
+        console.print(f"there is nothing to delete ({args.clear})")
+        return
+    if not args.yes:
+        if not sys.stdin.isatty():
+            raise InputError(f"--clear {args.clear} asks before it deletes; add --yes to delete without a question")
+        if not Confirm.ask(f"Delete {', '.join(map(str, chosen))}?", console=console, default=False):
+            return
+    for path in chosen:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    console.print(f"deleted {len(chosen)} files and folders")
+
+
+def cached_paths() -> dict[str, list[Path]]:
+    """Return the existing files and folders of each kind of cache; nothing else is ever deleted."""
+    cache, compiled = cache_folder(), os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    kinds = {
+        "models": [cache / "models"],
+        "vocabulary": sorted(cache.glob("vocab.bpe*")),
+        "corpora": [path for _, file in DOWNLOADS.values() for path in sorted(cache.glob(f"{file.name}*"))],
+        "compiled": [Path(compiled)] if compiled else [],
+    }
+    return {kind: [path for path in paths if path.exists() or path.is_symlink()] for kind, paths in kinds.items()}
+
+
+def _files(path: Path) -> list[Path]:
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+
+
+if __name__ == "__main__":
+    with exit_with_message():
+        main()
