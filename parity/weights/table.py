@@ -228,10 +228,7 @@ def convert(
 def _arrays(
     row: Row, weights: Mapping[str, Any], from_format: str, to_format: str, config: GPTConfig, dtype: Any
 ) -> Iterator[np.ndarray]:
-    """Yield a row's tensors in the target's axes: one per layer, or the whole stack if both formats stack.
-
-    No array is held here while the next one is read.
-    """
+    """Yield a row's tensors in the target's axes, or one stack if both formats stack; no two are held at once."""
     both_stacked = row.stacked(from_format) and row.stacked(to_format)
     pattern = " -> ".join(row.pattern(f) if both_stacked else row.axes[f] for f in (from_format, to_format))
     sizes = {letter: size for letter, size in config.axes.items() if letter in pattern}
@@ -271,9 +268,7 @@ def warn_if_not_finite(name: str, array: np.ndarray, origin: str) -> None:
 def initial_weights(
     config: GPTConfig, seed: int, dtype: Any = np.float32, scheme: Literal["gpt2", "torch"] = "gpt2"
 ) -> dict[str, np.ndarray]:
-    """Draw initial weights in the huggingface format, the same ones for both backends.
-
-    The numbers of each tensor depend only on the seed and on its name.
+    """Draw initial weights in the huggingface format; a tensor's numbers depend only on the seed and its name.
 
     Args:
         config: Configuration of the model.
