@@ -87,7 +87,7 @@ def train(args: Args, these: Processes) -> int:
     device_info = {
         "device": describe(device) + mesh_info,
         "precision": describe_precision(job.settings, attention),
-        "program": f"layers unrolled {unroll}, recomputed for gradients: {remat}",
+        "program": f"layers per loop iteration {unroll}; recomputed in the backward pass: {remat}",
     }
     job = start_run(job, "jax", device_info, console)
 

@@ -18,15 +18,15 @@ from parity.training.schedule import learning_rate
 
 
 def windows(lengths=(100, 57), n_ctx=8, **options):
-    """Shards that count upward, so that a window tells where it came from."""
+    """Return windows over shards that count upward, so that a window shows where it comes from."""
     starts = np.cumsum([0, *lengths])
     shards = [np.arange(a, b, dtype=np.uint16) for a, b in itertools.pairwise(starts)]
     return Windows(shards, n_ctx, 1000, **options)
 
 
-def write_llmc(path, tokens, promised=None, version=1):
+def write_llmc(path, tokens, announced=None, version=1):
     header = np.zeros(256, np.int32)
-    header[:3] = 20240520, version, len(tokens) if promised is None else promised
+    header[:3] = 20240520, version, len(tokens) if announced is None else announced
     path.write_bytes(header.tobytes() + np.asarray(tokens, np.uint16).tobytes())
     return path
 
@@ -51,10 +51,10 @@ def test_every_window_once_an_epoch_over_any_batch_size(stride):
 
 def test_batch_is_a_pure_function():
     a, b = windows(), windows()
-    wanted = [a.batch(3, step, 4)[0] for step in range(20)]
+    expected = [a.batch(3, step, 4)[0] for step in range(20)]
     for step in (17, 2, 2, 9):
-        assert np.array_equal(b.batch(3, step, 4)[0], wanted[step])
-    assert not np.array_equal(a.batch(4, 0, 4)[0], wanted[0])
+        assert np.array_equal(b.batch(3, step, 4)[0], expected[step])
+    assert not np.array_equal(a.batch(4, 0, 4)[0], expected[0])
 
 
 @pytest.mark.parametrize("lengths", [(100, 57), (9,), (17, 2, 30)])
@@ -88,8 +88,8 @@ def test_bin_without_validation_is_split(tmp_path):
     [
         (lambda p: p.write_bytes(b""), "0 bytes"),
         (lambda p: p.write_bytes(b"abc"), "3 bytes"),
-        (lambda p: write_llmc(p, [1, 2], promised=5), "cut or damaged"),
-        (lambda p: write_llmc(p, [1, 2], promised=-1), "cut or damaged"),
+        (lambda p: write_llmc(p, [1, 2], announced=5), "cut or damaged"),
+        (lambda p: write_llmc(p, [1, 2], announced=-1), "cut or damaged"),
         (lambda p: write_llmc(p, []), "no tokens"),
         (lambda p: write_llmc(p, [1], version=2), "version 2"),
         (lambda p: None, "missing"),
@@ -108,7 +108,7 @@ def test_ids_beyond_the_vocabulary():
     with pytest.raises(InputError, match=r"mine\.bin contains token id 300"):
         Windows([shard], 8, 257, name="mine.bin")
     data = Windows([np.zeros(50, np.uint16)], 8, 257, name="mine.bin")
-    data.shards = [shard]  # as if beyond what is looked at on opening
+    data.shards = [shard]  # as if the id came after those that are checked on opening
     for read in (lambda: data.batch(0, 0, 2), lambda: list(data.in_order(2))):
         with pytest.raises(InputError, match=r"mine\.bin contains token id 300"):
             read()
@@ -157,8 +157,8 @@ def test_downloaded_corpora_are_checked_and_clear_offline(tmp_path, monkeypatch)
     with pytest.raises(InputError, match="use the embedded python-docs"):
         load_corpus("the-verdict", ByteTokenizer())
     text = b"text " * 9
-    wanted = RemoteFile("the-verdict.txt", len(text), hashlib.sha256(text).hexdigest())
-    monkeypatch.setitem(corpora.DOWNLOADS, "the-verdict", ("http://127.0.0.1:9/", wanted))
+    remote_file = RemoteFile("the-verdict.txt", len(text), hashlib.sha256(text).hexdigest())
+    monkeypatch.setitem(corpora.DOWNLOADS, "the-verdict", ("http://127.0.0.1:9/", remote_file))
     (tmp_path / "the-verdict.txt").write_bytes(text)
     assert len(load_corpus("the-verdict", ByteTokenizer()).train[0]) == 40
     (tmp_path / "the-verdict.txt").write_bytes(b"TEXT " * 9)

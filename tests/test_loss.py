@@ -75,7 +75,7 @@ def test_a_models_gradients(tied_head):
 
 
 def test_memory_holds_one_chunk_of_logits():
-    """By the compiler's own account; 26 MB of logits in 13 chunks of 2."""
+    """By the compiler's memory analysis; 26 MB of logits in 13 chunks of 2 MB."""
     config = GPTConfig(n_vocab=50304, n_ctx=130, n_embd=8, n_head=1, n_layer=1)
     model = jax.eval_shape(lambda: gpt_jax.GPTModel(config, seed=None))
     x = jax.ShapeDtypeStruct((1, 130, 8), jnp.float32)
@@ -102,15 +102,15 @@ def test_bfloat16_keeps_its_loss_in_float32():
 
 @pytest.mark.parametrize("remat", ["products", "all"])
 def test_computing_again_changes_no_gradient_and_saves_memory(remat):
-    """By the compiler's account, at 6 layers of 64 positions."""
+    """By the compiler's memory analysis, with 6 layers and 64 positions."""
     config = GPTConfig(n_vocab=97, n_ctx=64, n_embd=64, n_head=4, n_layer=6)
     tokens, targets = random_batch(config)
-    found = {}
+    results = {}
     for kind in ("none", remat):
         model = gpt_jax.GPTModel(config, remat=kind)
         compiled = jax.jit(jax.grad(summed_loss)).lower(model, tokens, targets).compile()
-        found[kind] = jax.tree.leaves(compiled(model, tokens, targets)), compiled.memory_analysis().temp_size_in_bytes
-    (kept, more), (again, less) = found["none"], found[remat]
+        results[kind] = jax.tree.leaves(compiled(model, tokens, targets)), compiled.memory_analysis().temp_size_in_bytes
+    (kept, more), (again, less) = results["none"], results[remat]
     assert less < 0.8 * more
     for a, b in zip(again, kept, strict=True):
         assert compare("gradient", np.asarray(a), np.asarray(b), 2e-5 * np.abs(b).max()).ok

@@ -1,4 +1,4 @@
-"""A run that is killed or stopped at any moment goes on to the same metrics, bit for bit."""
+"""A run that is killed or stopped at any moment can be resumed, and has the same metrics, bit for bit."""
 
 import signal
 import subprocess
@@ -88,7 +88,7 @@ def test_asked_to_stop(uninterrupted, tmp_path, name, number):
     assert_equal_runs(run, uninterrupted[name])
 
 
-# In float32 a batch now and then is so ill-conditioned that either path is 5e-4 from the true one; so in float64.
+# In float32 an occasional batch is so ill-conditioned that both backends deviate by 5e-4 from the exact result.
 EXACT = ("--preset", "tiny", "--dtype", "float64")
 
 
@@ -98,29 +98,29 @@ def exact_runs(shared_run):
     return {name: shared_run(f"float64-{name}", f"train_{name}.py", *EXACT)[0] for name in BACKENDS}
 
 
-def assert_same_path(one, other):
+def assert_same_trajectory(one, other):
     for a, b in zip(metrics(one), metrics(other), strict=True):
         assert a == pytest.approx(b, rel=1e-9)
     assert (one / "samples.txt").read_bytes() == (other / "samples.txt").read_bytes()
 
 
-def test_both_scripts_walk_the_same_path(exact_runs):
-    assert_same_path(*exact_runs.values())
+def test_both_scripts_follow_the_same_trajectory(exact_runs):
+    assert_same_trajectory(*exact_runs.values())
 
 
 @pytest.mark.parametrize("first", BACKENDS)
-def test_the_other_frameworks_run_goes_on(exact_runs, tmp_path, first):
-    """Begun with one, stopped, ended with the other."""
+def test_a_run_of_the_other_framework_is_resumed(exact_runs, tmp_path, first):
+    """Started with one backend, stopped, and finished with the other."""
     [second] = BACKENDS.keys() - {first}
     run = tmp_path / "run"
     run_and_signal(first, EXACT, run, signal.SIGTERM, at_step(25))
     assert checkpoints.steps(run / "checkpoints")[-1] == 25
     result = run_script(f"train_{second}.py", "--run", run, "--resume")
     assert result.returncode == 0, result.stderr
-    assert_same_path(run, exact_runs[first])
+    assert_same_trajectory(run, exact_runs[first])
 
 
-def test_a_run_without_checkpoints_begins_anew_and_none_is_no_run(tmp_path):
+def test_resume_needs_a_run(tmp_path):
     result = run_script("train_torch.py", "--run", tmp_path / "none", "--resume")
     assert result.returncode == 2
     assert "holds no run" in result.stderr

@@ -1,4 +1,4 @@
-"""What the JAX step computes, and what it does not: compile again, copy its state, average padding in."""
+"""The JAX training step: its numbers, that it compiles once and copies nothing, and that padding does not count."""
 
 import dataclasses
 from pathlib import Path
@@ -27,7 +27,7 @@ def batches(A, B, seed=0):
 
 
 def test_decay_reaches_matrices_only():
-    """With no gradient to speak of, a step is the decay alone: p - lr * wd * p."""
+    """A huge eps makes the gradient's part negligible, so that a step is the decay alone: p - lr * wd * p."""
     settings = dataclasses.replace(SETTINGS, weight_decay=0.5, eps=1e6)
     trainer = Trainer(TINY, settings)
     before = {n: np.asarray(p.get_value()) for n, p in gpt_jax.weights.parameters(trainer.state.model).items()}
@@ -41,7 +41,7 @@ def test_decay_reaches_matrices_only():
 
 
 def test_clip_and_adam_by_hand():
-    """One step from the gradient: clip to the norm, bias-corrected moments, decay, learning rate."""
+    """One step computed from the gradient: clipping, bias-corrected moments, weight decay and learning rate."""
     settings = dataclasses.replace(SETTINGS, clip=0.01)
     trainer = Trainer(TINY, settings)
     inputs, targets = batches(1, 2)
@@ -57,7 +57,7 @@ def test_clip_and_adam_by_hand():
     for name, g in grads.items():
         g = g * settings.clip / norm
         update = g / (np.abs(g) + settings.eps) + (settings.weight_decay * before[name] if name in decayed else 0)
-        # Updates, not parameters; where g is near rounding, its sign is not known.
+        # Compare updates, not parameters. Where g is close to its rounding error, its sign is unknown.
         clear = np.abs(g) > 1e-3 * np.abs(g).max()
         result = compare(name, ((before[name] - after[name]) / 0.01)[clear], update[clear], 2e-4)
         assert result.ok, str(result)
@@ -74,19 +74,19 @@ def test_state_is_donated_and_no_batch_compiles_again():
 
 
 def test_a_step_waits_for_nothing_and_moves_nothing(monkeypatch):
-    """Between a batch that was put and metrics that are read, nothing is copied that was not sent on purpose.
+    """Between to_device() and the reading of the metrics, nothing is copied implicitly and nothing is waited for.
 
-    On a CPU JAX guards what goes to the device only, so reads are caught where they happen.
+    On a CPU, JAX's transfer guard sees only copies to the device, so reads are detected by patching the array class.
     """
     trainer = Trainer(dataclasses.replace(TINY, drop_rate=0.1), SETTINGS)
-    put = [trainer.to_device(*batches(1, 2, seed=step)) for step in range(4)]
-    trainer.train_step(*put[0], 1e-3, 0)
+    on_device = [trainer.to_device(*batches(1, 2, seed=step)) for step in range(4)]
+    trainer.train_step(*on_device[0], 1e-3, 0)
     read = []
-    array = type(put[0][0])
+    array = type(on_device[0][0])
     for name in ("_value", "__array__", "__float__", "__bool__", "block_until_ready"):
         monkeypatch.setattr(array, name, property(lambda self, name=name: read.append(name)))
     with jax.transfer_guard("disallow"):
-        metrics = [trainer.train_step(*put[step], 1e-3 * step, step) for step in range(1, 4)]
+        metrics = [trainer.train_step(*on_device[step], 1e-3 * step, step) for step in range(1, 4)]
     assert not read
     with pytest.raises(TypeError):
         float(metrics[-1]["loss"])
@@ -94,7 +94,7 @@ def test_a_step_waits_for_nothing_and_moves_nothing(monkeypatch):
     monkeypatch.undo()
     assert all(np.isfinite(float(m["loss"])) for m in metrics)
     with jax.transfer_guard("disallow"), pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed"):
-        trainer._train_step(trainer.state, *put[0], np.float32(1e-3), np.int32(0))
+        trainer._train_step(trainer.state, *on_device[0], np.float32(1e-3), np.int32(0))
 
 
 def test_dropout_is_a_function_of_seed_and_step():

@@ -1,4 +1,4 @@
-"""Both trainers walk one path: loss, gradient norm and every AdamW update of every step, in torch and JAX."""
+"""Both trainers follow the same trajectory: loss, gradient norm and AdamW update of every step."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ from parity.weights import Row, initial_weights, rows
 
 pytestmark = pytest.mark.optimized  # as users' programs are compiled
 
-# The clip is at work in some steps and not in others; decay and learning rate are large enough to show.
+# Some steps are clipped and others are not; decay and learning rate are large enough to matter.
 SETTINGS = dataclasses.replace(recipe("tiny").settings, steps=100, warmup=10, weight_decay=0.3, clip=0.55)
 # Relative. Rounding is some 1e-16 or 1e-7, and a hundred steps let it grow; measured 4e-16 and 3e-7 for losses,
 # 3e-6 for norms in float32. Updates are of their parameter's largest; they are differences of weights near 1,
@@ -31,7 +31,7 @@ UPDATE_RTOL = 1e-10
 
 
 def batches(config, steps=100, A=2, B=2, seed=0, T=None, settings=SETTINGS):
-    """Batches whose micro-batches have unequal numbers of targets."""
+    """Yield batches whose micro-batches have unequal numbers of targets."""
     for step in range(steps):
         inputs, targets = (part[:, :T] for part in random_batch(config, A * B, seed=(seed, step)))
         targets = targets.copy()
@@ -41,7 +41,7 @@ def batches(config, steps=100, A=2, B=2, seed=0, T=None, settings=SETTINGS):
 
 
 def train(name, config, dtype, steps, settings=SETTINGS, given=batches, **options):
-    """[(loss, norm)], and [{name: update}] of each step."""
+    """Train, and return [(loss, norm)] and [{name: update}] of all steps."""
     settings = dataclasses.replace(settings, dtype=dtype)
     weights = {n: w.astype(dtype) for n, w in initial_weights(config, 3).items()}
     before, updates = dict(weights), []
@@ -60,12 +60,12 @@ def compare_metrics(got, want, dtype, slack=1):
 
 
 def worst(got, want):
-    """The worst comparison of metrics and updates, in float64."""
-    found = list(compare_metrics(got[0], want[0], "float64"))
+    """Return the worst comparison of metrics and updates, in float64."""
+    results = list(compare_metrics(got[0], want[0], "float64"))
     for step, (a, b) in enumerate(zip(got[1], want[1], strict=True)):
         assert a.keys() == b.keys()
-        found += [compare(f"step {step} {n}", a[n], b[n], UPDATE_RTOL * np.abs(b[n]).max() + 1e-300) for n in b]
-    return max(found, key=lambda result: result.share)
+        results += [compare(f"step {step} {n}", a[n], b[n], UPDATE_RTOL * np.abs(b[n]).max() + 1e-300) for n in b]
+    return max(results, key=lambda result: result.share)
 
 
 def test_every_update_of_a_hundred_steps_in_float64(config):
@@ -88,18 +88,18 @@ def test_ten_steps_of_the_full_shape_in_float32():
     config = PRESETS["124M"]
     settings = dataclasses.replace(recipe("124M").settings, lr=1e-4, warmup=1, steps=10, dtype="float32")
     weights = initial_weights(config, 0)
-    [first] = batches(config, 1, A=2, B=1, T=24)  # over and over, so that it learns
+    [first] = batches(config, 1, A=2, B=1, T=24)  # the same batch every time, so that the model learns it
     given = [first._replace(lr=batch.lr) for batch in batches(config, 10, A=2, B=1, T=24, settings=settings)]
     got, want = (np.array(BACKENDS[name].train(config, weights, settings, given)) for name in ("jax", "torch"))
     assert want[-1, 0] < want[0, 0] / 10
-    for result in compare_metrics(got, want, "float32", slack=5):  # one batch over and over: measured 6e-6 and 1e-5
+    for result in compare_metrics(got, want, "float32", slack=5):  # the same batch every time: measured 6e-6 and 1e-5
         print(result)
         assert result.ok, str(result)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_updates_are_those_of_the_oracle(name):
-    """AdamW in NumPy, on the gradients of the backend: neither framework's optimizer is taken on trust."""
+    """AdamW in NumPy on the backend's gradients, so that the test trusts neither framework's optimizer."""
     settings = dataclasses.replace(SETTINGS, dtype="float64")
     weights = initial_weights(TINY, 3, np.float64)
     given = list(batches(TINY, 6, A=1))
@@ -119,7 +119,7 @@ def test_updates_are_those_of_the_oracle(name):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_micro_batches_equal_one_batch(name):
-    """Also where their counts of targets differ."""
+    """Micro-batches with unequal numbers of targets give the same step as one batch."""
 
     def merged(config, steps):
         for batch in batches(config, steps, A=3):
@@ -143,7 +143,7 @@ def another_eps(monkeypatch):
 
 
 def torch_default_clip(monkeypatch):
-    """The norm plus 1e-6 is divided by."""
+    """Divide by the norm plus 1e-6."""
 
     def clip(gradients, largest):
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -173,7 +173,7 @@ def schedule_one_behind(monkeypatch):
 
 
 def clip_each_micro_batch(monkeypatch):
-    """Clipped before they are added up, not after."""
+    """Clip the gradient of each micro-batch before they are summed, not after."""
     right, before = torch.Tensor.backward, {}
 
     def backward(loss):
@@ -196,21 +196,21 @@ def clip_each_micro_batch(monkeypatch):
 
 
 def leaves_of(loss):
-    """The parameters that a loss depends on."""
-    found, waiting, seen = [], [loss.grad_fn], set()
+    """Return the parameters that a loss depends on."""
+    leaves, waiting, seen = [], [loss.grad_fn], set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found.append(node.variable)
+            leaves.append(node.variable)
         waiting += [parent for parent, _ in node.next_functions]
-    return found
+    return leaves
 
 
 def mean_of_means(monkeypatch):
-    """Each micro-batch's mean, averaged: wrong where their counts differ."""
+    """Average the means of the micro-batches, which is wrong if their numbers of targets differ."""
     right = gpt_torch.train.summed_loss
 
     def wrong(model, inputs, targets, dtype=None):
@@ -254,6 +254,6 @@ def test_compiled_torch_trains_alike():
         for compile in (False, True):
             trainer = gpt_torch.train.Trainer(TINY, settings, attention="sdpa", compile=compile)
             steps = enumerate(batches(TINY, 3))
-            found = [trainer.train_step(*trainer.to_device(*batch[:2]), batch.lr, step) for step, batch in steps]
-            losses.append([float(metrics["loss"]) for metrics in found])
+            metrics = [trainer.train_step(*trainer.to_device(*batch[:2]), batch.lr, step) for step, batch in steps]
+            losses.append([float(values["loss"]) for values in metrics])
         assert losses[1] == pytest.approx(losses[0], rel=rtol)

@@ -1,4 +1,4 @@
-"""Loading ahead of use, on other threads."""
+"""Load items before they are needed, on other threads."""
 
 import collections
 import itertools
@@ -11,9 +11,15 @@ T = TypeVar("T")
 
 
 def prefetch(load: Callable[[S], T], items: Iterable[S], depth: int = 2, workers: int = 1) -> Generator[T, None, None]:
-    """load(item) for each item in order, made on other threads while the earlier ones are used.
+    """Yield load(item) for each item in order, loaded on other threads while earlier ones are in use.
 
-    At most `depth` of them wait. An error of load() is raised where its item would have come.
+    An error of load() is raised in place of its item.
+
+    Args:
+        load: Function to call on the other threads.
+        items: Its arguments.
+        depth: Largest number of results that are being loaded or waiting.
+        workers: Number of threads.
     """
     remaining = iter(items)
     with ThreadPoolExecutor(workers) as pool:

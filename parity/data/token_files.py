@@ -1,4 +1,4 @@
-"""Token files: nanoGPT's .bin (raw uint16) and llm.c's (a header of 256 int32, then uint16), memory-mapped."""
+"""Memory-mapped token files: .bin of nanoGPT (raw uint16) and of llm.c (a header of 256 int32, then uint16)."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ _LLMC_MAGIC, _LLMC_VERSION, _LLMC_HEADER = 20240520, 1, 256 * 4
 
 
 def bin_header(count: int) -> bytes:
-    """What precedes `count` uint16 tokens in a .bin file of llm.c's kind."""
+    """Return the header of an llm.c .bin file with `count` uint16 tokens."""
     header = np.zeros(_LLMC_HEADER // 4, "<i4")
     header[:3] = _LLMC_MAGIC, _LLMC_VERSION, count
     return header.tobytes()
 
 
 def read_bin(path: str | Path) -> np.ndarray:
-    """Memory-mapped uint16 tokens [length] of a .bin file; raises InputError that names it."""
+    """Map the uint16 tokens [length] of a .bin file; raises InputError that names the file if it is damaged."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"token file {path} is missing")
@@ -26,12 +26,12 @@ def read_bin(path: str | Path) -> np.ndarray:
     header = np.fromfile(path, np.int32, count=3) if size >= _LLMC_HEADER else np.zeros(3, np.int32)
     if header[0] == _LLMC_MAGIC:
         if header[1] != _LLMC_VERSION:
-            raise InputError(f"token file {path} has llm.c version {header[1]}; only version {_LLMC_VERSION} is known")
+            raise InputError(f"token file {path} has llm.c version {header[1]}, only version {_LLMC_VERSION} is known")
         if size != _LLMC_HEADER + 2 * int(header[2]):
-            raise InputError(f"token file {path} is cut or damaged: its header promises {header[2]} tokens")
+            raise InputError(f"token file {path} is cut or damaged: its header announces {header[2]} tokens")
         if header[2] == 0:
-            raise InputError(f"token file {path} holds no tokens")
+            raise InputError(f"token file {path} contains no tokens")
         return np.memmap(path, np.uint16, mode="r", offset=_LLMC_HEADER)
     if size == 0 or size % 2:
-        raise InputError(f"token file {path} has {size} bytes; uint16 tokens take a positive, even number")
+        raise InputError(f"token file {path} has {size} bytes; uint16 tokens need a positive, even number")
     return np.memmap(path, np.uint16, mode="r")

@@ -1,4 +1,4 @@
-"""A bigram model of the corpus: the baseline that a language model has to beat."""
+"""A bigram model of the corpus, which is the baseline that a language model should beat."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,15 @@ import numpy as np
 
 
 def bigram_loss(train: Sequence[np.ndarray], validation: Sequence[np.ndarray], n_vocab: int) -> float:
-    """Mean loss in nats a token, on the validation tokens, of the best smoothed bigram.
+    """Return the mean loss in nats per token of the best smoothed bigram model on the validation tokens.
 
-    p(b | a) = (count(a, b) + k p(b)) / (count(a) + k), with p(b) from counts plus one, and k the best of
-    several on the validation tokens themselves: the baseline gets every benefit of the doubt.
+    p(b | a) = (count(a, b) + k p(b)) / (count(a) + k), where p(b) comes from counts plus one. k is the best of several
+    values on the validation tokens themselves, which favours the baseline.
+
+    Args:
+        train: Token ids, one array [length] per shard.
+        validation: Token ids, one array [length] per shard.
+        n_vocab: Size of the vocabulary.
     """
     first, second = (np.concatenate([shard[part] for shard in train]) for part in (np.s_[:-1], np.s_[1:]))
     unigram = np.bincount(second, minlength=n_vocab) + 1.0
@@ -18,7 +23,7 @@ def bigram_loss(train: Sequence[np.ndarray], validation: Sequence[np.ndarray], n
     pairs, counts = np.unique(first.astype(np.int64) * n_vocab + second, return_counts=True)
 
     a, b = (np.concatenate([shard[part] for shard in validation]).astype(np.int64) for part in (np.s_[:-1], np.s_[1:]))
-    found = np.minimum(np.searchsorted(pairs, a * n_vocab + b), len(pairs) - 1)
-    seen = np.where(pairs[found] == a * n_vocab + b, counts[found], 0)
-    losses = [-np.log((seen + k * unigram[b]) / (totals[a] + k)).mean() for k in (0.1, 1, 10, 100, 1000)]
+    index = np.minimum(np.searchsorted(pairs, a * n_vocab + b), len(pairs) - 1)
+    pair_counts = np.where(pairs[index] == a * n_vocab + b, counts[index], 0)
+    losses = [-np.log((pair_counts + k * unigram[b]) / (totals[a] + k)).mean() for k in (0.1, 1, 10, 100, 1000)]
     return float(min(losses))

@@ -1,4 +1,4 @@
-"""Where metrics go besides metrics.jsonl: TensorBoard and Weights & Biases, both optional."""
+"""Optional loggers besides metrics.jsonl: TensorBoard and Weights & Biases."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,16 +8,25 @@ from parity.storage.download import is_offline
 from parity.training.runs import RunFolder
 
 Logger = Callable[[Mapping[str, Any]], None]
-"""Takes one line of metrics.jsonl."""
+"""A function that takes one line of metrics.jsonl."""
 
 
 def open_loggers(run: RunFolder, tensorboard: bool, wandb: bool) -> list[Logger]:
-    """Loggers for a run; raises InputError, naming the extra to install, where a package is missing."""
-    return [make(run) for make, wanted in ((_tensorboard, tensorboard), (_wandb, wandb)) if wanted]
+    """Return the loggers of a run.
+
+    Args:
+        run: Folder of the run.
+        tensorboard: Whether to log to TensorBoard.
+        wandb: Whether to log to Weights & Biases.
+
+    Raises:
+        InputError: If a package is missing; the message names the extra to install.
+    """
+    return [make(run) for make, enabled in ((_tensorboard, tensorboard), (_wandb, wandb)) if enabled]
 
 
 def _tensorboard(run: RunFolder) -> Logger:
-    """Event files in the run's folder tensorboard/."""
+    """Write event files into the subfolder tensorboard/ of the run."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
@@ -34,7 +43,7 @@ def _tensorboard(run: RunFolder) -> Logger:
 
 
 def _wandb(run: RunFolder) -> Logger:
-    """A run in the folder wandb/; sent unless WANDB_MODE, or offline with GPT_PARITY_OFFLINE, says otherwise."""
+    """Log a run of wandb, kept in the subfolder wandb/; offline if GPT_PARITY_OFFLINE or WANDB_MODE says so."""
     try:
         import wandb
     except ImportError:
@@ -43,7 +52,7 @@ def _wandb(run: RunFolder) -> Logger:
     session = wandb.init(project="gpt-parity", name=run.path.name, dir=str(run.path), config=run.config(), **mode)
 
     def log(entries: Mapping[str, Any]) -> None:
-        # The step is a value of its own: one step has two lines, and a resumed run goes back.
+        # The step is logged as a value, because a step can have two lines and a resumed run returns to earlier steps.
         session.log({"step": entries["step"], **_numbers(entries)})
 
     return log

@@ -1,12 +1,19 @@
-"""Learning rate of a step, computed on the host and handed to either backend."""
+"""Learning rate of each step, computed on the host for both backends."""
 
 import math
 
 
 def learning_rate(step: int, peak: float, final: float, warmup: int, steps: int) -> float:
-    """Linear warm-up to `peak` over `warmup` steps, then half a cosine down to `final` at the last step.
+    """Return the learning rate of a step: a linear warm-up, then a half cosine (Loshchilov & Hutter 2017, SGDR).
 
-    `step` counts from 0. Source: Loshchilov & Hutter 2017 (SGDR), without restarts, as in nanoGPT.
+    Without restarts, as in nanoGPT.
+
+    Args:
+        step: Number of the step, from 0.
+        peak: Learning rate at the end of the warm-up.
+        final: Learning rate at the last step.
+        warmup: Number of warm-up steps.
+        steps: Number of all steps.
     """
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -84,8 +84,10 @@ class TrainSettings:
         return "float64" if self.dtype == "float64" else "float32"
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "accumulate", "eval_every", "log_every", "keep", "keep_every", "sample_tokens",
-                  "sample_top_k")  # fmt: skip
+        counts = (
+            "steps", "batch_size", "accumulate", "eval_every", "log_every", "keep", "keep_every", "sample_tokens",
+            "sample_top_k",
+        )  # fmt: skip
         for name in counts:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
