@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx
 
 from gpt_jax.model import GPTModel
@@ -30,12 +31,13 @@ def save_pretrained(model: GPTModel, folder: str | Path) -> None:
     huggingface.write(Path(folder), model.config, export_weights(model))
 
 
-def load_pretrained(path: str | Path, **options: Any) -> GPTModel:
+def load_pretrained(path: str | Path, *, device: jax.Device | None = None, **options: Any) -> GPTModel:
     """Load a model from files.
 
     Args:
         path: A folder with OpenAI's original files, a folder saved by transformers or `save_pretrained`, or one of our
             checkpoints; or one of OpenAI's models by its size ("124M"), which is downloaded into the cache once.
+        device: Where the weights are put; by default JAX's default device.
         options: Further arguments of `GPTModel`, for example `attention`.
 
     Raises:
@@ -44,5 +46,6 @@ def load_pretrained(path: str | Path, **options: Any) -> GPTModel:
     config, arrays, format = read_folder(path)
     # An abstract model first: the zeros that the constructor makes are never allocated.
     model = nnx.eval_shape(lambda: GPTModel(config, seed=None, **options))
-    load_weights(model, arrays, format, origin=str(path))
-    return model
+    with jax.default_device(device):
+        load_weights(model, arrays, format, origin=str(path))
+    return model if device is None else jax.device_put(model, device)  # so that it computes on that device

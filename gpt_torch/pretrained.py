@@ -30,12 +30,13 @@ def save_pretrained(model: GPTModel, folder: str | Path) -> None:
     huggingface.write(Path(folder), model.config, export_weights(model))
 
 
-def load_pretrained(path: str | Path, **options: Any) -> GPTModel:
+def load_pretrained(path: str | Path, *, device: torch.device | str | None = None, **options: Any) -> GPTModel:
     """Load a model from files.
 
     Args:
         path: A folder with OpenAI's original files, a folder saved by transformers or `save_pretrained`, or one of our
             checkpoints; or one of OpenAI's models by its size ("124M"), which is downloaded into the cache once.
+        device: Where the weights are put; by default the CPU.
         options: Further arguments of `GPTModel`, for example `attention`.
 
     Raises:
@@ -44,6 +45,6 @@ def load_pretrained(path: str | Path, **options: Any) -> GPTModel:
     config, arrays, format = read_folder(path)
     with torch.device("meta"):  # allocates nothing and draws no random weights, which would be overwritten
         model = GPTModel(config, seed=None, **options)
-    model.to_empty(device="cpu")
+    model.to_empty(device=device or "cpu")
     load_weights(model, arrays, format, origin=str(path))
     return model

@@ -1,4 +1,4 @@
-"""The model and tokenizer that a script is pointed at: a run of ours, or weights by size or folder."""
+"""Load the model and the tokenizer that the options --run and --model name."""
 
 from pathlib import Path
 from typing import Any
@@ -10,33 +10,48 @@ from parity.training.runs import RunFolder
 from parity.weights.load import find_folder
 
 
-def load(
+def load_model_and_tokenizer(
     backend: Any,
-    run: Path | None,
-    model: str | None,
+    run: Path | None = None,
+    model: str | None = None,
     vocab_bpe: Path | None = None,
     checkpoint: str = "newest",
+    device: Any = None,
 ) -> tuple[Any, Tokenizer, Path]:
-    """(model, tokenizer, the folder its weights came from), by `backend`, which is gpt_torch or gpt_jax.
+    """Load a model of a training run, or of a size or folder, and the tokenizer that it was trained with.
 
-    `checkpoint` of a run: "newest" (intact), "best" (by validation loss) or a step.
+    Args:
+        backend: The package gpt_torch or gpt_jax.
+        run: Run folder of a training script. Give either `run` or `model`.
+        model: OpenAI's model of a size ("124M"), or a folder with weights.
+        vocab_bpe: OpenAI's vocab.bpe, for the gpt2 tokenizer. By default from the model's folder or the cache.
+        checkpoint: Which checkpoint of the run: "newest" (the newest intact one), "best" (lowest validation loss), or
+            the number of a step.
+        device: A device of the backend. By default the backend's own default.
 
-    Raises InputError unless just one of `run` and `model` is given, and for what is missing or does not match.
+    Returns:
+        (GPTModel of the backend, tokenizer, folder that the weights were read from).
+
+    Raises:
+        InputError: Unless exactly one of `run` and `model` is given, and if files are missing or damaged or the
+            tokenizer has more tokens than the model.
     """
     if (run is None) == (model is None):
         raise InputError("give either --run, a run folder, or --model, a size or a folder with weights")
     if run is not None:
-        opened = RunFolder(run)
-        tokenizer = load_tokenizer(opened.config()["train"]["tokenizer"], vocab_bpe)
-        folder = _checkpoint(opened, checkpoint)
+        run_folder = RunFolder(run)
+        tokenizer = load_tokenizer(run_folder.config()["train"]["tokenizer"], vocab_bpe)
+        folder = _checkpoint(run_folder, checkpoint)
     else:
         folder = find_folder(model or "")
-        beside = folder / "vocab.bpe"
-        tokenizer = load_tokenizer("gpt2", beside if vocab_bpe is None and beside.is_file() else vocab_bpe)
-    loaded = backend.load_pretrained(folder)
+        own_vocab = folder / "vocab.bpe"
+        tokenizer = load_tokenizer("gpt2", own_vocab if vocab_bpe is None and own_vocab.is_file() else vocab_bpe)
+    loaded = backend.load_pretrained(folder, device=device)
     if tokenizer.n_vocab > loaded.config.n_vocab:
-        sizes = f"{tokenizer.n_vocab} tokens, the model in {folder} {loaded.config.n_vocab}"
-        raise InputError(f"the {tokenizer.name} tokenizer has {sizes}; they do not belong together")
+        raise InputError(
+            f"the {tokenizer.name} tokenizer has {tokenizer.n_vocab} tokens, but the model in {folder} has only "
+            f"{loaded.config.n_vocab}; they do not belong together"
+        )
     return loaded, tokenizer, folder
 
 
@@ -48,4 +63,4 @@ def _checkpoint(run: RunFolder, which: str) -> Path:
         return checkpoints.intact(run.checkpoints, best)
     if which.isdecimal():
         return checkpoints.intact(run.checkpoints, int(which))
-    raise InputError(f"--checkpoint {which}: give newest, best (of a run that was evaluated), or a step's number")
+    raise InputError(f"--checkpoint {which}: give newest, best (for a run with evaluations), or the number of a step")

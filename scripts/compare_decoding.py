@@ -1,4 +1,4 @@
-"""Compare ways to choose tokens on one set of prompts: a table, a picture and a Markdown report.
+"""Compare decoding strategies on one set of prompts, and write a table, a picture and a Markdown report.
 
 python scripts/compare_decoding.py --run runs/NAME
 python scripts/compare_decoding.py --model 124M --prompts prompts.txt --out reports/decoding
@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from parity import loading as sources
 from parity.cli import parse
 from parity.data.tokenizer import encode_prompt
 from parity.errors import InputError, exit_with_message
+from parity.loading import load_model_and_tokenizer
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -36,41 +36,47 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 PROMPTS: tuple[str, ...] = ("The ", "In the beginning", "def ", "A list is")
 MEASURES = {
-    "mean log-probability": "mean log-probability of the chosen tokens, nats, under the model",
-    "distinct-1": "distinct tokens / tokens of a continuation, the mean",
-    "distinct-2": "distinct pairs of tokens / pairs of a continuation, the mean",
-    "repetition": "share of runs of four tokens that came before in the continuation, the mean",
+    "mean log-probability": "mean log-probability (nats) that the model gives to the chosen tokens",
+    "distinct-1": "distinct tokens divided by all tokens of a continuation, averaged over continuations",
+    "distinct-2": "distinct pairs of tokens divided by all pairs of a continuation, averaged over continuations",
+    "repetition": "fraction of sequences of four tokens that occurred earlier in the continuation, averaged",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     run: Path | None = None
-    """Run folder of a training script."""
+    """Run folder of a training script; give either --run or --model."""
     checkpoint: str = "newest"
-    """Of the run: newest (intact), best (by validation loss), or a step."""
+    """Checkpoint of the run: newest (the newest intact one), best (lowest validation loss), or a step number."""
     model: str | None = None
-    """124M, 355M, 774M, 1558M, or a folder with weights."""
+    """OpenAI's model of this size (124M, 355M, 774M or 1558M), or a folder with weights."""
     prompts: Path | None = None
-    """A UTF-8 file, one prompt a line; by default a few short ones."""
+    """A UTF-8 file with one prompt per line. By default a few short prompts."""
     backend: Literal["jax", "torch"] = "jax"
+    """Framework that runs the model."""
+    device: Literal["auto", "cpu", "gpu", "cuda", "tpu", "mps"] = "auto"
+    """Device that runs the model. auto takes an accelerator if the framework sees one; gpu and cuda are the same."""
     max_new_tokens: int = 100
+    """Largest number of tokens per continuation."""
     samples: int = 4
-    """Continuations of each prompt (greedy has one)."""
+    """Number of continuations of each prompt; greedy decoding has one."""
     seed: int = 0
+    """Seed of the random numbers."""
     vocab_bpe: Path | None = None
-    """OpenAI's vocab.bpe, for the gpt2 tokenizer."""
+    """OpenAI's vocab.bpe for the gpt2 tokenizer. By default from the model's folder or the cache."""
     out: Path = Path("reports/decoding")
+    """Folder for decoding.md, decoding.png and decoding.json."""
 
 
 def measure(new: list[list[int]], logprobs: list[list[float]]) -> dict[str, float]:
-    """The MEASURES of continuations; distinct-n after Li et al. 2016."""
+    """The MEASURES of continuations; distinct-n as in Li et al. 2016."""
 
     def grams(row: list[int], n: int) -> list[tuple[int, ...]]:
         return [tuple(row[i : i + n]) for i in range(len(row) - n + 1)]
 
     def distinct(n: int) -> float:
-        # Row by row: more rows would make fewer of them distinct.
+        # For each row by itself: over more rows together, fewer n-grams are distinct.
         return float(np.mean([len(set(grams(row, n))) / max(1, len(grams(row, n))) for row in new]))
 
     values = (
@@ -85,7 +91,11 @@ def measure(new: list[list[int]], logprobs: list[list[float]]) -> dict[str, floa
 def main() -> None:
     args = parse(Args, __doc__)
     backend = importlib.import_module(f"gpt_{args.backend}")
-    model, tokenizer, folder = sources.load(backend, args.run, args.model, args.vocab_bpe, args.checkpoint)
+    devices = importlib.import_module(f"gpt_{args.backend}.devices")
+    device = devices.choose_device(args.device)
+    model, tokenizer, folder = load_model_and_tokenizer(
+        backend, args.run, args.model, args.vocab_bpe, args.checkpoint, device
+    )
     texts = PROMPTS
     if args.prompts is not None:
         texts = tuple(line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip())
@@ -108,7 +118,7 @@ def main() -> None:
         new = [row[len(ids[number // samples]) :] for number, row in enumerate(rows)]
         figures[name] = measure(new, logprobs)
         examples[name] = tokenizer.decode([token for token in new[0] if token != tokenizer.eos_id])
-    report(args, str(folder), texts, figures, examples)
+    report(args, f"{folder}, {args.backend} on {devices.describe(device)}", texts, figures, examples)
 
 
 def report(args: Args, origin: str, texts: tuple[str, ...], figures: dict, examples: dict) -> None:
@@ -129,7 +139,7 @@ def report(args: Args, origin: str, texts: tuple[str, ...], figures: dict, examp
     lines = [
         "# Decoding strategies",
         "",
-        f"{origin}, {args.backend}, {len(texts)} prompts, up to {args.max_new_tokens} new tokens, seed {args.seed}.",
+        f"{origin}, {len(texts)} prompts, up to {args.max_new_tokens} new tokens, seed {args.seed}.",
         "",
         "| strategy | " + " | ".join(MEASURES) + " |",
         "|---" * (len(MEASURES) + 1) + "|",
@@ -145,7 +155,7 @@ def report(args: Args, origin: str, texts: tuple[str, ...], figures: dict, examp
         lines += ["", f"**{name}**", "", *("    " + line for line in text.splitlines())]
     (args.out / "decoding.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (args.out / "decoding.json").write_text(json.dumps(figures, indent=2) + "\n")
-    Console().print(f"written to {args.out}/: decoding.md, decoding.png, decoding.json", highlight=False)
+    Console().print(f"Wrote decoding.md, decoding.png and decoding.json to {args.out}/", highlight=False)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Continue a prompt with a trained model, by either backend; text appears as it is made.
+"""Continue a prompt with a trained model, in either backend. The text is printed while it is generated.
 
 python scripts/generate.py --run runs/NAME "The "
 python scripts/generate.py --model 124M --backend torch "The meaning of life is"
 python scripts/generate.py --model path/to/folder --file prompt.txt --samples 3
-python scripts/generate.py --model 124M          # asks for prompts; or reads one from a pipe
+python scripts/generate.py --model 124M          # prompts are read from the terminal, or one from a pipe
 """
 
 import dataclasses
@@ -16,41 +16,55 @@ from typing import Any, Literal
 
 import tyro
 
-from parity import loading as sources
 from parity.cli import parse
 from parity.data.tokenizer import Tokenizer, encode_prompt, stream_text
 from parity.errors import InputError, exit_with_message
+from parity.loading import load_model_and_tokenizer
+from parity.sampling import GenerateOptions
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     prompt: tyro.conf.Positional[str | None] = None
-    """Text to continue; without it and --file, lines of standard input."""
+    """Text to continue. Without it and without --file, prompts are read from standard input."""
     file: Path | None = None
-    """A file whose text is the prompt."""
+    """A UTF-8 file whose whole text is the prompt."""
     run: Path | None = None
-    """Run folder of a training script."""
+    """Run folder of a training script; give either --run or --model."""
     checkpoint: str = "newest"
-    """Of the run: newest (intact), best (by validation loss), or a step."""
+    """Checkpoint of the run: newest (the newest intact one), best (lowest validation loss), or a step number."""
     model: str | None = None
-    """124M, 355M, 774M, 1558M, or a folder with weights."""
+    """OpenAI's model of this size (124M, 355M, 774M or 1558M), or a folder with weights."""
     backend: Literal["jax", "torch"] = "jax"
+    """Framework that runs the model; both give the same text."""
+    device: Literal["auto", "cpu", "gpu", "cuda", "tpu", "mps"] = "auto"
+    """Device that runs the model. auto takes an accelerator if the framework sees one; gpu and cuda are the same."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the weights and of the computation."""
     max_new_tokens: int = 200
+    """Largest number of tokens to generate."""
     temperature: float = 0.8
-    """0 is greedy."""
+    """Sampling temperature: below 1 the most probable tokens become more probable; 0 always takes the most probable."""
     top_k: int | None = None
+    """Sample from the K most probable tokens only. By default all tokens."""
     top_p: float | None = None
+    """Sample from the fewest most probable tokens that together have this probability (0 to 1). By default all."""
     min_p: float | None = None
+    """Sample from tokens at least this many times (0 to 1) as probable as the most probable one. By default all."""
     repetition_penalty: float | None = None
+    """Above 1, tokens that are already in the text become less probable. By default unchanged, like 1."""
     stop: tuple[str, ...] = ()
-    """Texts that end the continuation, compared as tokens."""
+    """Texts that end the continuation; they are compared as token sequences. By default none."""
     samples: int = 1
+    """Number of continuations of the prompt."""
     seed: int = 0
+    """Seed of the random numbers. The same seed gives the same text in both backends."""
+    context_size: int | None = None
+    """Largest number of tokens that the model attends to. By default the model's whole context."""
     overflow: Literal["crop", "stop"] = "crop"
-    """Past the model's context: go on from the last tokens, computed anew for each, or stop."""
+    """What to do when the context is full: crop continues from its last tokens (slower), stop ends the text."""
     vocab_bpe: Path | None = None
-    """OpenAI's vocab.bpe, for the gpt2 tokenizer."""
+    """OpenAI's vocab.bpe for the gpt2 tokenizer. By default from the model's folder or the cache."""
 
 
 def prompts(args: Args) -> Iterator[str]:
@@ -73,29 +87,28 @@ def prompts(args: Args) -> Iterator[str]:
         yield sys.stdin.read()
 
 
-def show(args: Args, backend: Any, model: Any, tokenizer: Tokenizer, prompt: str) -> None:
-    """Print the continuations; the speed goes to standard error."""
-    ids = list(encode_prompt(tokenizer, prompt))
-    options = {
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "min_p": args.min_p,
-        "repetition_penalty": args.repetition_penalty,
+def generate_options(args: Args, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The options of generate() that the command line has, with the tokenizer's ids for texts."""
+    names = GenerateOptions.__optional_keys__ - {"eos_id", "first_row", "per_prompt"}
+    return {name: getattr(args, name) for name in names} | {
         "stop": [tokenizer.encode(text) for text in args.stop],
         "eos_id": tokenizer.eos_id,
-        "seed": args.seed,
-        "overflow": args.overflow,
     }
-    counted = 0
-    begin = time.perf_counter()
+
+
+def continue_prompt(args: Args, backend: Any, model: Any, tokenizer: Tokenizer, prompt: str) -> None:
+    """Print the continuations to standard output, and the speed to standard error."""
+    ids = list(encode_prompt(tokenizer, prompt))
+    options = generate_options(args, tokenizer)
+    n_new = 0
+    start = time.perf_counter()
     if args.samples == 1:
         steps = backend.stream(model, [ids], args.max_new_tokens, **options)
 
         def new_ids() -> Iterator[int]:
-            nonlocal counted
+            nonlocal n_new
             for [token] in steps:
-                counted += 1
+                n_new += 1
                 if token != tokenizer.eos_id:
                     yield token
 
@@ -105,24 +118,29 @@ def show(args: Args, backend: Any, model: Any, tokenizer: Tokenizer, prompt: str
             sys.stdout.flush()
         sys.stdout.write("\n")
     else:
-        rows = backend.generate(model, [ids], args.max_new_tokens, samples=args.samples, **options)
+        rows = backend.generate(model, [ids], args.max_new_tokens, **options)
         for number, row in enumerate(rows, 1):
-            counted += len(row) - len(ids)
+            n_new += len(row) - len(ids)
             new = [token for token in row[len(ids) :] if token != tokenizer.eos_id]
             sys.stdout.write(f"=== sample {number} ===\n{prompt}{tokenizer.decode(new)}\n")
-    seconds = time.perf_counter() - begin
-    sys.stderr.write(f"[{counted} tokens in {seconds:.1f} s, {counted / seconds:.1f} tokens/s, compilation included]\n")
+    seconds = time.perf_counter() - start
+    sys.stderr.write(f"[{n_new} tokens in {seconds:.1f} s, {n_new / seconds:.1f} tokens/s including compilation]\n")
 
 
 def main() -> None:
     args = parse(Args, __doc__)
-    backend = importlib.import_module(f"gpt_{args.backend}")  # the other framework is never loaded
-    model, tokenizer, _ = sources.load(backend, args.run, args.model, args.vocab_bpe, args.checkpoint)
+    backend = importlib.import_module(f"gpt_{args.backend}")  # the other framework is never imported
+    devices = importlib.import_module(f"gpt_{args.backend}.devices")
+    device = devices.choose_device(args.device)
+    model, tokenizer, _ = load_model_and_tokenizer(
+        backend, args.run, args.model, args.vocab_bpe, args.checkpoint, device
+    )
+    sys.stderr.write(f"[{devices.describe(device)}, {args.dtype}]\n")
     model = backend.cast(model, args.dtype)
     if args.backend == "jax":
         model = backend.for_decoding(model)
     for prompt in prompts(args):
-        show(args, backend, model, tokenizer, prompt)
+        continue_prompt(args, backend, model, tokenizer, prompt)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """The scripts, as a user runs them."""
 
+import dataclasses
 import json
 
+import generate
 import pytest
 from support.models import BACKENDS
 from support.runs import metrics, run_script
 
+from parity.sampling import GenerateOptions
 from parity.training import checkpoints
 
 
@@ -45,6 +48,26 @@ def test_both_backends_sample_the_same_text_from_a_run(finished_runs):
     at = {step: run_script("generate.py", "--checkpoint", step, *options) for step in ("best", "60", "20")}
     assert at["best"].stdout == at["60"].stdout == texts[0] != at["20"].stdout
     assert texts[0].startswith("The ")
+
+
+def test_generate_has_every_option_that_makes_sense_for_texts():
+    """eos_id is the tokenizer's; first_row and per_prompt are for several prompts."""
+    fields = {field.name for field in dataclasses.fields(generate.Args)}
+    assert GenerateOptions.__optional_keys__ - fields == {"eos_id", "first_row", "per_prompt"}
+
+
+def test_generate_states_its_device_and_refuses_an_absent_one(finished_runs):
+    folder, _ = finished_runs["jax"]
+    for backend in BACKENDS:
+        options = ("--run", folder, "--backend", backend, "--max-new-tokens", "3")
+        result = run_script("generate.py", *options, "--device", "cpu", "x")
+        assert result.returncode == 0, result.stderr
+        assert result.stderr.startswith("[cpu (")
+        assert f"{backend} " in result.stderr.splitlines()[0]
+        result = run_script("generate.py", *options, "--device", "tpu", "x")
+        assert result.returncode == 2
+        assert "--device tpu" in result.stderr
+        assert "Traceback" not in result.stderr
 
 
 def test_generate_reads_files_and_pipes_and_refuses_what_does_not_fit(finished_runs, tmp_path):
