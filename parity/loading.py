@@ -40,7 +40,10 @@ def load_model_and_tokenizer(
         raise InputError("give either --run, a run folder, or --model, a size or a folder with weights")
     if run is not None:
         run_folder = RunFolder(run)
-        tokenizer = load_tokenizer(run_folder.config()["train"]["tokenizer"], vocab_bpe)
+        config = run_folder.config()
+        if "train" not in config:
+            raise InputError(f"--run {run}: this is no run of a training script; for a folder with weights use --model")
+        tokenizer = load_tokenizer(config["train"]["tokenizer"], vocab_bpe)
         folder = _checkpoint(run_folder, checkpoint)
     else:
         folder = find_folder(model or "")
