@@ -58,6 +58,12 @@ def test_every_activation_is_within_its_bound_of_the_reference(truth, name):
         assert compare(key, activations[key], exact[key], bounds[key]).ok
 
 
+def test_rounding_of_sums():
+    """Products are summed in float32 where the operands are bfloat16: 6 of them round by its unit roundoff."""
+    assert error_bounds.sum_rounding("bfloat16", 6) == error_bounds.sum_rounding("float32", 6) == 2**-24
+    assert error_bounds.sum_rounding("float64", 24) == 2 * 2**-53
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_bounds_hold_and_are_not_empty_in_other_precisions(name, dtype):

@@ -9,6 +9,7 @@ from support.models import BACKENDS
 from support.runs import metrics, run_script
 
 from parity.training import checkpoints
+from parity.training.runs import RunFolder
 
 OPTIONS = ("--preset", "tiny", "--eval-every", 10, "--drop-rate", 0.1)
 
@@ -127,3 +128,16 @@ def test_resume_needs_a_run(tmp_path):
     result = run_script("train_torch.py", "--resume")
     assert result.returncode == 2
     assert "name its folder" in result.stderr
+
+
+def test_metrics_and_samples_after_a_step_are_forgotten(tmp_path):
+    run = RunFolder(tmp_path)
+    for step in (1, 2, 3):
+        run.log({"step": step, "loss": 1.0})
+        run.add_sample(step, f"text of {step}")
+    run.forget_after(2)
+    assert [entry["step"] for entry in run.metrics()] == [1, 2]
+    samples = (tmp_path / "samples.txt").read_text()
+    assert "text of 1" in samples
+    assert "text of 2" in samples
+    assert "3" not in samples
