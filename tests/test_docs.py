@@ -35,7 +35,7 @@ SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if path.stem !
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 PROGRAMS = "python|make|srun|torchrun|pip|git|sbatch|kubectl|pre-commit|[A-Z][A-Z_]+=\\S+ python"
 # Executed as shown, on small files; other scripts' commands are parsed, and executed by tests of their own.
-EXECUTED = ("generate", "convert", "prepare_data", "plan")
+EXECUTED = ("generate", "convert", "prepare_data", "plan", "runs", "cache")
 
 
 def fragments(page, language):
