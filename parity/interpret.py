@@ -12,6 +12,7 @@ import numpy as np
 
 from parity.config import LAYER_NORM_EPS, GPTConfig
 from parity.errors import InputError
+from parity.figures import new_figure
 from parity.reference import Weights, as_float64, layer_norm, output_head
 
 Activations = Mapping[str, Any]
@@ -160,27 +161,21 @@ def plot_attention(path: str | Path, pattern: np.ndarray, labels: Sequence[str] 
     Returns:
         The path.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     heads, T, S = np.shape(pattern)
     columns = min(4, heads)
     rows = -(-heads // columns)
-    figure, panels = plt.subplots(
-        rows, columns, figsize=(3 * columns, 3 * rows + 0.4), squeeze=False, layout="constrained"
-    )
+    figure = new_figure(figsize=(3 * columns, 3 * rows + 0.4), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    literally = {"parse_math": False}  # a token may hold dollar signs
     for head, axes in enumerate(panels.flat):
         axes.set_visible(head < heads)
         if head < heads:
             axes.imshow(np.asarray(pattern)[head], vmin=0, vmax=1, cmap="viridis")
             axes.set_title(f"head {head}", fontsize=9)
-            axes.set_xticks(range(S) if labels else [], labels, rotation=90, fontsize=6)
-            axes.set_yticks(range(T) if labels else [], labels, fontsize=6)
-    figure.suptitle(title)
+            axes.set_xticks(range(S) if labels else [], labels, rotation=90, fontsize=6, **literally)
+            axes.set_yticks(range(T) if labels else [], labels, fontsize=6, **literally)
+    figure.suptitle(title, **literally)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return Path(path)
 
 

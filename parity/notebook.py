@@ -17,6 +17,7 @@ from parity.config import GPTConfig, as_tied
 from parity.data.tokenizer import END_OF_TEXT, load_tokenizer
 from parity.data.windows import order
 from parity.errors import InputError
+from parity.figures import new_figure
 
 
 def download_and_load_gpt2(model_size: str, models_dir: str | Path) -> tuple[dict[str, int], dict[str, Any]]:
@@ -276,12 +277,8 @@ def plot_losses(
     Returns:
         The path.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
+    figure = new_figure(figsize=(5, 3), layout="constrained")
+    axes = figure.subplots()
     axes.plot(epochs_seen, train_losses, label="training loss")
     axes.plot(epochs_seen, val_losses, linestyle="-.", label="validation loss")
     axes.set(xlabel="epochs", ylabel="loss (nats per token)")
@@ -290,5 +287,4 @@ def plot_losses(
     above.plot(tokens_seen, train_losses, alpha=0)  # invisible, but sets the range of the axis
     above.set_xlabel("tokens seen")
     figure.savefig(path)
-    plt.close(figure)
     return Path(path)

@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
 import numpy as np
 from rich.console import Console
 from rich.progress import track
@@ -19,10 +18,8 @@ from rich.table import Table
 from parity.cli import parse
 from parity.data.tokenizer import encode_prompt
 from parity.errors import InputError, exit_with_message
+from parity.figures import new_figure
 from parity.loading import load_model_and_tokenizer
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -128,13 +125,13 @@ def report(args: Args, origin: str, texts: tuple[str, ...], figures: dict, examp
     Console().print(table)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(1, len(MEASURES), figsize=(13, 3.2), sharey=True, layout="constrained")
+    figure = new_figure(figsize=(13, 3.2), layout="constrained")
+    axes = figure.subplots(1, len(MEASURES), sharey=True)
     for axis, name in zip(axes, MEASURES, strict=True):
         axis.barh(list(figures), [values[name] for values in figures.values()])
         axis.set_title(name, fontsize=10)
     axes[0].invert_yaxis()
     figure.savefig(args.out / "decoding.png", dpi=120)
-    plt.close(figure)
 
     lines = [
         "# Decoding strategies",

@@ -8,6 +8,7 @@ from html import escape
 import numpy as np
 
 from parity.comparison.report import COLUMNS, Row, by_section
+from parity.figures import new_figure
 
 _HEAD = """<!doctype html><meta charset='utf-8'><title>parity report</title>
 <style>
@@ -42,9 +43,7 @@ def html_page(title: str, verdict: str, rows: Sequence[Row]) -> str:
 
 def _picture(rows: Sequence[Row]) -> str:
     """Plot the errors and bounds of a section -> PNG in base64."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    figure = new_figure(figsize=(10, 3.5), layout="constrained")
     axes = figure.subplots()
     x = np.arange(len(rows))
     axes.plot(x, [row.bound for row in rows], color="black", label="bound")

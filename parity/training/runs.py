@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from parity.config import GPTConfig
 from parity.errors import InputError
+from parity.figures import new_figure
 from parity.storage.atomic import replace_text
 from parity.training.settings import TrainSettings
 
@@ -194,12 +195,8 @@ def plot_metrics(target: Path, metrics: Sequence[Mapping[str, Any]], bigram: flo
         metrics: Lines of metrics.jsonl.
         bigram: Validation loss of the baseline, drawn as a horizontal line.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = new_figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for key, style in (("loss", {"alpha": 0.6}), ("validation_loss", {"marker": "o", "markersize": 3})):
         points = [(entry["step"], entry[key]) for entry in metrics if key in entry]
         if points:
@@ -211,7 +208,6 @@ def plot_metrics(target: Path, metrics: Sequence[Mapping[str, Any]], bigram: flo
     axes.legend()
     part = target.with_suffix(".part.png")
     figure.savefig(part, dpi=120)
-    plt.close(figure)
     part.replace(target)
 
 
