@@ -6,7 +6,26 @@ from collections.abc import Iterator
 
 
 class InputError(ValueError):
-    """Bad input. The message names the file or option, and says what to do."""
+    """Bad input. The message names the file or option, and says what to do.
+
+    Messages contain names and values that others wrote. Whatever these are, the message is short and safe to print:
+    see `printable`.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message), _MOST_CHARACTERS))
+
+
+_MOST_CHARACTERS = 2000  # of a message
+
+
+def printable(text: str, most: int) -> str:
+    """Return a text with its control characters escaped, and without its middle if it is longer than `most`."""
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # Packages that may be absent, and the extra of this project that installs each.

@@ -15,12 +15,12 @@ from gpt_torch.weights import to_numpy
 from parity import taps
 from parity.comparison.protocol import DEFAULT_COMPUTE, Compute, Weights
 from parity.config import IGNORE_INDEX, GPTConfig
-from parity.weights import huggingface
+from parity.weights import hf_config
 
 
 def build(config: GPTConfig, weights: Weights, compute: Compute = DEFAULT_COMPUTE) -> transformers.GPT2LMHeadModel:
     """Make transformers' model with these weights, without dropout and with the explicit attention."""
-    entries = {k: v for k, v in huggingface.config_to_dict(config).items() if not k.endswith("pdrop")}
+    entries = {k: v for k, v in hf_config.config_to_dict(config).items() if not k.endswith("pdrop")}
     entries |= {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "attn_implementation": "eager"}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**entries)).eval()
     state = {n if n.startswith("lm_head") else f"transformer.{n}": torch.tensor(w) for n, w in weights.items()}

@@ -12,7 +12,7 @@ from parity import weights as table
 from parity.comparison.case import sharp_weights
 from parity.comparison.compare import compare
 from parity.config import PRESETS
-from parity.weights import huggingface, initial_weights, openai
+from parity.weights import hf_config, huggingface, initial_weights, openai
 
 pytestmark = pytest.mark.optimized  # as users' programs are compiled
 
@@ -20,7 +20,7 @@ LOGITS_ATOL = 1e-4  # worst absolute difference of logits; measured figures are 
 
 
 def hugging_face_logits(config, weights, tokens):
-    entries = {k: v for k, v in huggingface.config_to_dict(config).items() if not k.endswith("pdrop")}
+    entries = {k: v for k, v in hf_config.config_to_dict(config).items() if not k.endswith("pdrop")}
     their_config = transformers.GPT2Config(**entries, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
     model = transformers.GPT2LMHeadModel(their_config).eval()
     state = {n if n.startswith("lm_head") else f"transformer.{n}": torch.from_numpy(w) for n, w in weights.items()}

@@ -18,7 +18,7 @@ import gpt_torch
 from parity.comparison.protocol import Compute
 from parity.config import GPTConfig
 from parity.errors import InputError
-from parity.weights import huggingface
+from parity.weights import hf_config, huggingface
 
 WEIGHTS = probing_weights(TINY, np.float32)
 
@@ -59,7 +59,7 @@ def test_sixteen_bit_sources_become_float32(folder, dtype):
 
 
 def test_what_transformers_saves_in_one_file_and_in_shards(tmp_path):
-    entries = {k: v for k, v in huggingface.config_to_dict(TINY).items() if k != "architectures"}
+    entries = {k: v for k, v in hf_config.config_to_dict(TINY).items() if k != "architectures"}
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**entries))
     weights = {n.removeprefix("transformer."): p.detach().numpy() for n, p in theirs.named_parameters()}
     for name, size in (("one", "1GB"), ("shards", "20KB")):

@@ -1,5 +1,6 @@
 """Weights: the table of parameters, the converter between formats, and the readers and writers of files."""
 
+from parity.weights.initial import initial_weights
 from parity.weights.table import (
     FORMATS,
     OUT_HEAD,
@@ -9,7 +10,6 @@ from parity.weights.table import (
     Row,
     check,
     convert,
-    initial_weights,
     n_params,
     rows,
     shapes,

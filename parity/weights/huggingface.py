@@ -1,13 +1,8 @@
-"""Hugging Face's folders with config.json and model.safetensors, which are also the form of our own checkpoints.
-
-The keys of config.json are those of transformers' GPT2Config, and two of our own: qkv_bias and weights_format.
-transformers keeps keys that it does not know, and ignores them.
-"""
+"""Hugging Face's folders with config.json and model.safetensors, which are also the form of our own checkpoints."""
 
 import dataclasses
 import functools
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,22 +12,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from parity.config import GPTConfig
-from parity.errors import InputError
+from parity.errors import InputError, printable
+from parity.storage.atomic import replace_text
+from parity.weights import files, names
+from parity.weights.hf_config import config_from_dict, config_to_dict
 from parity.weights.lazy import LazyTensor
-from parity.weights.table import FORMATS
+from parity.weights.pickles import read_pickle
+from parity.weights.table import FORMATS, OUT_HEAD, ROWS
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = "config.json", files.SINGLE
 _PREFIX = "transformer."
 _FORMAT = "weights_format"
-_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
-# Keys that change the function that a model computes, and their value in GPT-2.
-_REQUIRED = {
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "model_type": "gpt2",
-    "scale_attn_by_inverse_layer_idx": False,
-    "scale_attn_weights": True,
-}
 # The dtype that each dtype of safetensors is read as.
 _DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("f8"),
@@ -42,55 +32,13 @@ _DTYPES: dict[str, np.dtype] = {
 }
 
 
-def config_to_dict(config: GPTConfig) -> dict[str, Any]:
-    """The entries of config.json of transformers' GPT2LMHeadModel for a configuration."""
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        **_REQUIRED,
-        "vocab_size": config.n_vocab,
-        "n_positions": config.n_ctx,
-        "n_embd": config.n_embd,
-        "n_head": config.n_head,
-        "n_layer": config.n_layer,
-        "n_inner": None,
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.drop_rate),
-        **dict.fromkeys(("bos_token_id", "eos_token_id"), config.n_vocab - 1),
-        "tie_word_embeddings": config.tied_head,
-        "qkv_bias": config.qkv_bias,
-    }
-
-
-def config_from_dict(entries: Mapping[str, Any], origin: str) -> GPTConfig:
-    """The configuration that the entries of a config.json describe.
-
-    Of transformers' three dropout rates, that of the residual branches is used for all.
-
-    Args:
-        entries: The entries of config.json.
-        origin: Path of the file, for messages.
-
-    Raises:
-        InputError: If an entry is missing, out of range, or describes another architecture.
-    """
-    for key, value in _REQUIRED.items():
-        if entries.get(key, value) != value:
-            raise InputError(f"{origin}: {key} is {entries[key]!r}, which is not supported; GPT-2 has {value!r}")
-    try:
-        return GPTConfig(
-            n_vocab=entries["vocab_size"],
-            n_ctx=entries["n_positions"],
-            n_embd=entries["n_embd"],
-            n_head=entries["n_head"],
-            n_layer=entries["n_layer"],
-            drop_rate=entries.get("resid_pdrop", 0.0),
-            qkv_bias=entries.get("qkv_bias", True),
-            tied_head=entries.get("tie_word_embeddings", True),
-        )
-    except KeyError as error:
-        raise InputError(f"{origin}: {error} is missing; is this the config.json of a GPT-2?") from None
-
-
-def write(folder: Path, config: GPTConfig, arrays: Mapping[str, np.ndarray], format: str = "huggingface") -> None:
+def write(
+    folder: Path,
+    config: GPTConfig,
+    arrays: Mapping[str, np.ndarray],
+    format: str = "huggingface",
+    eos_id: int | None = None,
+) -> None:
     """Write config.json and model.safetensors.
 
     Args:
@@ -99,9 +47,11 @@ def write(folder: Path, config: GPTConfig, arrays: Mapping[str, np.ndarray], for
         arrays: The weights, in `format`.
         format: The format of the names: "huggingface", which transformers opens, or "torch" or "flax", the names
             of our own models.
+        eos_id: Id of the end-of-text token, for transformers; see `config_to_dict`.
 
     Raises:
-        InputError: If config.json cannot hold the configuration; the message names what it would lose.
+        InputError: If config.json cannot hold the configuration; the message names what it would lose. Also if the
+            folder holds weights in other files, which would then compete with these.
     """
     restored = config_from_dict(config_to_dict(config), str(folder / CONFIG_FILE))
     lost = [
@@ -111,30 +61,39 @@ def write(folder: Path, config: GPTConfig, arrays: Mapping[str, np.ndarray], for
     ]
     if lost:
         raise InputError(f"{folder}: config.json cannot hold {', '.join(lost)}")
+    files.refuse_other(folder, WEIGHTS_FILE)
     folder.mkdir(parents=True, exist_ok=True)
     prefix = _PREFIX if format == "huggingface" else ""
     named = {n if n == "lm_head.weight" else prefix + n: a for n, a in arrays.items()}
     save_tensors(folder / WEIGHTS_FILE, named, {"format": "pt"})
-    entries = {**config_to_dict(config), _FORMAT: format}
-    (folder / CONFIG_FILE).write_text(json.dumps(entries, indent=2) + "\n")
+    entries = {**config_to_dict(config, eos_id), _FORMAT: format}
+    replace_text(folder / CONFIG_FILE, json.dumps(entries, indent=2) + "\n")
 
 
 def save_tensors(file: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write a safetensors file; raises OSError if the disk refuses it."""
+    """Write a safetensors file, with the permissions of any new file; raises OSError if the disk refuses it."""
+    existed = file.exists()
+    file.touch()
+    mode = file.stat().st_mode & 0o777  # what the umask leaves; safetensors itself allows nobody else to read
     try:
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, file, metadata)
     except SafetensorError as error:
+        if not existed:
+            file.unlink(missing_ok=True)
         raise OSError(f"{file}: {error}") from error
+    file.chmod(mode)
 
 
 def read(path: str | Path) -> tuple[GPTConfig, dict[str, LazyTensor], str]:
-    """Read a folder with config.json and model.safetensors, in one file or several shards.
+    """Read config.json and the weights beside it.
 
-    Names may have the prefix `transformer.`. The mask buffers attn.bias and attn.masked_bias, which are not
-    parameters, are skipped, and so is a tied head that is stored a second time.
+    The weights are model.safetensors or pytorch_model.bin, each in one file or several shards with an index, or a file
+    of either kind that is named. Names may have the prefixes of wrappers (see parity.weights.names); masks, which are
+    not parameters, are skipped. A tied head may be stored in place of the token embedding, or a second time. A model of
+    the notebook is read too, and needs no config.json if it has the shape of one of OpenAI's.
 
     Args:
-        path: The folder.
+        path: The folder, or a file with weights.
 
     Returns:
         The configuration, the weights by name, and the name of their format. A tensor is read when it is used;
@@ -143,66 +102,94 @@ def read(path: str | Path) -> tuple[GPTConfig, dict[str, LazyTensor], str]:
     Raises:
         InputError: If a file is missing, damaged or does not describe a GPT-2; the message names it.
     """
-    folder = Path(path)
-    config_path = folder / CONFIG_FILE
-    entries = _read_json(config_path)
-    config = config_from_dict(entries, str(config_path))
-    format = entries.get(_FORMAT, "huggingface")
-    if format not in FORMATS:
-        raise InputError(f"{config_path}: {_FORMAT} is {format!r}, not one of {', '.join(FORMATS)}")
+    path = Path(path)
+    config_path = (path if path.is_dir() else path.parent) / CONFIG_FILE
+    if not config_path.exists() and not path.is_dir():
+        entries, config, given_format = {}, None, None
+    else:
+        entries = _read_json(config_path)
+        config = config_from_dict(entries, str(config_path))
+        given_format = entries.get(_FORMAT)
+        if given_format is not None and given_format not in [*FORMATS]:
+            raise InputError(f"{config_path}: {_FORMAT} is {given_format!r:.80}, not one of {', '.join(FORMATS)}")
     tensors: dict[str, LazyTensor] = {}
-    for file in _weight_files(folder):
+    for file in _weight_files(path) if path.is_dir() else [path]:
         for name, tensor in _tensors(file).items():
             if name in tensors:
-                raise InputError(f"{file}: {name} is stored a second time; save the model again")
+                raise InputError(f"{file}: {printable(name, 120)} is stored a second time; save the model again")
             tensors[name] = tensor
-    head, embedding = tensors.get("lm_head.weight"), tensors.get("wte.weight")
-    if config.tied_head and head is not None and embedding is not None and head.shape == embedding.shape:
-        if not np.array_equal(np.asarray(head), np.asarray(embedding)):
-            raise InputError(f"{folder}: lm_head differs from wte, but {CONFIG_FILE} says that they are tied")
-        del tensors["lm_head.weight"]
-    return config, tensors, format
+    tensors = names.join_query_key_value(tensors)
+    format = given_format or names.format_of(tensors)
+    if config is None:
+        config = names.notebook_config(tensors, str(path))
+    return config, _with_one_head(tensors, config, format, str(path)), format
+
+
+def _with_one_head(
+    tensors: dict[str, LazyTensor], config: GPTConfig, format: str, origin: str
+) -> dict[str, LazyTensor]:
+    """The tensors without the head, if it is tied: it may stand for the token embedding, or repeat it."""
+    [head_row] = [row for row in ROWS if row.huggingface == OUT_HEAD]
+    head_name, embedding_name = head_row.name(format), ROWS[0].name(format)
+    same_axes = head_row.axes[format] == ROWS[0].axes[format]
+    head, embedding = tensors.get(head_name or ""), tensors.get(embedding_name or "")
+    if not config.tied_head or head is None or not same_axes:
+        return tensors
+    if embedding is not None and (
+        head.shape != embedding.shape or not np.array_equal(np.asarray(head), np.asarray(embedding), equal_nan=True)
+    ):
+        reason = f"{head_name} differs from {embedding_name}, but {CONFIG_FILE} says that they are tied"
+        raise InputError(f"{origin}: {reason}")
+    others = {name: tensor for name, tensor in tensors.items() if name != head_name}
+    return {embedding_name or "": head, **others}
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the shards that its index names, which must be files of the same folder."""
-    single, index = folder / WEIGHTS_FILE, folder / f"{WEIGHTS_FILE}.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise InputError(f"{single} is missing; give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    names = _read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise InputError(f"{index} has no weight_map")
-    shards = sorted(set(map(str, names.values())))
+    """The file with the weights, or the shards that an index names, which must be files of the same folder."""
+    present = files.huggingface_files(folder)
+    if not present:
+        raise InputError(f"{folder / WEIGHTS_FILE} is missing; give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    [file] = present
+    if file.suffix != ".json":
+        return [file]
+    weight_map = _read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{file} has no weight_map")
+    shards = sorted(set(map(str, weight_map.values())))
     for shard in shards:
         if Path(shard).name != shard:
-            raise InputError(f"{index} names the shard {shard!r}, which is not a file beside it")
+            raise InputError(f"{file} names the shard {_short(shard)}, which is not a file beside it")
         if not (folder / shard).is_file():
-            raise InputError(f"{folder / shard} is missing, and {index.name} names it")
+            raise InputError(f"{folder / printable(shard, 120)} is missing, and {file.name} names it")
     return [folder / shard for shard in shards]
 
 
+def _short(name: str) -> str:
+    return repr(printable(name, 120))
+
+
 def _tensors(path: Path) -> dict[str, LazyTensor]:
-    """{name without prefix: tensor} of the parameters in a safetensors file."""
+    """{name without prefix: tensor} of the parameters in a file of safetensors or of PyTorch."""
+    if path.suffix != ".safetensors":
+        stored = read_pickle(path)
+        return {
+            name: dataclasses.replace(stored[stored_name], name=name)
+            for name, stored_name in names.unique(names.without_prefixes(stored), str(path)).items()
+        }
     tensors: dict[str, LazyTensor] = {}
     try:
         with safe_open(path, "numpy") as file:
-            for stored_name in file.keys():  # noqa: SIM118
-                name = stored_name.removeprefix(_PREFIX)
-                if _BUFFER.fullmatch(name):
-                    continue
+            for name, stored_name in names.unique(names.without_prefixes(file.keys()), str(path)).items():
                 entry = file.get_slice(stored_name)
                 dtype = _DTYPES.get(entry.get_dtype())
                 if dtype is None:
-                    known = ", ".join(_DTYPES)
-                    raise InputError(f"{path}: {name} has dtype {entry.get_dtype()}; weights must be one of {known}")
-                if name in tensors:
-                    raise InputError(f"{path}: {name} is stored a second time; save the model again")
+                    kind, known = entry.get_dtype(), ", ".join(_DTYPES)
+                    raise InputError(f"{path}: {printable(name, 120)} has dtype {kind}; weights must be one of {known}")
                 read = functools.partial(_read_tensor, path, stored_name)
                 tensors[name] = LazyTensor(name, tuple(entry.get_shape()), dtype, read)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read as safetensors ({error}); download or save it again") from None
+        text = printable(str(error), 300)
+        raise InputError(f"{path} cannot be read as safetensors ({text}); download or save it again") from None
     return tensors
 
 
@@ -216,7 +203,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         entries = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); give a folder with {CONFIG_FILE}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(entries, dict):
         raise InputError(f"{path} must hold a JSON object")

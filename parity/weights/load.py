@@ -6,28 +6,34 @@ from typing import Any
 
 from parity.config import GPTConfig
 from parity.errors import InputError
-from parity.weights import huggingface, openai
+from parity.weights import files, huggingface, openai
+from parity.weights.table import check
 
 
 def find_folder(path: str | Path) -> Path:
-    """Find a folder with weights.
+    """Find a folder or file with weights.
 
     Args:
-        path: A folder, or the size of one of OpenAI's models ("124M", ...), which is downloaded if necessary.
+        path: A folder, a file, or the size of one of OpenAI's models ("124M", ...), which is downloaded if necessary.
 
     Raises:
-        InputError: If there is no such folder, or the download fails.
+        InputError: If there is no such folder or file, or the download fails.
     """
     from parity.weights.openai_files import SIZES, download_model  # here, because it brings an HTTP client
 
-    folder = download_model(str(path)) if str(path) in SIZES else Path(path)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; give a folder with weights, or one of {', '.join(SIZES)}")
-    return folder
+    if str(path) in SIZES:
+        return download_model(str(path))
+    path = Path(path)
+    if not path.is_dir() and not (path.is_file() and path.suffix in files.SUFFIXES):
+        raise InputError(
+            f"{path} is not a folder with weights; give one, or one of {', '.join(SIZES)}, "
+            f"or a file ending in {', '.join(files.SUFFIXES)}"
+        )
+    return path
 
 
 def read_folder(path: str | Path) -> tuple[GPTConfig, Mapping[str, Any], str]:
-    """Read weights by size or folder.
+    """Read weights by size, folder or file.
 
     OpenAI's folders have hparams.json and model.ckpt.*; those of Hugging Face and our own checkpoints have
     config.json and model.safetensors.
@@ -36,12 +42,24 @@ def read_folder(path: str | Path) -> tuple[GPTConfig, Mapping[str, Any], str]:
         path: As for `find_folder`.
 
     Returns:
-        The configuration, the weights by name, and the name of their format. A tensor is read when it is used.
+        The configuration, the weights by name, and the name of their format. The names and shapes are those of the
+        configuration. A tensor is read when it is used.
 
     Raises:
-        InputError: If a file is missing or damaged, or the folder holds neither kind; the message names the file.
+        InputError: If a file is missing or damaged, the weights do not fit the configuration, or the folder holds
+            weights in neither or both of the formats; the message names the file.
     """
-    folder = find_folder(path)
-    if (folder / "hparams.json").exists() or (folder / f"{openai.PREFIX}.index").exists():
-        return *openai.read(folder), "openai"
-    return huggingface.read(folder)
+    path = find_folder(path)
+    bundles = files.tensorflow_files(path) if path.is_dir() else []
+    others = files.huggingface_files(path) if path.is_dir() else []
+    if bundles and others:
+        raise InputError(
+            f"{path} holds two models, in {bundles[0].name} and in {others[0].name}; move one to another folder"
+        )
+    if bundles or (path.is_dir() and not others and (path / openai.HPARAMS_FILE).exists()):
+        config, weights = openai.read(path)
+        format = "openai"
+    else:
+        config, weights, format = huggingface.read(path)
+    check({name: tuple(tensor.shape) for name, tensor in weights.items()}, config, format, str(path))
+    return config, weights, format

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,15 +12,21 @@ import numpy as np
 
 from parity.config import GPTConfig
 from parity.errors import InputError
+from parity.weights import files
+from parity.weights.table import check_dtype, enumerate_some, shapes
 from parity.weights.tensor_bundle import read_bundle, write_bundle
 
 PREFIX = "model.ckpt"
+HPARAMS_FILE = "hparams.json"
 _HPARAMS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 _DROPPED = ("drop_rate",)  # used in training only: the trained model is the same function without it
 
 
 def read(folder: Path, reader: Literal["native", "tensorflow"] = "native") -> tuple[GPTConfig, dict[str, Any]]:
-    """Read a folder with hparams.json and model.ckpt.*.
+    """Read a folder with hparams.json and a checkpoint, as OpenAI published it or as training left it.
+
+    Of several checkpoints, the one that TensorFlow's file `checkpoint` names is read. What training stores beside the
+    weights, such as the optimizer's slots and counters, is left out, with a warning that names it.
 
     Args:
         folder: The folder.
@@ -29,12 +37,54 @@ def read(folder: Path, reader: Literal["native", "tensorflow"] = "native") -> tu
         The configuration and {OpenAI's name: tensor}.
 
     Raises:
-        InputError: If a file is missing or damaged; the message names it.
+        InputError: If a file is missing or damaged, or it is unclear which checkpoint is meant; the message names it.
     """
-    config = read_hparams(folder / "hparams.json")
-    if reader == "native":
-        return config, dict(read_bundle(folder / PREFIX))
-    return config, read_with_tensorflow(folder / PREFIX)
+    config = read_hparams(folder / HPARAMS_FILE)
+    prefix = folder / _newest(folder)
+    tensors = dict(read_bundle(prefix)) if reader == "native" else read_with_tensorflow(prefix)
+    expected = shapes(config, "openai")
+    others = [name for name in tensors if name not in expected and not _is_weight(name, expected)]
+    if others:
+        text = enumerate_some(others)
+        warnings.warn(f"{prefix}: the weights are read, but not what training left beside them: {text}", stacklevel=3)
+    weights = {name: tensor for name, tensor in tensors.items() if name not in set(others)}
+    for name, tensor in weights.items():
+        check_dtype(name, tensor.dtype, str(prefix))
+    return config, weights
+
+
+def _is_weight(name: str, expected: Mapping[str, Any]) -> bool:
+    """Whether a variable that GPT-2 does not have is one of the model's, and not of its training.
+
+    An optimizer's variables are outside `model/`, or are called like the weight that they belong to and more:
+    model/wte/Adam.
+    """
+    parts = name.split("/")
+    ancestors = ("/".join(parts[:count]) for count in range(1, len(parts)))
+    return parts[0] == "model" and not any(ancestor in expected for ancestor in ancestors)
+
+
+def _newest(folder: Path) -> str:
+    """The prefix of the checkpoint that the file `checkpoint` names, or of the only one."""
+    present = [index.name.removesuffix(".index") for index in files.tensorflow_files(folder)]
+    try:
+        with (folder / files.CHECKPOINT).open("rb") as file:
+            text = file.read(2**16).decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        text = ""
+    except OSError as error:
+        raise InputError(f"{folder / files.CHECKPOINT} cannot be read ({error.strerror})") from None
+    if named := re.search(r'^\s*model_checkpoint_path: "([^"\n]*)"', text, re.MULTILINE):
+        name = re.split(r"[/\\]", named[1])[-1]  # a path of the machine that it was trained on
+        if name not in present:
+            raise InputError(f"{folder / files.CHECKPOINT} names the checkpoint {name!r:.200}, which is not beside it")
+        return name
+    if len(present) > 1:
+        raise InputError(
+            f"{folder} holds the checkpoints {enumerate_some(present)}, and no file `{files.CHECKPOINT}` that says "
+            "which is the newest; move all but one to another folder"
+        )
+    return present[0] if present else PREFIX
 
 
 def read_with_tensorflow(prefix: Path) -> dict[str, np.ndarray]:
@@ -66,7 +116,7 @@ def write(folder: Path, config: GPTConfig, arrays: Mapping[str, np.ndarray]) -> 
 
     Raises:
         InputError: If the configuration differs from GPT-2 in anything else that hparams.json cannot hold; the
-            message names it, and nothing is written.
+            message names it, and nothing is written. Also if the folder holds other weights.
     """
     lost = [
         f"{field.name}={getattr(config, field.name)!r}"
@@ -77,10 +127,11 @@ def write(folder: Path, config: GPTConfig, arrays: Mapping[str, np.ndarray]) -> 
         raise InputError(
             f"{folder}: OpenAI's hparams.json cannot hold {', '.join(lost)}; convert to another format instead"
         )
+    files.refuse_other(folder, f"{PREFIX}.index")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "hparams.json").write_text(json.dumps(hparams(config)))
+    (folder / HPARAMS_FILE).write_text(json.dumps(hparams(config)))
     lines = (f'{key}: "{PREFIX}"\n' for key in ("model_checkpoint_path", "all_model_checkpoint_paths"))
-    (folder / "checkpoint").write_text("".join(lines))
+    (folder / files.CHECKPOINT).write_text("".join(lines))
     write_bundle(folder / PREFIX, arrays)
 
 
@@ -95,11 +146,13 @@ def read_hparams(path: Path) -> GPTConfig:
         entries = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error})") from None
     missing = [name for name in _HPARAMS if not isinstance(entries, dict) or name not in entries]
     if missing:
         raise InputError(f"{path} is not OpenAI's hparams.json: it lacks {', '.join(missing)}")
+    if unknown := sorted(entries.keys() - set(_HPARAMS)):  # OpenAI's code refuses them, too
+        raise InputError(f"{path}: {enumerate_some(unknown)} is not supported; GPT-2 has {', '.join(_HPARAMS)}")
     try:
         return GPTConfig(**{name: entries[name] for name in _HPARAMS})
     except InputError as error:

@@ -13,15 +13,17 @@ import dataclasses
 import math
 import re
 import warnings
-import zlib
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 from einops import rearrange
 
 from parity.config import GPTConfig
-from parity.errors import InputError
+from parity.errors import InputError, printable
+
+_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +153,8 @@ def shapes(config: GPTConfig, format: str) -> dict[str, tuple[int, ...]]:
 
     Raises InputError if the format cannot hold the model: OpenAI's has no untied head.
     """
-    return {name: _shape(row.pattern(format), config) for row in rows(config) for name in row.names(format, config)}
+    by_row = [(row.names(format, config), _shape(row.pattern(format), config)) for row in rows(config)]
+    return {name: shape for names, shape in by_row for name in names}
 
 
 def n_params(config: GPTConfig) -> int:
@@ -169,21 +172,36 @@ def check(shapes_by_name: Mapping[str, tuple[int, ...]], config: GPTConfig, form
         origin: Where the tensors come from, for the message.
 
     Raises:
-        InputError: Once, with all names that are missing, unknown or of a wrong shape.
+        InputError: If they are not. The message names the first tensors that are missing, unknown or of a wrong
+            shape, and counts the others.
     """
     expected = shapes(config, format)
-    problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in shapes_by_name]
-    problems += [f"unknown {name} {list(shape)}" for name, shape in shapes_by_name.items() if name not in expected]
-    problems += [
+    missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in shapes_by_name]
+    unknown = [f"{name} {list(shape)}" for name, shape in shapes_by_name.items() if name not in expected]
+    misshapen = [
         f"{name} has shape {list(shapes_by_name[name])}, expected {list(shape)}"
         for name, shape in expected.items()
         if name in shapes_by_name and tuple(shapes_by_name[name]) != shape
     ]
-    if problems:
+    if missing or unknown or misshapen:
+        kinds = (("missing ", missing), ("unknown ", unknown), ("", misshapen))
         raise InputError(
             f"{origin}: weights do not fit a {format} model of {config.n_layer} layers, width {config.n_embd}: "
-            + "; ".join(problems)
+            + "; ".join(kind + enumerate_some(problems) for kind, problems in kinds if problems)
         )
+
+
+def check_dtype(name: str, dtype: Any, origin: str) -> None:
+    """Raise InputError unless a NumPy dtype is one that weights may have; dtypes of other libraries pass."""
+    if isinstance(dtype, np.dtype) and dtype not in _DTYPES:
+        known = ", ".join(map(str, _DTYPES))
+        raise InputError(f"{origin}: {printable(name, 120)} has dtype {dtype}; weights must be one of {known}")
+
+
+def enumerate_some(texts: Sequence[str], most: int = 3) -> str:
+    """Return the first texts, each on one line and not too long, and how many more there are."""
+    listed = ", ".join(printable(text, 120) for text in texts[:most])
+    return f"{listed} and {len(texts) - most} more" if len(texts) > most else listed
 
 
 def convert(
@@ -211,9 +229,12 @@ def convert(
         (name, array) of each tensor; arrays may be views of the given ones.
 
     Raises:
-        InputError: If names or shapes do not fit the model (see `check`), or `to_format` cannot hold it.
+        InputError: If names or shapes do not fit the model (see `check`), a tensor does not hold floating-point
+            numbers, or `to_format` cannot hold the model.
     """
     check({name: tuple(array.shape) for name, array in weights.items()}, config, from_format, origin)
+    for name, array in weights.items():
+        check_dtype(name, array.dtype, origin)
     sizes = {name: math.prod(shape) for name, shape in shapes(config, to_format).items()}
     for row in sorted(rows(config), key=lambda row: -sizes[row.names(to_format, config)[0]]):
         names = row.names(to_format, config)
@@ -263,37 +284,3 @@ def warn_if_not_finite(name: str, array: np.ndarray, origin: str) -> None:
         count = array.size - int(np.isfinite(array).sum())
         if count:
             warnings.warn(f"{origin}: {name} has {count} values that are not finite", stacklevel=3)
-
-
-def initial_weights(
-    config: GPTConfig, seed: int, dtype: Any = np.float32, scheme: Literal["gpt2", "torch"] = "gpt2"
-) -> dict[str, np.ndarray]:
-    """Draw initial weights in the huggingface format; a tensor's numbers depend only on the seed and its name.
-
-    Args:
-        config: Configuration of the model.
-        seed: Seed of the random generator.
-        dtype: Dtype of the result; numbers are drawn in float32.
-        scheme: "gpt2", as in openai/gpt-2 src/model.py: normal with standard deviation 0.02, and 0.01 for
-            position embeddings; biases 0, LayerNorm scale 1 and shift 0; projections onto the residual stream
-            are scaled by 1/sqrt(2 L) (Radford et al. 2019, section 2.3). "torch", the defaults of torch.nn and
-            so of the notebook's model: embeddings normal with standard deviation 1, matrices and biases uniform
-            in +-1/sqrt(fan_in).
-    """
-    scale = {"normal": 0.02, "position": 0.01, "residual": 0.02 / math.sqrt(2 * config.n_layer)}
-    sizes = shapes(config, "huggingface")
-    weights = {}
-    for row in rows(config):
-        for name in row.names("huggingface", config):
-            shape = sizes[name]
-            generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(name.encode())])))
-            if "ln_" in name or (scheme == "gpt2" and row.init == "zeros"):
-                draw = np.full(shape, row.init == "ones", np.float32)
-            elif scheme == "torch" and name not in ("wte.weight", "wpe.weight"):
-                fan_in = config.n_embd if name == OUT_HEAD else sizes[name.replace("bias", "weight")][0]
-                draw = generator.uniform(-1, 1, shape).astype(np.float32) / np.float32(math.sqrt(fan_in))
-            else:
-                draw = generator.standard_normal(shape, np.float32)
-                draw *= scale[row.init] if scheme == "gpt2" else 1
-            weights[name] = draw.astype(dtype, copy=False)
-    return weights

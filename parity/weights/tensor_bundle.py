@@ -15,21 +15,25 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
-from parity.errors import InputError
+from parity.errors import InputError, printable
 from parity.weights.lazy import LazyTensor
 from parity.weights.leveldb import DamageError, encode_varint, masked_crc, read_table, read_varint, write_table
 
 _MAX_INDEX_BYTES = 64 * 2**20  # the index of the 1558M model has 21 kB
-# TensorFlow's types.proto. GPT-2 is float32; a bundle may also hold the others.
+# TensorFlow's types.proto. GPT-2 is float32; a bundle may also hold the others. Tensors of further kinds, such as
+# the text that describes a TensorFlow 2 object, have the dtype _OPAQUE and cannot be read.
 _DTYPES: dict[int, np.dtype] = {
     1: np.dtype("<f4"),
     2: np.dtype("<f8"),
     3: np.dtype("<i4"),
     9: np.dtype("<i8"),
+    14: np.dtype(ml_dtypes.bfloat16),
     19: np.dtype("<f2"),
 }
+_OPAQUE = np.dtype("V1")
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
@@ -59,6 +63,8 @@ def read_bundle(prefix: Path) -> dict[str, LazyTensor]:
 
 
 def _read_tensor(entry: Entry) -> np.ndarray:
+    if entry.dtype is _OPAQUE:
+        raise InputError(f"{entry.path}: {printable(entry.name, 120)} has a dtype that is not supported")
     with entry.path.open("rb") as file:
         file.seek(entry.offset)
         content = file.read(math.prod(entry.shape) * entry.dtype.itemsize)
@@ -125,9 +131,7 @@ def _parse_index(table: list[tuple[bytes, bytes]], prefix: Path) -> dict[str, En
         fields = _message(value)
         if 7 in fields:
             raise DamageError(f"{name} is partitioned, which GPT-2's variables are not")
-        dtype = _DTYPES.get(_integer(fields, 1))
-        if dtype is None:
-            raise DamageError(f"{name} has TensorFlow's dtype number {_integer(fields, 1)}, which is not supported")
+        dtype = _DTYPES.get(_integer(fields, 1), _OPAQUE)
         shape = _shape(name, fields)
         shard, offset, size = (_integer(fields, number) for number in (3, 4, 5))
         if shard >= shards:
@@ -135,7 +139,7 @@ def _parse_index(table: list[tuple[bytes, bytes]], prefix: Path) -> dict[str, En
         path = prefix.with_name(f"{prefix.name}.data-{shard:05d}-of-{shards:05d}")
         if path not in sizes:
             sizes[path] = path.stat().st_size
-        if size != math.prod(shape) * dtype.itemsize:
+        if dtype is not _OPAQUE and size != math.prod(shape) * dtype.itemsize:
             raise DamageError(f"{name} of shape {list(shape)} has {size} bytes")
         if offset + size > sizes[path]:
             raise DamageError(f"{name} ends at byte {offset + size}, but {path.name} has {sizes[path]}")
