@@ -1,4 +1,4 @@
-"""The train state on disk: all of it as an orbax folder, and model.safetensors, which either backend reads."""
+"""The train state on disk: an orbax folder with all of it, and model.safetensors, which either backend can load."""
 
 import logging
 from pathlib import Path
@@ -15,7 +15,7 @@ from parity.training.optimizer_state import ORBAX_FOLDER
 
 
 def save(folder: Path, model: GPTModel, arrays: dict[str, Array]) -> None:
-    """Write a train state, and return when all of it is written.
+    """Write a train state, and return when all of it has been written.
 
     All processes of a run call this: each writes its shards of `arrays`, and the first one writes the model.
 
@@ -43,7 +43,7 @@ def save(folder: Path, model: GPTModel, arrays: dict[str, Array]) -> None:
 
 
 def restore(folder: Path, like: dict[str, Array]) -> dict[str, Array]:
-    """Return the arrays that save() wrote to `folder`, sharded as those of `like`.
+    """Return the arrays that save() wrote to `folder`, sharded like those of `like`.
 
     Raises:
         InputError: If there are none, or if their names, shapes or dtypes differ from those of `like`.

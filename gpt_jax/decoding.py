@@ -55,17 +55,17 @@ class DecodingModel(nnx.Module):
         self.blocks = nnx.List(blocks)
 
     def decode(self, tokens: Array, cache: Cache, slot: Any, pad_lengths: Array) -> tuple[Array, Cache]:
-        """Logits of the token after `tokens`, whose keys and values are written into the cache.
+        """Return the logits of the token after `tokens`, and write the keys and values of `tokens` into the cache.
 
         Args:
-            tokens: int [B, T], for the cache slots slot..slot+T-1.
-            cache: From new_cache(), or from the call before.
+            tokens: Integer ids [B, T], for the cache slots slot..slot+T-1.
+            cache: The result of new_cache() or of the previous call.
             slot: The first slot to write.
             pad_lengths: int [B]. The first pad_lengths[b] slots of row b are padding: they are not attended to,
                 and positions count from the slot after them.
 
         Returns:
-            (logits [B, V], the updated cache).
+            (logits [B, V] in float32 at least, the new cache).
         """
         slots = jnp.arange(cache[0][0].shape[1])  # [S]
         queries = slot + jnp.arange(tokens.shape[1])  # [T]
@@ -80,7 +80,7 @@ class DecodingModel(nnx.Module):
         return head_logits(self, x), updated
 
     def new_cache(self, batch_size: int, length: int) -> Cache:
-        """Zero keys and values of `length` slots for each layer."""
+        """Return keys and values of zero for each layer, with room for `length` tokens."""
         dtype = self.tok_emb.embedding[...].dtype
         shape = (batch_size * self.config.n_head, length, self.config.head_width)  # [BN, S, H]
         return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.config.n_layer)]
@@ -92,7 +92,7 @@ class DecodingModel(nnx.Module):
 
 
 class RowMajorLinear(nnx.Module):
-    """nnx.LinearGeneral over the last axes of x, with its weights as [groups, out / groups, in]."""
+    """nnx.LinearGeneral over the last axes of x, with the weights stored as [groups, out / groups, in]."""
 
     def __init__(self, linear: nnx.LinearGeneral, groups: int):
         kernel = linear.kernel[...]
@@ -111,7 +111,7 @@ class RowMajorLinear(nnx.Module):
 
 
 class RowMajorEmbedding(nnx.Module):
-    """nnx.Embed, whose table [V, D] is row-major already, with such a product in `attend`."""
+    """nnx.Embed, whose table [V, D] is row-major already; `attend` uses row_major_product."""
 
     def __init__(self, embedding: nnx.Embed):
         self.embedding = nnx.Param(embedding.embedding[...])
@@ -134,10 +134,15 @@ def row_major_product(weight: Array, x: Array) -> Array:
 
 
 def for_decoding(model: GPTModel | DecodingModel) -> DecodingModel:
-    """Convert a model for generation; convert it once if you call generate() often.
+    """Convert a model for generation. Do this once if you call generate() often.
 
-    generate() and stream() convert a GPTModel themselves, which takes about as long as generating three tokens.
-    A DecodingModel is returned as it is.
+    generate() and stream() convert a GPTModel in each call, which takes about as long as generating three tokens.
+
+    Args:
+        model: A GPTModel, which is not changed. A DecodingModel is returned as it is.
+
+    Returns:
+        The model with its weights arranged for decoding, in the same dtype and on the same device.
     """
     if isinstance(model, DecodingModel):
         return model

@@ -30,11 +30,14 @@ def processes(
     lose it and exit as well.
 
     Args:
-        detect: Whether JAX finds the coordinator, the count and the index itself, from SLURM, Open MPI or Kubernetes.
+        detect: Whether JAX detects the coordinator, the count and the index, under SLURM, Open MPI or Kubernetes.
         coordinator: HOST:PORT of process 0. Without `detect`, give this, `count` and `index`, or none of the three
             for a run of one process.
         count: Number of processes.
         index: Index of this process, from 0.
+
+    Yields:
+        This process's place among the processes of the run.
 
     Raises:
         InputError: For incomplete options, or if the processes do not find each other.

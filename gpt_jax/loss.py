@@ -1,4 +1,4 @@
-"""Cross-entropy of the model's logits, computed without ever holding all of them; see gpt_torch/loss.py.
+"""Cross-entropy of the model's logits, computed without ever storing all of them; gpt_torch/loss.py stores them.
 
 The float32 logits [B, T, V] are the largest array of a training step, and their gradient is as large. Here the
 positions are processed in chunks: the logits of a chunk yield its loss and, immediately, the gradients of x and of
@@ -95,12 +95,12 @@ def _chunk(x: Array, head: Array, targets: Array) -> tuple[Array, Array]:
     """x [R, D], targets [R] -> (summed loss, softmax [R, V] with zeros in the rows whose target is ignored)."""
     logits = at_least_float32(x @ head.T)
     largest = logits.max(axis=-1, keepdims=True)
-    raised = jnp.exp(logits - largest)
-    total = raised.sum(axis=-1, keepdims=True)
+    exponentials = jnp.exp(logits - largest)
+    total = exponentials.sum(axis=-1, keepdims=True)
     counted = (targets != IGNORE_INDEX)[:, None]
-    right = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)
-    loss = jnp.where(counted, jnp.log(total) + largest - right, 0).sum()
-    return loss, (raised * (counted / total)).astype(x.dtype)
+    target_logits = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)
+    loss = jnp.where(counted, jnp.log(total) + largest - target_logits, 0).sum()
+    return loss, (exponentials * (counted / total)).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -118,12 +118,12 @@ def _forward(x: Array, head: Array, targets: Array, chunks: int) -> tuple[Array,
 
     def add_chunk(carry: tuple[Array, Array], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
         (total, head_gradient), (x, targets) = carry, chunk
-        loss, pattern = _chunk(x, head, targets)
+        loss, probs = _chunk(x, head, targets)
         # The gradient of the logits is the softmax minus 1 at the target; the 1 is subtracted afterwards.
         ids, counted = jnp.maximum(targets, 0), (targets != IGNORE_INDEX)[:, None]
-        partial = jnp.einsum("RV,RD->VD", pattern, x, preferred_element_type=accumulated)
+        partial = jnp.einsum("RV,RD->VD", probs, x, preferred_element_type=accumulated)
         partial = partial.at[ids].add(-jnp.where(counted, x, 0).astype(accumulated))
-        return (total + loss, head_gradient + partial), pattern @ head - jnp.where(counted, head[ids], 0)
+        return (total + loss, head_gradient + partial), probs @ head - jnp.where(counted, head[ids], 0)
 
     start = (jnp.zeros((), accumulated), jnp.zeros(head.shape, accumulated))
     (total, head_gradient), x_gradient = jax.lax.scan(add_chunk, start, (_cut(x, chunks), _cut(targets, chunks)))

@@ -1,6 +1,6 @@
 """Memory and communication of a training step per device.
 
-memory() and communication_bytes() estimate from the shapes; compiled_memory() asks XLA about the compiled program.
+memory() and communication_bytes() estimate from shapes; compiled_memory() returns what XLA reports.
 """
 
 import dataclasses
@@ -18,12 +18,13 @@ from gpt_jax.train import TrainState, make_optimizer, make_train_step, parameter
 from parity.config import GPTConfig
 from parity.training.settings import TrainSettings
 
-# Activation values saved per token and layer for the backward pass, as (replicated multiples of D, multiples of D
-# sharded by `tensor`, multiples of N T of explicit attention, also sharded by `tensor`), by the option remat. Fitted to
-# XLA's accounts of 48 compiled steps (2 and 12 layers, T 256 and 1024, B 2 and 8, the widths of 124M and 1558M), which
-# they meet within 17 %, and of meshes.
+# Number of activation values saved per token and layer for the backward pass, for each value of the option remat:
+# (multiples of D that are replicated, multiples of D that are sharded by `tensor`, multiples of N T in the explicit
+# attention, which are sharded by `tensor` as well). They are fitted to the memory that XLA reports for steps on meshes
+# and for 48 steps on one device (2 and 12 layers, T 256 and 1024, B 2 and 8, widths of 124M and 1558M); the latter they
+# match within 17 %.
 _SAVED = {"none": (11, 11, 1.8), "products": (4, 7, 0.0), "all": (2, 0, 0.0)}
-# The same of the one layer that is being computed.
+# The same for the activations of the layer whose backward pass is being computed, which exist only meanwhile.
 _WORKING = {"none": (12, 12, 1.9), "products": (12, 19, 1.6), "all": (18, 33, 1.2)}
 _LOSS = 1.4  # memory of the loss, as a multiple of one chunk's logits
 _GATHERED = 2  # copies of the head, and of one layer, that fsdp gathers
@@ -41,7 +42,7 @@ class Memory:
     activations: int
     """Activations of all layers that are saved for the backward pass."""
     working: int
-    """Activations of one layer, logits of one chunk, and what fsdp gathers for them."""
+    """Activations of one layer, logits of one chunk of the loss, and the parameters that fsdp gathers for them."""
 
     @property
     def total(self) -> int:
@@ -58,8 +59,8 @@ def memory(
         shape: Number of devices along each axis of the mesh.
         micro_size: Windows per micro-batch, on all devices together.
         dtype: The compute dtype.
-        remat: What the backward pass recomputes, as the option of train_jax.py.
-        attention: `explicit` or `cudnn`; only the first one stores attention patterns.
+        remat: What the backward pass recomputes: "none", "products" or "all" (see GPTModel).
+        attention: "explicit" or "cudnn"; only the explicit attention stores its patterns.
     """
     itemsize = jnp.dtype(dtype).itemsize
     param_itemsize = max(4, itemsize)
@@ -116,7 +117,14 @@ def compiled_memory(
 ) -> int:
     """Return the bytes that the compiled training step needs on each device, as XLA reports them.
 
-    The step is compiled for the mesh, and no array is made. The arguments are those of gpt_jax.train.Trainer.
+    The step is compiled for the mesh with the explicit attention and without dropout; no array is allocated.
+
+    Args:
+        config: The model's configuration.
+        shape: Number of devices along each axis of the mesh.
+        settings: Settings of the run: batch size, micro-batches and dtype.
+        remat: What the backward pass recomputes: "none", "products" or "all" (see GPTModel).
+        unroll: Number of layers per iteration of the compiled loop over layers.
 
     Raises:
         InputError: If there are fewer devices than the mesh has.
@@ -134,10 +142,10 @@ def compiled_memory(
     replicated = NamedSharding(mesh, PartitionSpec())
     by_rows = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, state_sharding)
-    size = (settings.accumulate, settings.batch_size // settings.accumulate, config.n_ctx)
-    tokens = jax.ShapeDtypeStruct(size, jnp.int32, sharding=by_rows)
+    tokens_shape = (settings.accumulate, settings.batch_size // settings.accumulate, config.n_ctx)
+    tokens = jax.ShapeDtypeStruct(tokens_shape, jnp.int32, sharding=by_rows)
     lr, step_number = (jax.ShapeDtypeStruct((), d, sharding=replicated) for d in (param_dtype, jnp.int32))
     step = make_train_step(optimizer, settings.clip, compute_dtype, None, mesh, (state_sharding, replicated))
-    account: Any = step.lower(abstract, tokens, tokens, lr, step_number).compile().memory_analysis()
+    analysis: Any = step.lower(abstract, tokens, tokens, lr, step_number).compile().memory_analysis()
     # The state is donated, so the outputs take no memory of their own.
-    return account.argument_size_in_bytes + account.temp_size_in_bytes
+    return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes

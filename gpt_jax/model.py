@@ -1,9 +1,9 @@
-"""GPT-2 in Flax NNX. gpt_torch/model.py is the same text in PyTorch.
+"""GPT-2 in Flax NNX. gpt_torch/model.py is the same in PyTorch, line by line where it can be.
 
 Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and OpenAI's
 code (openai/gpt-2, src/model.py). Axis letters: parity/config.py. The model computes in the dtype
-of its parameters; LayerNorm, softmax and logits are at least float32. Modules are plain pytrees:
-use jax.jit, jax.grad and optax on them directly.
+of its parameters, but LayerNorm and softmax in float32 at least; logits are float32 at least. Modules are
+plain pytrees: use jax.jit, jax.grad and optax on them directly.
 """
 
 import math
@@ -22,7 +22,7 @@ from parity.config import LAYER_NORM_EPS, GPTConfig, as_config
 from parity.taps import tap
 from parity.weights import initial_weights
 
-LayerCache = tuple[Array, Array]  # keys and values of one layer, both [BN, S, H]; see _cached below
+LayerCache = tuple[Array, Array]  # keys and values of one layer, both [BN, S, H]; see MultiHeadAttention._cached
 REMAT_POLICIES = {
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "all": jax.checkpoint_policies.nothing_saveable,
@@ -85,7 +85,7 @@ class MultiHeadAttention(nnx.Module):
     def _cached(
         self, q: Array, k: Array, v: Array, mask: Array, cache: LayerCache, slot: Any
     ) -> tuple[Array, LayerCache]:
-        """_explicit after writing k and v at `slot` of the cache; returns z [B, T, N, H] and the updated cache.
+        """Write k and v into the cache at `slot`, and attend as in _explicit; return z [B, T, N, H] and the new cache.
 
         Batch and heads are one axis, G = BN: with two axes XLA copies the whole cache for each token.
         """
@@ -104,7 +104,7 @@ class MultiHeadAttention(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Ba et al. 2016; OpenAI's `norm`, with the biased variance. x [..., D] -> [..., D]."""
+    """LayerNorm with the biased variance (Ba et al. 2016; OpenAI's `norm`). x [..., D] -> [..., D]."""
 
     def __init__(self, n_embd: int):
         self.eps = LAYER_NORM_EPS
@@ -121,9 +121,9 @@ class LayerNorm(nnx.Module):
 
 
 class GELU(nnx.Module):
-    """The tanh approximation, as in OpenAI's `gelu`; torch's default, the erf form, differs by up to 5e-4."""
+    """GELU in its tanh form (Hendrycks & Gimpel 2016; OpenAI's `gelu`). torch's default, erf, differs by up to 5e-4."""
 
-    @jax.checkpoint  # for the same reason as LayerNorm
+    @jax.checkpoint  # for the same reason as in LayerNorm
     def __call__(self, x: Array) -> Array:
         return 0.5 * x * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
@@ -143,7 +143,7 @@ class FeedForward(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """OpenAI's `block`: LayerNorm before each branch, and each branch is added to the residual stream."""
+    """OpenAI's `block`: x + att(norm1(x)), then x + ff(norm2(x)). x [B, T, D] -> [B, T, D]."""
 
     def __init__(self, config: GPTConfig, attention: str):
         self.drop_rate = config.drop_rate
@@ -168,7 +168,7 @@ class GPTModel(nnx.Module):
     """OpenAI's `model`: tokens [B, T] -> logits [B, T, V].
 
     The weights of all layers are stacked, [L, ...], and the forward pass scans over them. Dropout is applied only
-    in calls that are given a key. To generate text use gpt_jax.generate.
+    in calls that are given a key. To generate text, use gpt_jax.generate.
 
     Args:
         config: A GPTConfig, the name of a preset, or a dict with the notebook's keys.
@@ -177,7 +177,10 @@ class GPTModel(nnx.Module):
         attention: "explicit" or "cudnn"; see MultiHeadAttention.
         unroll: Number of layers per iteration of the compiled scan.
         remat: Which activations the backward pass recomputes instead of storing: "none", "products" (all but the
-            results of matrix products), or "all".
+            results of matrix products with weights), or "all".
+
+    Raises:
+        InputError: For an unknown preset, and for a configuration that is not valid.
     """
 
     def __init__(
@@ -202,7 +205,7 @@ class GPTModel(nnx.Module):
             load_weights(self, initial_weights(config, seed))
 
     def __call__(self, tokens: Array, key: Array | None = None) -> Array:
-        """Logits of the next token at each position.
+        """Return the logits of the next token at each position.
 
         Args:
             tokens: Integer ids [B, T].
@@ -218,7 +221,7 @@ class GPTModel(nnx.Module):
         return head_logits(self, self.hidden(tokens, key))
 
     def hidden(self, tokens: Array, key: Array | None = None) -> Array:
-        """The input of the output head, [B, T, D]; arguments and errors are those of a call."""
+        """Return the input of the output head, [B, T, D]; the arguments and errors are those of a call of the model."""
         self.config.check_tokens(tokens.shape)
         check_ids(tokens, self.config)
         embed_key, layers_key = split_key(key, 2)
@@ -236,7 +239,7 @@ class GPTModel(nnx.Module):
             return x, None
 
         stacked = self.trf_blocks, None if key is None else jax.random.split(key, self.config.n_layer)
-        if taps.probing():  # which needs the number of each layer, and arrays that jax.checkpoint does not trace
+        if taps.probing():  # a probe needs the number of each layer, and no array that scan or jax.checkpoint traces
             for number in range(self.config.n_layer):
                 taps.layer(number)
                 x, _ = layer(x, jax.tree.map(lambda a, number=number: a[number], stacked))
@@ -248,13 +251,21 @@ class GPTModel(nnx.Module):
 
 
 def head_logits(model: Any, x: Array) -> Array:
-    """x [..., D] -> logits [..., V], at least float32."""
+    """Apply the output head: x [..., D] -> logits [..., V], in float32 at least."""
     logits = model.tok_emb.attend(x) if model.config.tied_head else model.out_head(x)  # [..., V]
     return tap("logits", at_least_float32(logits))
 
 
 def cast(model: GPTModel, dtype: Any) -> GPTModel:
-    """A copy of the model with its parameters in `dtype`, in which it then computes."""
+    """Convert a model to a dtype, in which it then computes.
+
+    Args:
+        model: The model; it is not changed.
+        dtype: A JAX or NumPy dtype or its name, such as "bfloat16".
+
+    Returns:
+        A copy of the model with converted parameters.
+    """
     return jax.tree.map(lambda a: a.astype(dtype), model)
 
 
@@ -268,19 +279,22 @@ def merge_heads(x: Array) -> Array:
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Srivastava et al. 2014: zero with probability `rate`, and scale the rest up; the identity without a key."""
+    """Set elements to zero with probability `rate`, and scale the others up (Srivastava et al. 2014).
+
+    Without a key, x is returned as it is.
+    """
     if key is None or rate == 0.0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
 def split_key(key: Array | None, num: int) -> Any:
-    """`num` keys out of one, or `num` times None."""
+    """Split a key into `num` keys; None is split into `num` times None."""
     return (None,) * num if key is None else jax.random.split(key, num)
 
 
 def check_ids(tokens: Array, config: GPTConfig) -> None:
-    """Raise InputError for an id outside the vocabulary; the ids of a traced array are unknown."""
+    """Raise InputError for an id outside the vocabulary, except where ids have no values: in a traced array."""
     if not isinstance(tokens, jax.core.Tracer):
         ids = np.asarray(tokens)
         config.check_tokens(ids.shape, int(ids.min(initial=0)), int(ids.max(initial=0)))

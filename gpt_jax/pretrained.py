@@ -37,11 +37,14 @@ def load_pretrained(path: str | Path, *, device: jax.Device | None = None, **opt
     Args:
         path: A folder with OpenAI's original files, a folder saved by transformers or `save_pretrained`, or one of our
             checkpoints; or one of OpenAI's models by its size ("124M"), which is downloaded into the cache once.
-        device: Where the weights are put; by default JAX's default device.
+        device: Device of the parameters; by default JAX's default device.
         options: Further arguments of `GPTModel`, for example `attention`.
 
+    Returns:
+        A `GPTModel` with float32 parameters.
+
     Raises:
-        InputError: If there are no such files, or they are damaged.
+        InputError: If files are missing or damaged, a download fails, or the weights are not those of a GPT-2.
     """
     config, arrays, format = read_folder(path)
     # An abstract model first: the zeros that the constructor makes are never allocated.

@@ -114,8 +114,8 @@ def shardings(tree: Any, config: GPTConfig, mesh: Mesh, name_of: Callable[[tuple
         tree: The leaves; only their paths matter.
         config: The model's configuration.
         mesh: The mesh.
-        name_of: Returns the dotted name of a leaf's path. A leaf is sharded as the parameter that its name ends with,
-            and replicated if there is none (counts).
+        name_of: Returns the dotted name of a leaf's path. A leaf is sharded like the parameter that its name ends
+            with; one without such a parameter, such as the optimizer's count, is replicated.
     """
     specs = {row.flax: partition_spec(row, config, mesh) for row in weights.rows(config)}
 
@@ -160,7 +160,7 @@ def device_put_tree(tree: Any, tree_sharding: Any) -> Any:
 
 
 def _identity(tree: Any) -> Any:
-    return tree  # one function for all calls, so that jax.jit compiles gather() once
+    return tree  # not a lambda in gather(): jax.jit caches compiled programs by function
 
 
 def gather(tree: Any, mesh: Mesh) -> Any:

@@ -36,7 +36,7 @@ class TrainState(NamedTuple):
 
 
 def make_summed_loss(compute_dtype: Any, mesh: Mesh | None = None):
-    """Return summed_loss() for jax.jit and jax.grad, computed in a dtype, with its activations sharded over a mesh."""
+    """Return summed_loss() in `compute_dtype`, with activations sharded over `mesh`, for jax.jit and jax.grad."""
 
     def cast_and_sum(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
         with sharding.shard_activations(mesh):
@@ -46,7 +46,7 @@ def make_summed_loss(compute_dtype: Any, mesh: Mesh | None = None):
 
 
 def make_optimizer(settings: TrainSettings, config: GPTConfig) -> optax.GradientTransformation:
-    """Return AdamW (Loshchilov & Hutter 2019) without the learning rate, by which each step multiplies."""
+    """Return AdamW (Loshchilov & Hutter 2019) without the learning rate, by which each step multiplies the update."""
     decayed = {row.flax for row in rows(config) if row.decayed}
 
     def mask(model: GPTModel) -> GPTModel:
@@ -67,8 +67,8 @@ def parameter_name(path: tuple) -> str:
 def clip_by_global_norm(gradients: GPTModel, largest: float) -> tuple[GPTModel, Array]:
     """Return the gradients scaled to a global norm of at most `largest`, and their norm before that.
 
-    Rows are summed first, as in gpt_torch. XLA would sum a whole matrix at once, which takes 1.6 s on a CPU for the
-    transposed gradient of the notebook's head.
+    Rows are summed first, as in gpt_torch. Without the barrier XLA sums all elements of a matrix at once, which takes
+    1.6 s on a CPU for the transposed gradient of the notebook's head.
     """
     row_sums = [jnp.square(g).sum(axis=-1) for g in jax.tree.leaves(gradients)]
     norm = jnp.sqrt(sum(sums.sum() for sums in jax.lax.optimization_barrier(row_sums)))

@@ -30,12 +30,12 @@ def load_weights(
         model: A `GPTModel`; it is changed in place.
         arrays: {name: array} in the naming and layout of `format`.
         format: One of `parity.weights.FORMATS`.
-        origin: Where the arrays come from, for messages.
+        origin: Where the arrays come from, for error messages.
 
     Raises:
         InputError: For missing and unknown names and wrong shapes; the message lists all of them.
     """
-    config = cast(Any, model).config  # not typed: model.py imports this file
+    config = cast(Any, model).config  # Any, because model.py imports this module
     dtypes = {name: parameter.get_value().dtype for name, parameter in parameters(model).items()}
     loaded = {}
     for name, array in weights.convert(arrays, format, "flax", config, origin=origin):
@@ -47,6 +47,6 @@ def load_weights(
 
 def export_weights(model: nnx.Module, format: str = "huggingface") -> dict[str, np.ndarray]:
     """Return the parameters of a `GPTModel` as NumPy arrays, in the naming and layout of `format`."""
-    config = cast(Any, model).config  # not typed: model.py imports this file
+    config = cast(Any, model).config  # Any, because model.py imports this module
     arrays = {name: np.asarray(parameter.get_value()) for name, parameter in parameters(model).items()}
     return dict(weights.convert(arrays, "flax", format, config))

@@ -16,12 +16,15 @@ _TIMEOUT = datetime.timedelta(minutes=10)
 
 @contextlib.contextmanager
 def processes() -> Iterator[Processes]:
-    """Join the processes that torchrun started; without torchrun, the run has this process alone.
+    """Join the processes that torchrun started.
 
-    On a machine with GPUs, each process uses its own.
+    On a machine with GPUs, each process uses a GPU of its own.
+
+    Yields:
+        This process's place among the processes of the run; without torchrun, the only one.
 
     Raises:
-        InputError: If another process of the run is lost.
+        InputError: If the connection to another process of the run is lost.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield ALONE

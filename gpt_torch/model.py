@@ -1,8 +1,8 @@
-"""GPT-2 in PyTorch: the readable reference. gpt_jax/model.py is the same text in Flax.
+"""GPT-2 in PyTorch: the readable reference. gpt_jax/model.py is the same in Flax, line by line where it can be.
 
 Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and OpenAI's
 code (openai/gpt-2, src/model.py). Axis letters: parity/config.py. The model computes in the dtype
-of its parameters; LayerNorm, softmax and logits are at least float32.
+of its parameters, but LayerNorm and softmax in float32 at least; logits are float32 at least.
 """
 
 import math
@@ -32,14 +32,14 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, config: GPTConfig, attention: str):
         super().__init__()
-        self.heads = (3, config.n_head, config.head_width)
+        self.qkv_shape = (3, config.n_head, config.head_width)  # [C, N, H]
         self.attention = attention
         self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
         self.out_proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.drop_rate)
 
     def forward(self, x: Tensor, mask: Tensor, cache: LayerCache | None = None, slot: int = 0) -> Tensor:
-        qkv = self.qkv_proj(x).unflatten(-1, self.heads)  # [B, T, C, N, H]
+        qkv = self.qkv_proj(x).unflatten(-1, self.qkv_shape)  # [B, T, C, N, H]
         q, k, v = qkv.unbind(2)  # each [B, T, N, H]
         q = tap("attn.q", q)
         k = tap("attn.k", k)
@@ -68,7 +68,7 @@ class MultiHeadAttention(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Ba et al. 2016; OpenAI's `norm`, with the biased variance. x [..., D] -> [..., D]."""
+    """LayerNorm with the biased variance (Ba et al. 2016; OpenAI's `norm`). x [..., D] -> [..., D]."""
 
     def __init__(self, n_embd: int):
         super().__init__()
@@ -85,7 +85,7 @@ class LayerNorm(nn.Module):
 
 
 class GELU(nn.Module):
-    """The tanh approximation, as in OpenAI's `gelu`; torch's default, the erf form, differs by up to 5e-4."""
+    """GELU in its tanh form (Hendrycks & Gimpel 2016; OpenAI's `gelu`). torch's default, erf, differs by up to 5e-4."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
@@ -107,7 +107,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """OpenAI's `block`: LayerNorm before each branch, and each branch is added to the residual stream."""
+    """OpenAI's `block`: x + att(norm1(x)), then x + ff(norm2(x)). x [B, T, D] -> [B, T, D]."""
 
     def __init__(self, config: GPTConfig, attention: str):
         super().__init__()
@@ -129,13 +129,16 @@ class TransformerBlock(nn.Module):
 class GPTModel(nn.Module):
     """OpenAI's `model`: tokens [B, T] -> logits [B, T, V].
 
-    Dropout follows train() and eval(); a new model is in eval mode. To generate text use gpt_torch.generate.
+    Dropout is applied in train mode only; a new model is in eval mode. To generate text, use gpt_torch.generate.
 
     Args:
         config: A GPTConfig, the name of a preset, or a dict with the notebook's keys.
         seed: Seed of the initial weights, which equal those of gpt_jax.GPTModel with the same seed. None keeps
             torch's own initial weights, for a model whose weights are loaded next.
         attention: "explicit" or "sdpa"; see MultiHeadAttention.
+
+    Raises:
+        InputError: For an unknown preset, and for a configuration that is not valid.
     """
 
     def __init__(self, config: GPTConfig | Mapping[str, Any] | str, seed: int | None = 0, attention: str = "explicit"):
@@ -154,7 +157,7 @@ class GPTModel(nn.Module):
         self.eval()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the next token at each position.
+        """Return the logits of the next token at each position.
 
         Args:
             tokens: Integer ids [B, T].
@@ -168,7 +171,7 @@ class GPTModel(nn.Module):
         return head_logits(self, self.hidden(tokens))
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """The input of the output head, [B, T, D]; arguments and errors are those of a call."""
+        """Return the input of the output head, [B, T, D]; the arguments and errors are those of a call of the model."""
         self.config.check_tokens(tokens.shape)
         check_ids(tokens, self.config)
         slots = torch.arange(tokens.shape[1], device=tokens.device)  # [T]
@@ -182,17 +185,17 @@ class GPTModel(nn.Module):
         return tap("ln_f", self.final_norm(x))  # [B, T, D]
 
     def decode(self, tokens: Tensor, cache: Cache, slot: int, pad_lengths: Tensor) -> Tensor:
-        """Logits of the token after `tokens`, whose keys and values are written into the cache, in place.
+        """Return the logits of the token after `tokens`, and write the keys and values of `tokens` into the cache.
 
         Args:
             tokens: Integer ids [B, T], for the cache slots slot..slot+T-1.
-            cache: From new_cache().
+            cache: The result of new_cache(); it is changed in place.
             slot: The first slot to write.
             pad_lengths: int [B]. The first pad_lengths[b] slots of row b are padding: they are not attended to,
                 and positions count from the slot after them.
 
         Returns:
-            Logits [B, V].
+            Logits [B, V], in float32 at least.
         """
         slots = torch.arange(cache[0][0].shape[1], device=tokens.device)  # [S]
         queries = slots[slot : slot + tokens.shape[1]]  # [T]
@@ -205,21 +208,29 @@ class GPTModel(nn.Module):
         return head_logits(self, x)
 
     def new_cache(self, batch_size: int, length: int) -> Cache:
-        """Zero keys and values of `length` slots for each layer."""
+        """Return keys and values of zero for each layer, with room for `length` tokens."""
         weight = self.tok_emb.weight
         shape = (batch_size, length, self.config.n_head, self.config.head_width)  # [B, S, N, H]
         return [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.trf_blocks]
 
 
 def head_logits(model: GPTModel, x: Tensor) -> Tensor:
-    """x [..., D] -> logits [..., V], at least float32."""
+    """Apply the output head: x [..., D] -> logits [..., V], in float32 at least."""
     head = model.tok_emb if model.config.tied_head else model.out_head
     logits = F.linear(x, head.weight)  # [..., V]
     return tap("logits", at_least_float32(logits))
 
 
 def cast(model: GPTModel, dtype: torch.dtype | str) -> GPTModel:
-    """The model itself, its parameters converted in place to `dtype`, in which it then computes."""
+    """Convert a model to a dtype, in which it then computes.
+
+    Args:
+        model: The model; its parameters are converted in place.
+        dtype: A torch dtype or its name, such as "bfloat16".
+
+    Returns:
+        The model.
+    """
     return model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
@@ -236,7 +247,7 @@ def update_cache(cache: LayerCache, k: Tensor, v: Tensor, slot: int) -> LayerCac
 
 
 def check_ids(tokens: Tensor, config: GPTConfig) -> None:
-    """Raise InputError for an id outside the vocabulary; the ids of a traced or meta tensor are unknown."""
+    """Raise InputError for an id outside the vocabulary, except where ids have no values: compiling, or on "meta"."""
     if tokens.device.type == "meta" or torch.compiler.is_compiling():
         return
     low, high = tokens.aminmax()

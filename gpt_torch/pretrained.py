@@ -36,11 +36,14 @@ def load_pretrained(path: str | Path, *, device: torch.device | str | None = Non
     Args:
         path: A folder with OpenAI's original files, a folder saved by transformers or `save_pretrained`, or one of our
             checkpoints; or one of OpenAI's models by its size ("124M"), which is downloaded into the cache once.
-        device: Where the weights are put; by default the CPU.
+        device: Device of the parameters; by default the CPU.
         options: Further arguments of `GPTModel`, for example `attention`.
 
+    Returns:
+        A `GPTModel` in eval mode, with parameters in torch's default dtype (float32).
+
     Raises:
-        InputError: If there are no such files, or they are damaged.
+        InputError: If files are missing or damaged, a download fails, or the weights are not those of a GPT-2.
     """
     config, arrays, format = read_folder(path)
     with torch.device("meta"):  # allocates nothing and draws no random weights, which would be overwritten

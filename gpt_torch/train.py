@@ -1,7 +1,7 @@
 """Training in PyTorch with torch.optim.AdamW; gpt_jax/train.py makes the same steps.
 
-The AdamW of torch and that of optax compute the same function when they are given the same numbers, but their
-defaults differ. So weight decay, eps and clipping are set explicitly here.
+torch's AdamW and optax's compute the same function of the same hyperparameters, but their defaults differ, so both
+backends set weight decay and eps explicitly. Clipping is our own in both.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from parity.weights import rows
 
 
 def make_optimizer(model: GPTModel, settings: TrainSettings) -> torch.optim.AdamW:
-    """Return AdamW (Loshchilov & Hutter 2019), whose learning rate each step sets."""
+    """Return AdamW (Loshchilov & Hutter 2019); each step sets its learning rate."""
     decayed = {row.torch.format(layer) for row in rows(model.config) if row.decayed
                for layer in range(model.config.n_layer)}  # fmt: skip
     parameters = dict(model.named_parameters())
@@ -46,8 +46,8 @@ def make_optimizer(model: GPTModel, settings: TrainSettings) -> torch.optim.Adam
 def clip_by_global_norm(gradients: list[Tensor], largest: float) -> Tensor:
     """Scale gradients in place to a global norm of at most `largest`, and return their norm before that.
 
-    torch's own clip_grad_norm_ divides by the norm plus 1e-6. On a CPU its norm of tok_emb's gradient, a float32 sum
-    of 38.6 million squares, has an error of 3e-3; the norm of the norms of the rows does not.
+    torch's own clip_grad_norm_ divides by the norm plus 1e-6. Its norm of tok_emb's gradient, a float32 sum of 38.6
+    million squares, is wrong by 3e-3 on a CPU; computing the norms of the rows first avoids that error.
     """
     row_norms = [torch.linalg.vector_norm(gradient, dim=-1).flatten() for gradient in gradients]
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(norms) for norms in row_norms]))
@@ -129,7 +129,8 @@ class Trainer:
         count = all_sum(is_counted(targets).sum())
         loss = torch.zeros((), device=self.device)
         for number, micro_batch in enumerate(zip(inputs, targets, strict=True), 1):
-            # DistributedDataParallel averages the gradients, so the loss is scaled; the last backward pass does it.
+            # DistributedDataParallel averages the gradients over the processes, in the last backward pass. They
+            # should be summed, so the loss is multiplied by the number of processes.
             with self._gradient_sync(number == len(inputs)):
                 micro_loss = self._loss_module(*micro_batch, self._compute_dtype) / count
                 (micro_loss * self.processes.count).backward()

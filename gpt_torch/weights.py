@@ -20,12 +20,12 @@ def load_weights(
         model: A `GPTModel`; it is changed in place.
         arrays: {name: array} in the naming and layout of `format`.
         format: One of `parity.weights.FORMATS`.
-        origin: Where the arrays come from, for messages.
+        origin: Where the arrays come from, for error messages.
 
     Raises:
         InputError: For missing and unknown names and wrong shapes; the message lists all of them.
     """
-    config = cast(Any, model).config  # not typed: model.py imports this file
+    config = cast(Any, model).config  # Any, because model.py imports this module
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, array in weights.convert(arrays, format, "torch", config, origin=origin):
@@ -37,7 +37,7 @@ def load_weights(
 
 def export_weights(model: nn.Module, format: str = "huggingface") -> dict[str, np.ndarray]:
     """Return the parameters of a `GPTModel` as NumPy arrays, in the naming and layout of `format`."""
-    config = cast(Any, model).config  # not typed: model.py imports this file
+    config = cast(Any, model).config  # Any, because model.py imports this module
     arrays = {name: to_numpy(parameter) for name, parameter in model.named_parameters()}
     return dict(weights.convert(arrays, "torch", format, config))
 
