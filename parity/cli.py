@@ -34,7 +34,7 @@ def parse(
         cls: Dataclass of the options; a docstring below a field is the help text of its option. Fields that are
             dataclasses themselves form groups of options.
         description: First part of the help text, usually the module's `__doc__`. Lines with example commands stay
-            on lines of their own; the other lines are wrapped to the terminal.
+            on lines of their own; tyro joins the other lines of a paragraph into one.
         default: Values of the options that the command line does not give, instead of the class's own defaults.
         args: The command line without the program's name; `sys.argv[1:]` by default.
 

@@ -1,8 +1,8 @@
 """Show what is cached on this machine, with its size, and delete it.
 
     python scripts/cache.py                     # every kind of cache, with its size
-    python scripts/cache.py --clear corpora     # delete the downloaded corpora, after a question
-    python scripts/cache.py --clear all --yes   # delete everything without a question
+    python scripts/cache.py --clear corpora     # delete the downloaded corpora, asks first
+    python scripts/cache.py --clear all --yes   # delete everything without asking
 
 Compiled programs are listed only if the environment variable JAX_COMPILATION_CACHE_DIR names their folder.
 """

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.box import SIMPLE
@@ -42,16 +42,16 @@ _MAX_PRINTED = 24  # rows of a section that are all printed; of a longer one, th
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    a: tyro.conf.Positional[str] = "torch"
+    a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[A]")] = "torch"
     """First implementation: torch, jax, numpy (the float64 reference), hf (Hugging Face transformers) or the path
     of a Python file. Append :WEIGHTS (a size, a run or a folder) to give it weights of its own."""
-    b: tyro.conf.Positional[str] = "jax"
-    """Second implementation, given like the first."""
+    b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[B]")] = "jax"
+    """Second implementation, in the same form as the first."""
     weights: str = "sharp"
-    """Weights of both: initial (freshly initialized), sharp (initial weights with matrices five times as large and
-    random biases, so that attention is sharp), a size such as 124M, a run folder or a folder with weights."""
+    """Weights of both implementations: initial (freshly initialized), sharp (initial weights with matrices five times as
+    large and random biases, so that attention is sharp), a size such as 124M, a run folder or a folder with weights."""
     preset: str = "tiny"
-    """Preset of the model's shape for --weights initial and sharp; other weights bring their own shape."""
+    """Preset that gives the model's shape for --weights initial and sharp; other weights have a shape of their own."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Dtype that both implementations compute in."""
     device: Literal["cpu", "gpu"] = "cpu"
@@ -59,11 +59,11 @@ class Args:
     precision: Literal["highest", "default"] = "highest"
     """Precision of float32 matrix products on a GPU: highest is full float32, default allows TF32."""
     batch: int = 2
-    """Number of rows of random tokens."""
+    """Number of rows in the batch of random tokens."""
     positions: int = 24
     """Number of tokens per row."""
     names: tuple[str, ...] = ("*",)
-    """Activations to compare, by name; * matches anything. At 1,024 positions, attention scores and patterns of
+    """Names of the activations to compare; * matches anything. At 1,024 positions, attention scores and patterns of
     the larger models need much memory."""
     sections: tuple[Section, ...] = SECTIONS
     """Sections of the report. Gradients and training need PyTorch for the float64 reference."""

@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -33,16 +33,16 @@ _VOCABULARY = {"openai": ("encoder.json", "vocab.bpe"), "huggingface": ("vocab.j
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    source: tyro.conf.Positional[str]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """What to convert: a size such as 124M, a run folder (its newest intact checkpoint), or a folder with OpenAI's
     files, Hugging Face's files or one checkpoint."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write, which must not exist yet or be empty."""
     to: Literal["openai", "huggingface", "torch", "flax"] = "huggingface"
     """Format to write. openai is a TensorFlow checkpoint, as OpenAI published it. The others are safetensors files:
     huggingface with transformers' names, torch and flax with those of gpt_torch's and gpt_jax's parameters."""
     verify: bool = False
-    """Load both folders with gpt_torch afterwards, and compare the logits of random tokens."""
+    """Afterwards load SOURCE and OUT with gpt_torch, and compare their logits for random tokens."""
 
 
 def main() -> None:

@@ -18,13 +18,13 @@ from parity.weights.openai_files import download_model
 @dataclasses.dataclass(frozen=True)
 class Args:
     size: tyro.conf.Positional[Literal["124M", "355M", "774M", "1558M"]]
-    """Number of parameters of the model."""
+    """Size of the model, which is its number of parameters."""
     folder: Path | None = None
-    """Folder for the files; by default models/SIZE in the cache folder (GPT_PARITY_CACHE)."""
+    """Folder for the files; by default models/SIZE in the cache folder, which GPT_PARITY_CACHE moves."""
     base_url: tuple[str, ...] = ()
-    """Addresses of folders that hold SIZE/NAME, in the order to try; by default OpenAI's and a mirror."""
+    """Base URLs to try in this order; URL/SIZE/FILE is each file's address. By default OpenAI's and a mirror."""
     offline: bool = False
-    """Only check whether the files are there; an error if one is missing."""
+    """Open no connection: check the files that are present, and report an error if one is missing."""
 
 
 def main() -> None:

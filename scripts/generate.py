@@ -3,7 +3,7 @@
 python scripts/generate.py --run runs/NAME "The "
 python scripts/generate.py --model 124M --backend torch "The meaning of life is"
 python scripts/generate.py --model path/to/folder --file prompt.txt --samples 3
-python scripts/generate.py --model 124M          # prompts are read from the terminal, or one from a pipe
+python scripts/generate.py --model 124M          # asks for prompts; from a pipe, the whole text is one
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -25,16 +25,17 @@ from parity.sampling import GenerateOptions
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    prompt: tyro.conf.Positional[str | None] = None
-    """Text to continue. Without it and without --file, prompts are read from standard input."""
+    prompt: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[PROMPT]")] = None
+    """Text to continue. Without it and without --file, the script asks for prompts, or, if standard input is a pipe or
+    file, reads one prompt from it."""
     file: Path | None = None
     """A UTF-8 file whose whole text is the prompt."""
     run: Path | None = None
-    """Run folder of a training script; give either --run or --model."""
+    """Run folder of a training script, whose model continues the prompt; give either --run or --model."""
     checkpoint: str = "newest"
     """Checkpoint of the run: newest (the newest intact one), best (lowest validation loss), or a step number."""
     model: str | None = None
-    """OpenAI's model of this size (124M, 355M, 774M or 1558M), or a folder with weights."""
+    """Size of OpenAI's model (124M, 355M, 774M or 1558M; downloaded if necessary), or a folder with weights."""
     backend: Literal["jax", "torch"] = "jax"
     """Framework that runs the model; both give the same text."""
     device: Literal["auto", "cpu", "gpu", "cuda", "tpu", "mps"] = "auto"
@@ -42,17 +43,19 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights and of the computation."""
     max_new_tokens: int = 200
-    """Largest number of tokens to generate."""
+    """Largest number of tokens to generate per continuation."""
     temperature: float = 0.8
     """Sampling temperature: below 1 the most probable tokens become more probable; 0 always takes the most probable."""
     top_k: int | None = None
-    """Sample from the K most probable tokens only. By default all tokens."""
+    """Number of most probable tokens to sample from. By default all tokens."""
     top_p: float | None = None
     """Sample from the fewest most probable tokens that together have this probability (0 to 1). By default all."""
     min_p: float | None = None
-    """Sample from tokens at least this many times (0 to 1) as probable as the most probable one. By default all."""
+    """Sample from the tokens whose probability is at least this fraction (0 to 1) of that of the most probable token.
+    By default all."""
     repetition_penalty: float | None = None
-    """Above 1, tokens that are already in the text become less probable. By default unchanged, like 1."""
+    """Factor by which tokens that are already in the text become less probable, if it is above 1 (Keskar et al. 2019).
+    By default 1, which changes nothing."""
     stop: tuple[str, ...] = ()
     """Texts that end the continuation; they are compared as token sequences. By default none."""
     samples: int = 1

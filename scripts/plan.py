@@ -32,11 +32,11 @@ with exit_with_message():
 @dataclasses.dataclass(frozen=True)
 class Args:
     preset: str = "124M"
-    """Preset of train_jax.py that gives the model, the batch and the options not given here."""
+    """Preset of train_jax.py; it gives the model, the batch and the values of the options that are left out."""
     mesh: str = "data=1"
     """Number of devices along each axis of the mesh, as in train_jax.py: data=2,fsdp=2,tensor=2 for example."""
     accumulate: int | None = None
-    """Micro-batches per step; by default the preset's."""
+    """Number of micro-batches per step; by default the preset's."""
     tokens: float | None = None
     """Number of tokens to train on; by default those of the preset's steps."""
     device: str = "H100"
@@ -50,11 +50,12 @@ class Args:
     link_gb_per_s: float = 400.0
     """Bandwidth between devices in each direction, in GB per second: about 400 with an H100's NVLink."""
     dtype: Literal["float32", "bfloat16", "float64"] | None = None
-    """Compute dtype; by default the preset's."""
+    """Dtype of the computation; by default the preset's."""
     remat: Literal["none", "products", "all"] | None = None
     """What the backward pass recomputes, as in train_jax.py; by default the preset's."""
     attention: Literal["explicit", "cudnn"] = "cudnn"
-    """Attention implementation; explicit also stores the attention patterns."""
+    """Attention implementation: cuDNN's fused kernel (cudnn) or the formula of the model file (explicit), which also
+    stores the attention patterns."""
     compile: bool = False
     """Also compile the step for simulated CPU devices, with explicit attention, and print the memory XLA reports."""
 

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -25,20 +25,22 @@ from parity.errors import InputError, exit_with_message
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    sources: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Files (.txt, .jsonl, .jsonl.gz, .parquet) and folders of them. In .txt files, <|endoftext|> ends a document."""
+    sources: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[SOURCE ...]")] = ()
+    """Files to tokenize (.txt, .jsonl, .jsonl.gz, .parquet) and folders of them. In .txt files, <|endoftext|> ends a
+    document."""
     out: Path | None = None
-    """Folder for the shards and index.json; pass it to a training script as --corpus."""
+    """Folder for the shards and index.json, required unless --verify is given; pass it to a training script as
+    --corpus."""
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"
     """Tokenizer that encodes the documents; the training script must use the same one."""
     vocab_bpe: Path | None = None
-    """Path of OpenAI's vocab.bpe, for the gpt2 tokenizer; by default the one in the cache, or a download."""
+    """OpenAI's vocab.bpe for the gpt2 tokenizer; by default the one in the cache folder or of a downloaded model."""
     text_field: str = "text"
     """Field of JSONL and column of Parquet that holds the text."""
     validation_fraction: float = 0.005
-    """Fraction of the documents that are for validation."""
+    """Fraction of the documents that are held out for validation."""
     shard_tokens: int = 100_000_000
-    """Tokens per shard; each takes two bytes."""
+    """Number of tokens per shard; each token takes two bytes."""
     workers: int = os.cpu_count() or 1
     """Number of threads that tokenize; by default one per CPU core."""
     verify: Path | None = None

@@ -5,8 +5,8 @@
     python scripts/runs.py --compare runs/A runs/B          # the settings in which these runs differ
     python scripts/runs.py --json                           # for other programs
 
-A run is finished, stopped (resuming repeats nothing), unfinished (still running, or killed between two checkpoints)
-or damaged.
+The state of a run is finished, stopped (its last step is in a checkpoint, so resuming repeats nothing), unfinished
+(still running, or killed between two checkpoints) or damaged.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -37,12 +37,12 @@ _ORDER: dict[str, Callable[[RunSummary], Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[FOLDER ...]")] = (Path("runs"),)
     """Run folders, and folders that contain runs."""
     sort: Literal["time", "name", "loss", "steps", "size"] = "time"
     """Order of the runs: newest, by name, lowest validation loss, most steps or largest first."""
     compare: bool = False
-    """Print the settings in which the runs differ instead of the list."""
+    """Instead of the list, print the settings in which the runs differ."""
     json: bool = False
     """Print JSON instead of a table."""
 

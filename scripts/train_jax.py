@@ -1,9 +1,9 @@
-"""Train a GPT-2 with the JAX backend. scripts/train_torch.py is the same in PyTorch.
+"""Train a GPT-2 in JAX. scripts/train_torch.py trains the same model in PyTorch.
 
-python scripts/train_jax.py                                       # small, embedded corpus, any CPU
+python scripts/train_jax.py                                       # the preset small, on Python's documentation
 python scripts/train_jax.py --preset 124M --corpus DIR --device gpu
-python scripts/train_jax.py --init-from 124M --corpus my.txt --steps 500 --lr 3e-5   # fine-tune OpenAI's weights
-python scripts/train_jax.py --run runs/NAME --resume              # resume a run, also one of train_torch.py
+python scripts/train_jax.py --init-from 124M --tokenizer gpt2 --corpus my.txt --lr 3e-5 --min-lr 3e-6  # fine-tune
+python scripts/train_jax.py --run runs/NAME --resume              # a run of either training script
 """
 
 import dataclasses
@@ -33,7 +33,8 @@ class Args(JobArgs):
     device: Literal["auto", "cpu", "gpu", "cuda", "tpu"] = "auto"
     """Kind of device to train on; auto takes the one that JAX prefers, and gpu and cuda mean the same."""
     attention: Literal["auto", "explicit", "cudnn"] = "auto"
-    """Attention: the explicit formula of the model file, or cuDNN's fused kernel; auto takes cuDNN where it can run."""
+    """Attention: the formula as written in the model file (explicit), or cuDNN's fused kernel (cudnn); auto takes cuDNN
+    where it can run."""
     unroll: int | None = None
     """Number of layers per iteration of the compiled loop over layers; larger values compile longer. By default the
     preset's value."""
@@ -46,11 +47,11 @@ class Args(JobArgs):
     distributed: bool = False
     """This is one of several processes that SLURM, Open MPI or Kubernetes started; JAX detects the others."""
     coordinator: str | None = None
-    """Address (HOST:PORT) of process 0, if no scheduler provides it; requires num-processes and process-id."""
+    """Address (HOST:PORT) of process 0, if no scheduler provides it; requires --num-processes and --process-id."""
     num_processes: int | None = None
-    """Total number of processes, if no scheduler provides it; requires coordinator and process-id."""
+    """Total number of processes, if no scheduler provides it; requires --coordinator and --process-id."""
     process_id: int | None = None
-    """Index of this process, from 0, if no scheduler provides it; requires coordinator and num-processes."""
+    """Index of this process, from 0, if no scheduler provides it; requires --coordinator and --num-processes."""
 
 
 def main() -> int:

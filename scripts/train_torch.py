@@ -1,10 +1,10 @@
-"""Train a GPT-2 with the torch backend. scripts/train_jax.py is the same in JAX.
+"""Train a GPT-2 in PyTorch. scripts/train_jax.py trains the same model in JAX.
 
-python scripts/train_torch.py                                     # small, embedded corpus, any CPU
+python scripts/train_torch.py                                     # the preset small, on Python's documentation
 python scripts/train_torch.py --preset 124M --corpus DIR --device cuda --compile
-python scripts/train_torch.py --init-from 124M --corpus my.txt --steps 500 --lr 3e-5   # fine-tune OpenAI's weights
-python scripts/train_torch.py --run runs/NAME --resume            # resume a run, also one of train_jax.py
-torchrun --nproc-per-node 8 -- scripts/train_torch.py --preset 124M   # eight GPUs, same losses
+python scripts/train_torch.py --init-from 124M --tokenizer gpt2 --corpus my.txt --lr 3e-5 --min-lr 3e-6  # fine-tune
+python scripts/train_torch.py --run runs/NAME --resume            # a run of either training script
+torchrun --nproc-per-node 8 -- scripts/train_torch.py --preset 124M   # eight GPUs, the same losses
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Args(JobArgs):
     device: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
     """Kind of device to train on; auto takes cuda, mps or cpu, the first that is available, and gpu means cuda."""
     attention: Literal["explicit", "sdpa"] = "sdpa"
-    """Attention: the explicit formula of the model file, or torch's fused kernel (sdpa)."""
+    """Attention: the formula as written in the model file (explicit), or torch's fused kernel (sdpa)."""
     compile: bool = False
     """Compile the model with torch.compile: the first step takes longer, later ones less time."""
 

@@ -34,16 +34,16 @@ class JobArgs:
         default=None,
         metadata={
             "help": f"Weights to start from: one of OpenAI's sizes ({', '.join(SIZES)}), a folder with weights, or a "
-            "run folder, which stands for its newest intact checkpoint. They determine the model's shape. By default "
-            "training starts from random weights."
+            "run folder, which stands for its newest intact checkpoint. They determine the model's shape, but not the "
+            "tokenizer: pass --tokenizer gpt2 for OpenAI's. By default training starts from random weights."
         },
     )
     run: Path | None = None
-    """Run folder; by default a new folder in runs/."""
+    """Folder that the run is written to or resumed from; by default a new folder in runs/, named by time and preset."""
     resume: bool = False
     """Resume the run in --run from its newest intact checkpoint, whichever backend wrote it."""
     vocab_bpe: Path | None = None
-    """OpenAI's vocab.bpe for the gpt2 tokenizer; by default the one in the cache."""
+    """OpenAI's vocab.bpe for the gpt2 tokenizer; by default the one in the cache folder or of a downloaded model."""
     tensorboard: bool = False
     """Also write TensorBoard event files into the run folder (requires the extra tensorboard)."""
     wandb: bool = False

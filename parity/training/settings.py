@@ -26,15 +26,16 @@ class TrainSettings:
     tokenizer: Literal["bytes", "gpt2"] = "gpt2"
     """Tokenizer of the corpus: bytes needs no file, gpt2 needs OpenAI's vocab.bpe."""
     validation_fraction: float = 0.1
-    """Fraction at the end of the corpus that is held out for validation, unless the corpus has validation files."""
+    """Fraction of the corpus, taken from its end, that is held out for validation, unless it has validation files."""
     stride: int | None = None
-    """Distance in tokens between the starts of two training windows; by default n_ctx, so that none overlap."""
+    """Distance in tokens between the starts of two training windows; by default n_ctx, so that they do not overlap."""
     steps: int = 600_000
     """Number of optimizer steps."""
     batch_size: int = 480
-    """Number of windows per optimizer step."""
+    """Number of windows (sequences of n_ctx tokens) per optimizer step."""
     accumulate: int = 40
-    """Number of micro-batches per optimizer step; their gradients are summed, so the result does not depend on it."""
+    """Number of micro-batches that the batch is divided into. Their gradients are summed, so more of them take less
+    memory and do not change the result."""
     lr: float = 6e-4
     """Peak learning rate, reached at the end of the warm-up."""
     min_lr: float = 6e-5
@@ -48,25 +49,26 @@ class TrainSettings:
     beta2: float = 0.95
     """AdamW's decay rate of the mean of the squared gradient."""
     eps: float = 1e-8
-    """AdamW's term that is added to the denominator."""
+    """AdamW's epsilon, which is added to the denominator of the update."""
     clip: float = 1.0
-    """Largest global norm of the gradient; larger gradients are scaled down to it."""
+    """Largest norm of the gradient over all parameters; gradients with a larger norm are scaled down to it."""
     dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
-    """Dtype of the computation. Parameters and optimizer are float64 for float64, otherwise float32."""
+    """Dtype of the computation. Parameters and optimizer state are float64 if it is float64, otherwise float32."""
     eval_every: int = 1000
     """Number of steps between evaluations; each evaluation also writes samples and a checkpoint."""
     log_every: int = 10
-    """Number of steps between reads of the loss from the device."""
+    """Number of steps between updates of the progress bar. The losses are read from the device only then and at
+    evaluations, because reading waits for the device."""
     keep: int = 3
     """Number of newest checkpoints to keep; the one with the lowest validation loss is always kept."""
     keep_every: int | None = None
     """Also keep the checkpoints of all steps that are divisible by this number; by default none."""
     skip_nonfinite: int = 0
-    """Number of steps with a loss or gradient that is not finite which a run may skip; one more stops the run."""
+    """Number of steps that a run may skip because their loss or gradient is not finite; one more stops the run."""
     sample_prompt: str = "\n"
     """Prompt that is continued at each evaluation."""
     eval_prompts: str | None = None
-    """Text file with one prompt per line, to be continued at each evaluation instead of the sample prompt."""
+    """Text file with one prompt per line; each evaluation continues all of them instead of the sample prompt."""
     sample_tokens: int = 96
     """Number of tokens to sample per prompt at each evaluation."""
     sample_temperature: float = 0.8

@@ -20,17 +20,17 @@ class Args:
     preset: str | None = None
     """For train, compile and options: model and batch of this training preset; by default the benchmark's own."""
     batch_size: int | None = None
-    """For train, compile and options: windows per step, in one micro-batch; by default the preset's batch."""
+    """For train, compile and options: number of windows per step, in one micro-batch; by default the preset's."""
     size: Literal["124M", "355M", "774M", "1558M"] = "124M"
     """For generate and load: size of the model."""
     rounds: int = 5
-    """Rounds in which all peers take a turn; one more round at the start warms up and is not counted."""
+    """Number of rounds, in each of which every peer takes a turn; one more round warms up first and is not counted."""
     calls: int = 3
-    """Training steps of each peer per round."""
+    """Number of training steps of each peer per round."""
     threads: int = 0
-    """Threads of torch and of the tokenizers; 0 means one per core. XLA always uses all cores."""
+    """Number of threads of torch and of the tokenizers; 0 means one per core. XLA always uses all cores."""
     peers: tuple[str, ...] = ()
-    """Measure only the first peer and those whose names contain one of these texts; by default all."""
+    """Measure only the first peer and those whose names contain one of these texts; by default all peers."""
     vocab_bpe: Path | None = None
     """For prepare: OpenAI's vocab.bpe; by default the one in the cache."""
     out: Path | None = None
