@@ -48,7 +48,7 @@ class Args:
     b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[B]")] = "jax"
     """Second implementation, in the same form as the first."""
     weights: str = "sharp"
-    """Weights of both implementations: initial (freshly initialized), sharp (initial weights with matrices five times as
+    """Weights of both implementations: initial (freshly initialized), sharp (those with matrices five times as
     large and random biases, so that attention is sharp), a size such as 124M, a run folder or a folder with weights."""
     preset: str = "tiny"
     """Preset that gives the model's shape for --weights initial and sharp; other weights have a shape of their own."""
