@@ -83,7 +83,7 @@ class GPTConfig:
 
     @property
     def axes(self) -> dict[str, int]:
-        """{axis letter: size}, for the axes whose size the configuration determines."""
+        """{axis letter: size} of the axes whose size the configuration determines."""
         return {
             "V": self.n_vocab,
             "P": self.n_ctx,
@@ -96,15 +96,15 @@ class GPTConfig:
         }
 
     def check_tokens(self, shape: tuple[int, ...], low: int = 0, high: int = 0) -> None:
-        """Check tokens before they enter the model.
+        """Check token ids before they enter the model.
 
         Args:
-            shape: Shape of the tokens, which should be [B, T].
-            low: Smallest token id.
-            high: Largest token id.
+            shape: Shape of the ids, which must be [B, T].
+            low: Smallest id.
+            high: Largest id.
 
         Raises:
-            InputError: For other axes, no tokens, more tokens than the context, or an id outside the vocabulary.
+            InputError: For another number of axes, no tokens, T above n_ctx, or an id outside the vocabulary.
         """
         if len(shape) != 2:
             raise InputError(f"tokens must have axes [B, T], got shape {list(shape)}")
@@ -122,10 +122,10 @@ class GPTConfig:
         """Check the targets of a loss.
 
         Args:
-            targets: Integers of any shape, with values (not traced): an array of NumPy, PyTorch or JAX.
+            targets: Integers of any shape: an array of NumPy, PyTorch or JAX, which must not be traced.
 
         Raises:
-            InputError: For a target outside the vocabulary that is not one of the ignored ones, -1 and -100.
+            InputError: For a target that is neither in the vocabulary nor ignored (-1 or -100).
         """
         wrong = targets[is_counted(targets) & ((targets < 0) | (targets >= self.n_vocab))]
         if len(wrong):
@@ -135,14 +135,18 @@ class GPTConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields and their values, as config.json files hold them."""
+        """Return {field: value}, which GPTConfig(**...) accepts."""
         return dataclasses.asdict(self)
 
 
 def is_counted(targets: Any) -> Any:
-    """Which targets count in a loss: bool, of the shape of `targets`, false where a target is -1 or -100.
+    """Return which targets count in a loss.
 
-    Works for arrays of NumPy, PyTorch and JAX, traced or not.
+    Args:
+        targets: Integers of any shape: an array of NumPy, PyTorch or JAX, which may be traced.
+
+    Returns:
+        Booleans of the same shape, false where a target is -1 or -100.
     """
     first, second = _IGNORED_TARGETS
     return (targets != first) & (targets != second)
@@ -189,5 +193,5 @@ def as_config(config: "GPTConfig | Mapping[str, Any] | str") -> GPTConfig:
 
 
 def as_tied(config: GPTConfig) -> GPTConfig:
-    """The configuration of the same model with its head tied to the token embedding."""
+    """Return the same configuration with the head tied to the token embedding."""
     return dataclasses.replace(config, tied_head=True)

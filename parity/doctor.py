@@ -1,6 +1,6 @@
-"""python -m parity.doctor: report the devices and kernels that each framework would use, and likely problems.
+"""Report the devices and kernels that each framework would use, and likely problems: python -m parity.doctor.
 
-Each framework is asked in a process of its own, so that neither changes what the other sees. A framework that is
+Each framework is queried in a process of its own, so that neither changes what the other sees. A framework that is
 not installed is reported as such. The exit status is 0 if no problem was found, and 1 otherwise.
 """
 
@@ -57,7 +57,7 @@ class Finding(NamedTuple):
 
 
 def ask(program: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Run a program that prints JSON -> the JSON object, or {"error": last line of output} if it fails."""
+    """Run a Python program that prints a JSON object; return the object, or {"error": the last line} if it fails."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, env=environment
@@ -70,7 +70,7 @@ def ask(program: str, environment: Mapping[str, str] | None = None) -> dict[str,
 
 
 def nvidia_gpus() -> list[str]:
-    """Names of the GPUs that the NVIDIA driver lists."""
+    """Return the name and driver version of each GPU that the NVIDIA driver lists."""
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -82,7 +82,7 @@ def nvidia_gpus() -> list[str]:
 
 
 def installed(package: str) -> str | None:
-    """Version of an installed package, or None."""
+    """Return the version of an installed package, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -92,12 +92,12 @@ def installed(package: str) -> str | None:
 def examine(
     gpus: list[str], jax: Mapping[str, Any] | None, torch: Mapping[str, Any] | None, environment: Mapping[str, str]
 ) -> Iterator[Finding]:
-    """Judge what was found out about this machine.
+    """Yield the lines of the report, with the problems that the facts about this machine imply.
 
     Args:
-        gpus: GPUs that the driver lists.
-        jax: JAX's answer to `ask`; None if JAX is not installed.
-        torch: PyTorch's answer; None if PyTorch is not installed.
+        gpus: The result of `nvidia_gpus`.
+        jax: The result of `ask` for JAX; None if JAX is not installed.
+        torch: The result of `ask` for PyTorch; None if PyTorch is not installed.
         environment: The environment variables.
     """
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
@@ -135,7 +135,7 @@ def _examine_jax(
     on_gpu = jax["platform"] == "gpu"
     note = ", which is TF32 on this GPU; parity needs highest" if on_gpu and jax["precision"] == "default" else ""
     yield Finding("jax's matmul precision", f"{jax['precision']}{note}")
-    yield Finding("jax's attention", "cudnn in 16 bit without dropout, else explicit" if on_gpu else "explicit")
+    yield Finding("jax's attention", "cudnn in 16 bits without dropout, otherwise explicit" if on_gpu else "explicit")
     if on_gpu:
         yield _gpu_memory(environment)
         yield _cudnn(torch)
@@ -153,18 +153,19 @@ def _gpu_memory(environment: Mapping[str, str]) -> Finding:
 
 
 def _cudnn(torch: Mapping[str, Any]) -> Finding:
-    """Judge cuDNN; if JAX and torch share a process, both use the one that was loaded first."""
-    versions = {package: found for package in _CUDNN if (found := installed(package))}
+    """Check the version of cuDNN. A process that imports both frameworks has one cuDNN, the first that was loaded."""
+    versions = {package: number for package in _CUDNN if (number := installed(package))}
     if not versions:
         return Finding("cuDNN", "not installed by pip; JAX uses the system's")
     problem = ""
-    for package, found in versions.items():
-        if tuple(int(part) for part in found.split(".")[:2]) < _MIN_CUDNN:
-            problem = f"{package} {found} is older than JAX needs; pip install -U {package}"
+    for package, number in versions.items():
+        if tuple(int(part) for part in number.split(".")[:2]) < _MIN_CUDNN:
+            problem = f"{package} {number} is older than JAX needs; pip install -U {package}"
     if len(versions) > 1:
         problem = "packages of two CUDA generations are installed; uninstall one of them"
     of_torch = f", torch reports {torch['cudnn']}" if torch.get("cudnn") else ""
-    return Finding("cuDNN", "; ".join(f"{package} {found}" for package, found in versions.items()) + of_torch, problem)
+    listed = "; ".join(f"{package} {number}" for package, number in versions.items())
+    return Finding("cuDNN", listed + of_torch, problem)
 
 
 def _examine_torch(gpus: list[str], torch: Mapping[str, Any] | None) -> Iterator[Finding]:
@@ -187,9 +188,9 @@ def _examine_torch(gpus: list[str], torch: Mapping[str, Any] | None) -> Iterator
 
 
 def main() -> int:
-    """Print the report -> exit status."""
+    """Print the report, and return the exit status."""
     console = Console()
-    with console.status("asking the frameworks"):
+    with console.status("querying the frameworks"):
         jax, torch = (ask(program) if installed(name) else None for name, program in _PROGRAMS.items())
         findings = list(examine(nvidia_gpus(), jax, torch, os.environ))
     table = Table(box=SIMPLE, show_header=False)

@@ -1,4 +1,4 @@
-"""InputError, for every fault that a user can correct, and how scripts end with a message."""
+"""InputError, which reports everything that a user can correct, and the one-line messages that scripts end with."""
 
 import contextlib
 import sys
@@ -41,7 +41,7 @@ def report_error(error: BaseException) -> int:
         project installs; 130 for Ctrl-C.
 
     Raises:
-        BaseException: Any other error, again.
+        BaseException: The error itself, if it is of any other kind.
     """
     match error:
         case InputError():
@@ -61,7 +61,7 @@ def report_error(error: BaseException) -> int:
 
 @contextlib.contextmanager
 def exit_with_message() -> Iterator[None]:
-    """In this context, which scripts use, errors that `report_error` reports end the program with its exit status."""
+    """Context of the scripts: an error that `report_error` prints ends the program, with the exit status it returns."""
     try:
         yield
     except (InputError, OSError, ModuleNotFoundError, KeyboardInterrupt) as error:

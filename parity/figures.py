@@ -1,4 +1,4 @@
-"""Figures that are drawn into files: without pyplot, and whatever backend of matplotlib the environment names."""
+"""Matplotlib figures for files, without pyplot and independent of the backend that the environment selects."""
 
 import contextlib
 import os
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def new_figure(**options: Any) -> "Figure":
-    """Return a figure, which needs no backend and leaves that of the caller alone.
+    """Return a figure that needs no backend and does not change the caller's.
 
     Args:
-        options: Those of matplotlib.figure.Figure.
+        options: Arguments of matplotlib.figure.Figure.
     """
     if "matplotlib" not in sys.modules and (backend := os.environ.pop("MPLBACKEND", None)) is not None:
         # matplotlib cannot be imported if MPLBACKEND names a backend that is not installed. Notebooks set it for all

@@ -88,8 +88,8 @@ def test_bin_without_validation_is_split(tmp_path):
     [
         (lambda p: p.write_bytes(b""), "0 bytes"),
         (lambda p: p.write_bytes(b"abc"), "3 bytes"),
-        (lambda p: write_llmc(p, [1, 2], announced=5), "cut or damaged"),
-        (lambda p: write_llmc(p, [1, 2], announced=-1), "cut or damaged"),
+        (lambda p: write_llmc(p, [1, 2], announced=5), "truncated or damaged"),
+        (lambda p: write_llmc(p, [1, 2], announced=-1), "truncated or damaged"),
         (lambda p: write_llmc(p, []), "no tokens"),
         (lambda p: write_llmc(p, [1], version=2), "version 2"),
         (lambda p: None, "missing"),
@@ -145,7 +145,7 @@ def test_bad_text(tmp_path, content, message):
 
 
 def test_unknown_corpus_and_empty_folder(tmp_path):
-    with pytest.raises(InputError, match="no file or folder"):
+    with pytest.raises(InputError, match="not a file or folder"):
         load_corpus("shakespear", ByteTokenizer())
     with pytest.raises(InputError, match="neither"):
         load_corpus(str(tmp_path), ByteTokenizer())

@@ -1,4 +1,4 @@
-"""The downloader against a local server that misbehaves on purpose."""
+"""Downloads from a local server that misbehaves on purpose."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,7 @@ TAG = '"one"'
 
 
 class Server:
-    """Answers requests by the behaviours in `script`, one after the other; the last one stays."""
+    """Answers each request with the next behaviour in `script`, and repeats the last one."""
 
     def __init__(self):
         self.script, self.requests = ["good"], []
@@ -83,11 +83,11 @@ def server(monkeypatch):
     server.close()
 
 
-def get(server, tmp_path, wanted=REMOTE_FILE, addresses=None, **options):
+def get(server, tmp_path, remote=REMOTE_FILE, addresses=None, **options):
     # Only a server that sends nothing makes a test wait for the timeout; it must not pass on a busy machine otherwise.
     seconds = 2 if "stall" in server.script else 60
     options = {"timeout": (60, seconds), "tries": 3, **options}
-    return fetch(wanted, tmp_path / "file", addresses or [f"{server.url}/file"], **options)
+    return fetch(remote, tmp_path / "file", addresses or [f"{server.url}/file"], **options)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def get(server, tmp_path, wanted=REMOTE_FILE, addresses=None, **options):
     ],
     ids=str,
 )
-def test_gets_there(server, tmp_path, script, requests):
+def test_download_retries(server, tmp_path, script, requests):
     server.script = script
     seen = []
     assert get(server, tmp_path, on_progress=seen.append).read_bytes() == CONTENT
@@ -129,7 +129,7 @@ def test_a_part_of_another_file_is_not_continued(server, tmp_path):
     assert get(server, tmp_path).read_bytes() == CONTENT
     (tmp_path / "file").unlink()
     (tmp_path / "file.part").write_bytes(b"x" * 1000)
-    (tmp_path / "file.part.etag").write_text(TAG)  # same tag, wrong bytes: the sha256 tells
+    (tmp_path / "file.part.etag").write_text(TAG)  # same tag, wrong bytes: only the sha256 shows it
     with pytest.raises(InputError, match="sha256"):
         get(server, tmp_path)
     assert get(server, tmp_path).read_bytes() == CONTENT
@@ -138,9 +138,9 @@ def test_a_part_of_another_file_is_not_continued(server, tmp_path):
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ([404], "answers 404"),
-        ([403], "answers 403"),
-        ([500], r"answers 500 \(3 tries\)"),
+        ([404], "responds with status 404"),
+        ([403], "responds with status 403"),
+        ([500], r"responds with status 500 \(3 tries\)"),
         (["html"], "offers 20 bytes"),
         (["other"], "sha256"),
         (["no tag, close"], r"\(3 tries\)"),
@@ -175,7 +175,7 @@ def test_offline_opens_no_socket(server, tmp_path, monkeypatch):
 def test_full_disk(server, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(InputError, match="1,000 bytes free, the download needs 1,280,000"):
+    with pytest.raises(InputError, match="1,000 bytes free, but the download needs 1,280,000"):
         get(server, tmp_path)
 
 
@@ -196,10 +196,10 @@ def test_two_processes_fetch_once(server, tmp_path):
 
 
 def test_the_seven_files():
-    files = {wanted.name: wanted for wanted in model_files("124M")}
+    files = {remote.name: remote for remote in model_files("124M")}
     assert len(files) == 7
     assert files["model.ckpt.data-00000-of-00001"].size == 497_759_232
-    assert all(wanted.sha256 and wanted.size for wanted in files.values())
+    assert all(remote.sha256 and remote.size for remote in files.values())
     assert {w.name: w.size for w in model_files("1558M")}["model.ckpt.data-00000-of-00001"] == 6_230_444_800
     with pytest.raises(InputError, match="unknown model"):
         model_files("117M")

@@ -120,7 +120,7 @@ def test_compare_decoding_writes_its_report(finished_runs, tmp_path):
         (["--preset", "98M"], "unknown preset"),
         (["--preset", "tiny", "--device", "gpu"], "--device gpu: jax"),
         (["--preset", "tiny", "--attention", "cudnn"], "needs a GPU"),
-        (["--preset", "tiny", "--corpus", "nothing.txt"], "no file or folder"),
+        (["--preset", "tiny", "--corpus", "nothing.txt"], "not a file or folder"),
         (["--preset", "tiny", "--batch-size", "0"], "batch_size"),
         (["--preset", "124M"], "vocab.bpe"),
         (["--preset", "tiny", "--init-from", "nothing"], "not a folder"),

@@ -57,7 +57,7 @@ def load_corpus(name: str, tokenizer: Tokenizer, validation_fraction: float = 0.
     """Load a corpus by name or from a path.
 
     Args:
-        name: One of CORPORA (python-docs is on every machine, the others are downloaded once), or the path of a
+        name: One of CORPORA (python-docs is part of Python; the others are downloaded once), or the path of a
             UTF-8 text file, a folder of .txt files, a folder written by scripts/prepare_data.py, a .bin token file,
             or a folder with train*.bin and val*.bin (in the format of nanoGPT or llm.c).
         tokenizer: Encodes text; token files are read as they are.
@@ -105,7 +105,7 @@ def _prepared(path: Path, tokenizer: Tokenizer, validation_fraction: float) -> C
 def _from_bins(
     name: str, train: list[Path], validation: list[Path], content: list, validation_fraction: float
 ) -> Corpus:
-    """`content` stands for the content of the files in the sha256 of the corpus."""
+    """Load .bin files; the sha256 of the corpus is that of `content`, a list that represents what is in the files."""
     train_shards, validation_shards = ([read_bin(file) for file in files] for files in (train, validation))
     if not validation_shards:
         *train_shards, last = train_shards
@@ -141,7 +141,7 @@ def _named_text(name: str) -> str:
             ) from None
         return "\n\n".join(topics[topic] for topic in sorted(topics))
     if name not in DOWNLOADS:
-        raise InputError(f"corpus {name!r} is no file or folder, and it is not one of {', '.join(CORPORA)}")
+        raise InputError(f"corpus {name!r} is not a file or folder, nor one of {', '.join(CORPORA)}")
     address, file = DOWNLOADS[name]
     try:
         cached = fetch(file, cache_folder() / file.name, [address])

@@ -48,10 +48,10 @@ def find_files(sources: Sequence[Path]) -> list[Path]:
 
 
 def pieces(files: Sequence[Path], text_field: str = "text") -> Iterator[Piece]:
-    """Yield the documents of all files in order, without the empty ones.
+    """Yield the documents of all files in order, skipping empty ones.
 
-    A text file is one document, or several separated by END_OF_TEXT. Each line of a JSONL file and each row of a
-    Parquet file is one.
+    A text file contains one document, or several that END_OF_TEXT separates. Each line of a JSONL file and each row of
+    a Parquet file is a document.
 
     Args:
         files: What find_files returned.
@@ -76,7 +76,7 @@ def _reader(file: Path) -> Callable[[Path, str], Iterator[tuple[str, bool]]]:
 
 
 def _text(file: Path, _: str) -> Iterator[tuple[str, bool]]:
-    """Read blocks, split where that changes no token; a text without newlines is held in memory completely."""
+    """Read a text in blocks, and split it where that changes no token. A text without newlines must fit in memory."""
     buffer = ""
     try:
         with file.open(encoding="utf-8") as stream:
@@ -111,7 +111,7 @@ def _field(entry: object, name: str, origin: str) -> str:
     if not isinstance(entry, dict) or not isinstance(entry.get(name), str):
         fields = f"fields {sorted(entry)}" if isinstance(entry, dict) else f"a {type(entry).__name__}"
         raise InputError(f"{origin}: no text in field {name!r}; the line has {fields}; choose one with --text-field")
-    # JSON may hold unpaired surrogates, which are not text.
+    # JSON may contain unpaired surrogates, which are not text.
     return entry[name].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

@@ -1,4 +1,4 @@
-"""Memory-mapped token files: .bin of nanoGPT (raw uint16) and of llm.c (a header of 256 int32, then uint16)."""
+"""Memory-mapped .bin token files, in nanoGPT's format (uint16) and llm.c's (a header of 256 int32, then uint16)."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def bin_header(count: int) -> bytes:
 
 
 def read_bin(path: str | Path) -> np.ndarray:
-    """Map the uint16 tokens [length] of a .bin file; raises InputError that names the file if it is damaged."""
+    """Memory-map the tokens of a .bin file, uint16 [length]; raises InputError for a missing or damaged file."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"token file {path} is missing")
@@ -26,12 +26,12 @@ def read_bin(path: str | Path) -> np.ndarray:
     header = np.fromfile(path, np.int32, count=3) if size >= _LLMC_HEADER else np.zeros(3, np.int32)
     if header[0] == _LLMC_MAGIC:
         if header[1] != _LLMC_VERSION:
-            raise InputError(f"token file {path} has llm.c version {header[1]}, only version {_LLMC_VERSION} is known")
+            raise InputError(f"token file {path} has llm.c version {header[1]}; only {_LLMC_VERSION} is supported")
         if size != _LLMC_HEADER + 2 * int(header[2]):
-            raise InputError(f"token file {path} is cut or damaged: its header announces {header[2]} tokens")
+            raise InputError(f"token file {path} is truncated or damaged: its header states {header[2]} tokens")
         if header[2] == 0:
             raise InputError(f"token file {path} contains no tokens")
         return np.memmap(path, np.uint16, mode="r", offset=_LLMC_HEADER)
     if size == 0 or size % 2:
-        raise InputError(f"token file {path} has {size} bytes; uint16 tokens need a positive, even number")
+        raise InputError(f"token file {path} has {size} bytes; a file of uint16 tokens has a positive, even number")
     return np.memmap(path, np.uint16, mode="r")

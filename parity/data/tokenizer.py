@@ -104,7 +104,7 @@ class GPT2Tokenizer:
         vocab_bpe: Path of OpenAI's vocab.bpe.
 
     Raises:
-        InputError: If the file is missing, damaged or another one.
+        InputError: If the file is missing, or is not OpenAI's vocab.bpe.
     """
 
     name = "gpt2"
@@ -172,7 +172,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
     ranks = {bytes([byte]): rank for rank, byte in enumerate(printable + others)}
-    for line in data.decode("utf-8").splitlines()[1:]:  # the first line is a version
+    for line in data.decode("utf-8").splitlines()[1:]:  # the first line is the version
         ranks.setdefault(bytes(byte_of[character] for character in line if character != " "), len(ranks))
     return ranks
 
@@ -182,8 +182,8 @@ def load_tokenizer(name: str, vocab_bpe: str | Path | None = None) -> Tokenizer:
 
     Args:
         name: "gpt2" or "bytes".
-        vocab_bpe: Path of OpenAI's vocab.bpe, for "gpt2". By default it is looked for in the cache folder, where
-            scripts/download_gpt2.py puts it.
+        vocab_bpe: Path of OpenAI's vocab.bpe, for "gpt2"; by default the one in the cache folder, where
+            scripts/download_gpt2.py stores it.
 
     Raises:
         InputError: For an unknown name, and if the vocabulary is missing or damaged.

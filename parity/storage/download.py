@@ -27,21 +27,21 @@ _LONGEST_WAIT = 30.0
 
 @dataclasses.dataclass(frozen=True)
 class RemoteFile:
-    """A file to fetch."""
+    """A file to download."""
 
     name: str
     size: int | None = None
-    """Bytes, if known; then another size is an error."""
+    """Size in bytes, if known; a file of another size is refused."""
     sha256: str | None = None
-    """Hash of the content, if known; then other content is an error."""
+    """Hash of the content, if known; a file with another hash is refused."""
 
 
 class _UnusableError(Exception):
-    """This address does not serve the file; another one may."""
+    """This address does not serve the file; another address may."""
 
 
 class _TransientError(Exception):
-    """The same address may serve the file later; `wait`: after so many seconds, if the server said so."""
+    """This address may serve the file later; `wait` is the number of seconds that the server asks to wait, or None."""
 
     def __init__(self, text: str, wait: float | None = None):
         super().__init__(text)
@@ -67,9 +67,9 @@ def fetch(
     tries: int = 5,
     timeout: tuple[float, float] = (10, 30),
 ) -> Path:
-    """Download a file from the first address that serves it, unless it is already there.
+    """Download a file from the first address that serves it, unless the file exists already.
 
-    Several processes may fetch the same file at once: one downloads it, the others wait.
+    Several processes may fetch the same file at once: one of them downloads it, and the others wait.
 
     Args:
         remote: The file, with its size and sha256 if known.
@@ -77,7 +77,7 @@ def fetch(
         addresses: URLs of the file, in the order to try.
         offline: Whether to forbid the download; by default as GPT_PARITY_OFFLINE says.
         on_progress: Called with the number of bytes received so far.
-        tries: Attempts per address; only failures that may be temporary are tried again.
+        tries: Attempts per address; only failures that may be temporary are retried.
         timeout: Seconds to wait for a connection, and for data on it.
 
     Returns:
@@ -94,7 +94,7 @@ def fetch(
     target.parent.mkdir(parents=True, exist_ok=True)
     failures = []
     with FileLock(f"{target}.lock"):
-        if is_complete(remote, target):  # another process has downloaded it meanwhile
+        if is_complete(remote, target):  # another process has downloaded it in the meantime
             return target
         for address in addresses:
             try:
@@ -152,7 +152,7 @@ def _transfer(remote: RemoteFile, target: Path, address: str, on_progress, timeo
                 file.flush()
                 os.fsync(file.fileno())
             if total is not None and received < total:
-                raise _TransientError(f"closed after {received} of {total} bytes")
+                raise _TransientError(f"closed the connection after {received} of {total} bytes")
     except requests.RequestException as error:
         raise _TransientError(f"{type(error).__name__}") from None
     except OSError as error:
@@ -164,7 +164,7 @@ def _transfer(remote: RemoteFile, target: Path, address: str, on_progress, timeo
     if problem := _problem(remote, part):
         part.unlink()
         tag_file.unlink(missing_ok=True)
-        raise _UnusableError(f"sent another file: {problem}")
+        raise _UnusableError(f"serves another file: {problem}")
     part.replace(target)
     tag_file.unlink(missing_ok=True)
 
@@ -175,15 +175,15 @@ def _check_answer(answer: requests.Response, address: str, have: int, part: Path
     status = answer.status_code
     if status == 416:
         part.unlink(missing_ok=True)
-        raise _TransientError("cannot resume (416), starting over", wait=0)
+        raise _TransientError("refuses to resume (status 416); starting over", wait=0)
     if status == 429 or status >= 500:
         after = answer.headers.get("Retry-After", "")
-        raise _TransientError(f"answers {status}", float(after) if after.isdigit() else None)
+        raise _TransientError(f"responds with status {status}", float(after) if after.isdigit() else None)
     if status not in (200, 206):
-        raise _UnusableError(f"answers {status}")
+        raise _UnusableError(f"responds with status {status}")
     if status == 206 and not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
         part.unlink(missing_ok=True)
-        raise _TransientError("resumed at another position, starting over", wait=0)
+        raise _TransientError("resumes at another position; starting over", wait=0)
 
 
 def _remember_tag(answer: requests.Response, tag_file: Path) -> None:
@@ -198,7 +198,7 @@ def _remember_tag(answer: requests.Response, tag_file: Path) -> None:
 def _check_space(folder: Path, total: int, have: int) -> None:
     free = shutil.disk_usage(folder).free
     if total - have > free:
-        raise InputError(f"{folder} has {free:,} bytes free, the download needs {total - have:,}")
+        raise InputError(f"{folder} has {free:,} bytes free, but the download needs {total - have:,}")
 
 
 def _problem(remote: RemoteFile, part: Path) -> str:
