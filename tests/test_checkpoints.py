@@ -30,25 +30,25 @@ def make(request):
 
 
 def steps(trainer, first, last, lr=1e-3):
-    """Losses of the steps."""
-    found = []
+    """Train from step `first` to `last`, and return the losses."""
+    losses = []
     for step in range(first, last):
         inputs, targets = random_batch(TINY, 4, seed=step)
-        found.append(float(trainer.train_step(*trainer.to_device(inputs[None], targets[None]), lr, step)["loss"]))
-    return found
+        losses.append(float(trainer.train_step(*trainer.to_device(inputs[None], targets[None]), lr, step)["loss"]))
+    return losses
 
 
 def stored(folder, config=TINY):
     """{part.name: array} of a checkpoint, read without either framework."""
     state = train_state.read(folder, config)
     parts = ("parameters", *train_state.MOMENTS)
-    found = {f"{p}.{n}": a for p in parts for n, a in state.converted(p, "huggingface", config).items()}
-    return {"step": np.int64(state.step), **found}
+    arrays = {f"{p}.{n}": a for p in parts for n, a in state.converted(p, "huggingface", config).items()}
+    return {"step": np.int64(state.step), **arrays}
 
 
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    assert [name for name in one if not np.array_equal(one[name], other[name])] == []
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    assert [name for name in a if not np.array_equal(a[name], b[name])] == []
 
 
 def test_restored_state_is_the_saved_one_to_the_bit(make, tmp_path):
@@ -77,7 +77,7 @@ def test_another_models_checkpoint_is_refused_with_names(make, tmp_path, config,
 
 
 def test_another_dtype_is_refused(tmp_path):
-    """orbax would cast it and say nothing."""
+    """orbax would cast it silently."""
     folder = checkpoints.save(tmp_path, 0, gpt_jax.train.Trainer(TINY, SETTINGS).save, keep=2)
     with gpt_jax.adapter.jax.enable_x64(True):
         other = gpt_jax.train.Trainer(TINY, dataclasses.replace(SETTINGS, dtype="float64"))
@@ -89,8 +89,8 @@ def test_another_dtype_is_refused(tmp_path):
 
 @pytest.mark.parametrize("writer", TRAINERS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_other_framework_goes_on(tmp_path, writer, dtype):
-    """Optimizer state included: the losses go on as the writer's own do."""
+def test_the_other_framework_resumes(tmp_path, writer, dtype):
+    """The optimizer state is restored too: the next losses are those of the framework that wrote the checkpoint."""
     [reader] = TRAINERS.keys() - {writer}
     settings = dataclasses.replace(SETTINGS, dtype=dtype)
     with gpt_jax.adapter.jax.enable_x64(dtype == "float64"):
@@ -108,7 +108,7 @@ def test_the_other_framework_goes_on(tmp_path, writer, dtype):
 
 
 def test_a_step_that_is_not_finite_changes_nothing(make, tmp_path):
-    """All targets left out: the loss is 0/0. The path goes on as if the step had not been."""
+    """If all targets are ignored, the loss is 0/0. The next steps are as if this one had not been made."""
     trainer, undisturbed = make(TINY, SETTINGS), make(TINY, SETTINGS)
     assert steps(trainer, 0, 3) == steps(undisturbed, 0, 3)
     before = stored(checkpoints.save(tmp_path, 3, trainer.save, keep=2))
@@ -151,7 +151,7 @@ def test_a_disk_that_is_full_loses_nothing(tmp_path):
     assert not list(tmp_path.glob(".unfinished*"))
 
 
-def test_too_little_room_is_told_before_anything_is_written(make, tmp_path, monkeypatch):
+def test_too_little_space_is_reported_before_anything_is_written(make, tmp_path, monkeypatch):
     trainer = make(TINY, SETTINGS)
     checkpoints.save(tmp_path, 3, trainer.save, keep=3)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100_000, 40_000, 60_000))
@@ -221,7 +221,7 @@ def cut_manifest(folder):
 
 @pytest.mark.parametrize("damage", [flip_a_byte, cut_an_array, empty, half_written, no_optimizer, cut_manifest])
 @pytest.mark.parametrize("name", TRAINERS)
-def test_damage_is_told_and_the_newest_intact_step_is_taken(finished_runs, tmp_path, name, damage):
+def test_damage_is_reported_and_the_newest_intact_step_is_used(finished_runs, tmp_path, name, damage):
     shutil.copytree(finished_runs[name][0] / "checkpoints", tmp_path / "checkpoints")
     damage(tmp_path / "checkpoints" / "000060")
     with pytest.warns(UserWarning, match="000060 is skipped: (missing or altered|it has no manifest|its manifest)"):

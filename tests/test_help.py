@@ -60,8 +60,8 @@ def test_every_option_has_a_complete_text(name, monkeypatch, capsys):
 def test_examples_parse(name):
     module = importlib.import_module(name)
     for example in EXAMPLE.findall(module.__doc__):
-        _, found, arguments = example.partition(f"scripts/{name}.py")
-        assert found, example
+        _, script, arguments = example.partition(f"scripts/{name}.py")
+        assert script, example
         cli.parse(module.Args, None, args=shlex.split(arguments, comments=True))
 
 

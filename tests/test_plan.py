@@ -1,4 +1,4 @@
-"""What plan.py promises: arithmetic by hand, and XLA's own account of compiled steps."""
+"""The estimates of plan.py against arithmetic by hand and against the memory that XLA reports for compiled steps."""
 
 import re
 
@@ -12,7 +12,7 @@ from parity.training.flops import flops_per_token, peak_flops
 
 
 def test_model_flops_by_hand():
-    """6N + 12LDT, N without the position table, and without an embedding that is only looked up."""
+    """6N + 12LDT, where N leaves out the position table and an embedding that is only looked up."""
     config = GPTConfig(n_vocab=100, n_ctx=8, n_embd=4, n_head=2, n_layer=3)
     block = 12 * 4 * 4 + 13 * 4
     N = 100 * 4 + 3 * block + 2 * 4
@@ -30,7 +30,7 @@ def test_peaks_by_the_names_that_gpus_give_themselves():
     assert peak_flops("a toaster") is None
 
 
-def test_messages_by_hand():
+def test_communication_by_hand():
     config = PRESETS["124M"]
     parameters = 124_439_808
     assert communication_bytes(config, MeshShape(), 8, 1, "float32") == {}
@@ -68,7 +68,7 @@ def test_memory_shrinks_as_it_should():
     ],
 )
 def test_the_memory_model_against_xla(preset, mesh, more):
-    """A mesh on which XLA gathers a batch, or keeps what it should compute again, is far off."""
+    """On a mesh where XLA gathers a batch, or stores what it should recompute, the estimate would be far off."""
     options = ("--preset", preset, "--mesh", mesh, "--dtype", "float32", "--accumulate", "30", "--compile")
     result = run_script("plan.py", *options, *more)
     assert result.returncode == 0, result.stderr
@@ -89,7 +89,7 @@ def test_the_memory_model_against_xla(preset, mesh, more):
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_told(options, message):
+def test_what_does_not_fit_is_refused(options, message):
     result = run_script("plan.py", *options)
     assert result.returncode == 2
     assert message in result.stderr

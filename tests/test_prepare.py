@@ -122,7 +122,7 @@ def stop_at(shards, progress):
         raise KeyboardInterrupt
 
 
-def test_an_interrupted_preparation_goes_on(tmp_path):
+def test_an_interrupted_preparation_is_resumed(tmp_path):
     """Stopped after every number of shards in turn, with two splits that fill at different speeds."""
     texts = [f"document {number} " * (number % 7) for number in range(300)]
     file = write(tmp_path, ".jsonl", texts)
@@ -145,7 +145,7 @@ def test_an_interrupted_preparation_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize(("moment", "finished"), [("ShardWriter.publish:5", 4), ("replace_text:1", 1)])
-def test_a_killed_script_goes_on(tmp_path, moment, finished):
+def test_a_killed_script_is_resumed(tmp_path, moment, finished):
     """In the middle of its work, and between its first shard and its first index."""
     texts = [f"document {number} " * 50 for number in range(20_000)]
     file = write(tmp_path, ".jsonl", texts)

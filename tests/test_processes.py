@@ -1,4 +1,4 @@
-"""One run by several processes: the same losses, each reads its part, the first one writes, all end together."""
+"""A run by several processes has the same losses; each reads its rows, the first one writes, and all end together."""
 
 import contextlib
 import dataclasses
@@ -52,7 +52,7 @@ with processes(False, sys.argv[1], 2, int(sys.argv[2])):
 
 
 def free_port(first=16384, last=32767):
-    """A port below those that the system gives to outgoing connections, one of which could take it meanwhile."""
+    """Return a port below the range of outgoing connections, one of which could otherwise take it in the meantime."""
     while True:
         port = random.randint(first, last)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -96,7 +96,7 @@ def at_step(number):
 
 
 def torchrun(count, *arguments):
-    """train_torch.py in so many processes on this machine."""
+    """Run train_torch.py in `count` processes on this machine."""
     run = [sys.executable, "-m", "torch.distributed.run", "--master-port", str(free_port())]
     script = command("train_torch.py", *arguments)[1:]
     return subprocess.run(
@@ -110,14 +110,14 @@ def alone(shared_run):
     return {dtype: shared_run(f"alone-{dtype}", "train_jax.py", *OPTIONS, "--dtype", dtype)[0] for dtype in RTOL}
 
 
-def same(folder, wanted, rtol):
-    """Every step and each evaluation once, with the losses wanted."""
+def assert_same_losses(folder, expected_run, rtol):
+    """Every step and every evaluation occurs once, with the losses of the expected run."""
     for key, count in (("loss", 20), ("validation_loss", 3)):
-        found, expected = ({e["step"]: e[key] for e in metrics(run) if key in e} for run in (folder, wanted))
-        assert len([e for e in metrics(folder) if key in e]) == len(found) == count
-        apart = max(abs(found[step] / expected[step] - 1) for step in expected)
-        print(f"{key}: up to {apart:.1e} apart, relative")
-        assert apart <= rtol, key
+        losses, expected = ({e["step"]: e[key] for e in metrics(run) if key in e} for run in (folder, expected_run))
+        assert len([e for e in metrics(folder) if key in e]) == len(losses) == count
+        difference = max(abs(losses[step] / expected[step] - 1) for step in expected)
+        print(f"{key}: relative difference up to {difference:.1e}")
+        assert difference <= rtol, key
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_jax_losses_do_not_depend_on_the_processes(count, dtype, more, alone, tm
     environment = {"JAX_NUM_CPU_DEVICES": more["devices"]} if more else {}
     done = finish(start(count, *OPTIONS, "--dtype", dtype, *mesh, "--run", tmp_path / "run", **environment))
     assert [status for status, *_ in done] == [0] * count, done
-    same(tmp_path / "run", alone[dtype], RTOL[dtype])
+    assert_same_losses(tmp_path / "run", alone[dtype], RTOL[dtype])
     # The first process reports what happens; the others' output is Gloo's own.
     assert f"in {count} processes" in done[0][1]
     assert not any("loss" in output for _, output, _ in done[1:])
@@ -153,11 +153,11 @@ def test_torch_losses_do_not_depend_on_the_processes(dtype, more, alone, tmp_pat
     result = torchrun(2, *OPTIONS, *more, "--dtype", dtype, "--run", tmp_path / "run")
     assert result.returncode == 0, result.stderr
     assert ", 2 processes" in result.stdout
-    same(tmp_path / "run", alone[dtype], {"float32": 1e-5, "float64": 1e-10}[dtype])
+    assert_same_losses(tmp_path / "run", alone[dtype], {"float32": 1e-5, "float64": 1e-10}[dtype])
 
 
-def test_a_stopped_run_goes_on_in_another_number_of_processes(alone, tmp_path):
-    """SIGTERM reaches one of two; both stop after the same step. Then one goes on."""
+def test_a_stopped_run_is_resumed_by_another_number_of_processes(alone, tmp_path):
+    """SIGTERM reaches one of two processes, and both stop after the same step. Then one process resumes the run."""
     options = (*OPTIONS, "--dtype", "float64", "--log-every", "1", "--run", tmp_path / "run")
     done = finish(start(2, *options, signalled=(1, signal.SIGTERM, at_step(5))))
     assert [status for status, *_ in done] == [143, 143], done
@@ -167,7 +167,7 @@ def test_a_stopped_run_goes_on_in_another_number_of_processes(alone, tmp_path):
     [(status, output, errors)] = finish(start(1, *options, "--resume"))
     assert status == 0, errors
     assert "resuming   after step 5" in output
-    same(tmp_path / "run", alone["float64"], 1e-10)
+    assert_same_losses(tmp_path / "run", alone["float64"], 1e-10)
 
 
 @pytest.mark.slow
@@ -185,7 +185,7 @@ def test_more_processes_go_on_from_a_checkpoint(by, alone, tmp_path):
         assert result.returncode == 0, result.stderr
         output = result.stdout
     assert "resuming   after step 10" in output
-    same(tmp_path / "run", alone["float64"], 1e-10)
+    assert_same_losses(tmp_path / "run", alone["float64"], 1e-10)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -205,7 +205,7 @@ def test_a_killed_process_ends_the_others(victim, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "000020" / "manifest.json").exists()
 
 
-def test_processes_that_do_not_belong_together_are_told(tmp_path):
+def test_processes_that_do_not_belong_together_are_refused(tmp_path):
     rates = [("--lr", f"{index + 1}e-3") for index in range(2)]
     started = start(2, *OPTIONS, "--run", tmp_path / "run", each=rates)
     for status, _, errors in finish(started):
@@ -223,15 +223,15 @@ def test_processes_that_do_not_belong_together_are_told(tmp_path):
     ],
     ids=str,
 )
-def test_incomplete_options_are_told(options, message, tmp_path):
+def test_incomplete_options_are_refused(options, message, tmp_path):
     result = run_script("train_jax.py", *OPTIONS, *options, "--run", tmp_path / "run")
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_slurm_tells_who_is_who(tmp_path):
-    """What srun sets for each of two tasks on a node; JAX makes the coordinator's port of the job's number."""
+def test_slurm_sets_index_and_count(tmp_path):
+    """The variables that srun sets for two tasks on a node; JAX derives the coordinator's port from the job id."""
     these = {"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1"}
     these["SLURM_JOB_ID"] = str(free_port(61440, 65535) - 61440)
     options = ("--preset", "tiny", "--steps", "1", "--run", tmp_path / "run", "--distributed")
@@ -257,13 +257,13 @@ def test_each_process_has_its_rows(tmp_path):
     ]
     done = finish(started)
     assert [status for status, *_ in done] == [0, 0], done
-    found = [json.loads((tmp_path / str(i)).read_text()) for i in range(2)]
-    assert found[0] == [[0, 4, [1, 8, 16], n] for n in (2, 2, 1, 1)] + [[0, 8, [1, 8, 16], 1]]
-    assert found[1] == [[4, 8, [1, 8, 16], n] for n in (2, 2, 1, 1)] + [[0, 8, [1, 8, 16], 1]]
+    reported = [json.loads((tmp_path / str(i)).read_text()) for i in range(2)]
+    assert reported[0] == [[0, 4, [1, 8, 16], n] for n in (2, 2, 1, 1)] + [[0, 8, [1, 8, 16], 1]]
+    assert reported[1] == [[4, 8, [1, 8, 16], n] for n in (2, 2, 1, 1)] + [[0, 8, [1, 8, 16], 1]]
 
 
 class Part:
-    """A trainer that only takes its part of the batches."""
+    """A trainer that only takes its rows of the batches."""
 
     def __init__(self, index, count):
         self.index, self.count = index, count
@@ -280,7 +280,7 @@ class Part:
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_parts_of_a_batch_make_the_batch(count):
+def test_the_rows_of_all_processes_make_the_batch(count):
     settings = dataclasses.replace(recipe("tiny").settings, accumulate=2)
     windows = Windows([np.arange(1000) % 90, np.arange(77)], n_ctx=8, n_vocab=90)
     job = SimpleNamespace(settings=settings, train=windows, micro_size=4)

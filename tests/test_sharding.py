@@ -1,4 +1,4 @@
-"""One run over eight devices, however they are arranged: the same losses, the memory and the messages expected."""
+"""A run over eight devices has the same losses on every mesh, and the expected memory and collectives."""
 
 import json
 import os
@@ -29,7 +29,7 @@ RTOL = {"float32": 2e-6, "float64": 1e-12}
     ids=" ".join,
 )
 def runs(request, tmp_path_factory):
-    """(dtype, shapes, what sharded_runs.py found)"""
+    """(dtype, shapes, results of sharded_runs.py)"""
     dtype, which = request.param
     program = str(ROOT / "tests" / "support" / "sharded_runs.py")
     out = tmp_path_factory.mktemp("sharded") / "facts.json"
@@ -40,49 +40,49 @@ def runs(request, tmp_path_factory):
 
 
 def test_losses_do_not_depend_on_the_mesh(runs):
-    dtype, shapes, found = runs
-    want = np.array(found["single"]["losses"])
-    assert len(set(want)) > 15
+    dtype, shapes, results = runs
+    expected = np.array(results["single"]["losses"])
+    assert len(set(expected)) > 15
     for shape in map(str, shapes):
-        assert found[shape]["losses"] == pytest.approx(want, rel=RTOL[dtype]), shape
+        assert results[shape]["losses"] == pytest.approx(expected, rel=RTOL[dtype]), shape
 
 
-def test_a_checkpoint_goes_on_over_another_mesh(runs):
-    dtype, _, found = runs
-    restored = [name for name in found if name.startswith("restored")]
+def test_a_checkpoint_is_resumed_on_another_mesh(runs):
+    dtype, _, results = runs
+    restored = [name for name in results if name.startswith("restored")]
     assert len(restored) == 3
     for name in restored:
-        assert found[name]["losses"] == pytest.approx(found["single"]["losses"][10:], rel=RTOL[dtype]), name
+        assert results[name]["losses"] == pytest.approx(results["single"]["losses"][10:], rel=RTOL[dtype]), name
 
 
 def test_each_device_holds_its_part(runs):
     """Parameters and two moments, and a count of four bytes."""
-    dtype, shapes, found = runs
+    dtype, shapes, results = runs
     for shape in shapes:
-        facts = found[str(shape)]
+        facts = results[str(shape)]
         assert facts["devices"] == 8
         assert facts["bytes"] == [3 * bytes_per_device(CONFIG, MeshShape(*shape), np.dtype(dtype).itemsize) + 4]
-    whole, part = (bytes_per_device(PRESETS["1558M"], MeshShape(fsdp=size)) for size in (1, 8))
-    assert 7.9 < whole / part <= 8
+    replicated, sharded = (bytes_per_device(PRESETS["1558M"], MeshShape(fsdp=size)) for size in (1, 8))
+    assert 7.9 < replicated / sharded <= 8
 
 
-def test_messages_are_those_that_the_mesh_needs(runs):
-    _, _, found = runs
-    single, copies, divided, tensor = (
-        found[name]["collectives"] for name in ("single", "(8, 1, 1)", "(1, 8, 1)", "(1, 1, 8)")
+def test_collectives_are_those_that_the_mesh_needs(runs):
+    _, _, results = runs
+    single, replicated, sharded, tensor = (
+        results[name]["collectives"] for name in ("single", "(8, 1, 1)", "(1, 8, 1)", "(1, 1, 8)")
     )
     assert not any(single.values())
-    # Copies: gradients are summed, and nothing else is sent.
-    assert copies["all-reduce"] >= 1
-    assert copies["all-gather"] == copies["reduce-scatter"] == copies["all-to-all"] == 0
-    # Divided parameters: gathered where they are used. The CPU's compiler sums gradients whole, and cuts then.
-    assert divided["all-gather"] >= 4
-    assert divided["all-reduce"] + divided["reduce-scatter"] >= 1
-    # Divided heads and MLP: activations are summed after both, in the scanned layer and on its way back.
+    # Replicas: gradients are summed, and nothing else is sent.
+    assert replicated["all-reduce"] >= 1
+    assert replicated["all-gather"] == replicated["reduce-scatter"] == replicated["all-to-all"] == 0
+    # Sharded parameters are gathered where they are used. On a CPU, XLA all-reduces gradients before it shards them.
+    assert sharded["all-gather"] >= 4
+    assert sharded["all-reduce"] + sharded["reduce-scatter"] >= 1
+    # Sharded heads and MLP: activations are summed after both, in the forward and the backward pass of the layer.
     assert tensor["all-reduce"] >= 4
 
 
-def test_what_cannot_be_divided_is_told():
+def test_what_cannot_be_sharded_evenly_is_refused():
     assert MeshShape.parse("tensor=2, data=4") == MeshShape(data=4, tensor=2)
     for bad in ("", "data", "data=0", "model=2", "data=2,data=2", "data=x"):
         with pytest.raises(InputError, match="write data=2,fsdp=2,tensor=2, each axis"):
@@ -101,8 +101,8 @@ def test_the_script_runs_over_a_mesh(finished_runs, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "8 of them: data=2,fsdp=2,tensor=2" in result.stdout
     # Early on, before rounding has grown: see test_resume.py.
-    want = [e["loss"] for e in metrics(finished_runs["jax"][0]) if "loss" in e][:20]
-    assert [e["loss"] for e in metrics(tmp_path / "run") if "loss" in e][:20] == pytest.approx(want, rel=1e-5)
+    expected = [e["loss"] for e in metrics(finished_runs["jax"][0]) if "loss" in e][:20]
+    assert [e["loss"] for e in metrics(tmp_path / "run") if "loss" in e][:20] == pytest.approx(expected, rel=1e-5)
     result = run_script("train_jax.py", "--preset", "tiny", "--mesh", "data=8", "--run", tmp_path / "few")
     assert result.returncode == 2
     assert "--mesh needs 8 devices; available: 1 (cpu)" in result.stderr

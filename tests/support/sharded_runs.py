@@ -1,4 +1,4 @@
-"""Run by test_sharding.py in a process with eight CPU devices: losses and facts of each mesh, as JSON."""
+"""Program of test_sharding.py, for a process with eight CPU devices: the losses and facts of each mesh, as JSON."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def losses(trainer, first, last):
 
 
 def facts(trainer):
-    """Bytes of parameters and moments on each device, and the collectives of the compiled step."""
+    """Return the bytes of parameters and moments on each device, and count the collectives of the compiled step."""
     held = {}
     for leaf in jax.tree.leaves(trainer.state):
         for shard in leaf.addressable_shards:
@@ -56,21 +56,21 @@ def facts(trainer):
 def main(dtype, shapes, out):
     jax.config.update("jax_enable_x64", dtype == "float64")
     settings = dataclasses.replace(SETTINGS, dtype=dtype)
-    found = {}
+    results = {}
     single = make(settings)
-    found["single"] = {"losses": losses(single, 0, 20), **facts(single)}
+    results["single"] = {"losses": losses(single, 0, 20), **facts(single)}
     with tempfile.TemporaryDirectory() as folder:
         for shape in shapes:
             trainer = make(settings, shape)
             first = losses(trainer, 0, 10)
             saved = checkpoints.save(Path(folder) / str(shape), 10, trainer.save, keep=1)
-            found[str(shape)] = {"losses": first + losses(trainer, 10, 20), **facts(trainer)}
+            results[str(shape)] = {"losses": first + losses(trainer, 10, 20), **facts(trainer)}
         # Saved on one mesh, restored on another, and on one device.
         for shape in (shapes[0], (1, 2, 4), None):
             trainer = make(settings, shape)
             trainer.restore(saved)
-            found[f"restored {shape}"] = {"losses": losses(trainer, 10, 20)}
-    out.write_text(json.dumps(found))
+            results[f"restored {shape}"] = {"losses": losses(trainer, 10, 20)}
+    out.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
