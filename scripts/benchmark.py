@@ -1,4 +1,4 @@
-"""Measure gpt_jax against alternatives, which take turns, each in a process of its own.
+"""Measure gpt_jax and its alternatives in turn, each in a process of its own.
 
     python scripts/benchmark.py train       # a training step; peers: gpt_torch eager and compiled, transformers
     python scripts/benchmark.py generate    # greedy decoding at 124M; peers: transformers, gpt_torch
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def machine() -> str:
-    """One line that describes processor, Python and frameworks."""
+    """Return one line that describes processor, Python and frameworks."""
     model = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
         if line.startswith("model name"):

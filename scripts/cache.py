@@ -1,4 +1,4 @@
-"""Show what is cached on this machine, with its size, and delete it.
+"""Show what this project has cached on this machine, with its size, and delete it.
 
     python scripts/cache.py                     # every kind of cache, with its size
     python scripts/cache.py --clear corpora     # delete the downloaded corpora, asks first
@@ -49,7 +49,7 @@ def main() -> None:
         return
     if not args.yes:
         if not sys.stdin.isatty():
-            raise InputError(f"--clear {args.clear} asks before it deletes; add --yes to delete without a question")
+            raise InputError(f"--clear {args.clear} asks before it deletes; add --yes to delete without confirmation")
         if not Confirm.ask(f"Delete {', '.join(map(str, chosen))}?", console=console, default=False):
             return
     for path in chosen:

@@ -27,7 +27,7 @@ from parity.training.initial import weights_folder
 from parity.weights import huggingface, openai
 from parity.weights.load import read_folder
 
-# The two files of the tokenizer have the same content in both, under different names.
+# The tokenizer's two files have the same content in both formats, under different names.
 _VOCABULARY = {"openai": ("encoder.json", "vocab.bpe"), "huggingface": ("vocab.json", "merges.txt")}
 
 
@@ -48,12 +48,12 @@ class Args:
 def main() -> None:
     args = parse(Args, __doc__)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise InputError(f"{args.out} is not an empty folder; give another")
+        raise InputError(f"{args.out} is not an empty folder; give another one")
     source = weights_folder(args.source)
     config, stored, from_format = read_folder(source)
     arrays = dict(weights.convert(stored, from_format, "huggingface", config, np.float32, origin=args.source))
     if not config.qkv_bias and args.to in _VOCABULARY:
-        # These formats always have the bias; a bias of 0 is the same function.
+        # These formats always have the bias; with a bias of 0 the model computes the same function.
         config = dataclasses.replace(config, qkv_bias=True)
         shapes = weights.shapes(config, "huggingface")
         arrays |= {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name not in arrays}

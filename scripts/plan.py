@@ -5,8 +5,8 @@
     python scripts/plan.py --preset 124M --tokens-per-s 500000          # measured by benchmark.py train --gpu
     python scripts/plan.py --preset 1558M --mesh fsdp=8 --accumulate 30 --compile --dtype float32     # also asks XLA
 
-The estimate of memory is fitted to XLA's accounts of compiled steps (gpt_jax/memory.py). Time follows from the
-fraction of the device's peak that is assumed to be reached, or from a measured speed.
+The estimate of memory is fitted to what XLA reports for compiled steps (gpt_jax/memory.py). The time is computed from
+--mfu, the fraction of the device's peak rate that training is assumed to reach, or from a measured speed.
 """
 
 import dataclasses
@@ -74,7 +74,7 @@ def main() -> None:
     shape.check(config, micro_size)
     for name in ("tokens", "memory_gb", "mfu", "link_gb_per_s", "tokens_per_s"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise InputError(f"--{name.replace('_', '-')} must be positive")
+            raise InputError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
 
     estimate = memory(config, shape, micro_size, settings.dtype, remat, args.attention)
     table = Table("memory per device", "GB", title=f"{args.preset} over {shape}: {n_params(config):,} parameters")
@@ -112,7 +112,7 @@ def main() -> None:
         for name, size in communication_bytes(config, shape, micro_size, settings.accumulate, settings.dtype).items():
             table.add_row(name, f"{size / 1e9:.2f}", f"{size / 1e9 / args.link_gb_per_s:.3f}")
         console.print(table)
-    # A checkpoint holds the train state (parameters and two moments) and model.safetensors.
+    # A checkpoint contains the train state (parameters and two moments) and model.safetensors (parameters).
     checkpoint = 4 * n_params(config) * (8 if settings.dtype == "float64" else 4)
     console.print(
         f"disk: {checkpoint / 1e9:.1f} GB per checkpoint, of which the newest {settings.keep} and the best are kept; "
@@ -139,7 +139,7 @@ def _tokens_per_s(args: Args, config: GPTConfig) -> tuple[float, str]:
         return args.tokens_per_s, "measured"
     peak = peak_flops(args.device)
     if peak is None:
-        raise InputError(f"--device {args.device}: its peak rate is not known; give --tokens-per-s")
+        raise InputError(f"--device {args.device}: its peak rate is unknown; give --tokens-per-s")
     return args.mfu * peak / flops_per_token(config), f"assuming {args.mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s"
 
 

@@ -44,7 +44,7 @@ class Args:
     workers: int = os.cpu_count() or 1
     """Number of threads that tokenize; by default one per CPU core."""
     verify: Path | None = None
-    """Only compare the shards of this prepared folder with the sha256 in its index."""
+    """Prepare nothing; compare the shards in this folder with the sha256 in its index."""
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ _DAMAGE = (InputError, OSError, ValueError, KeyError, TypeError, AttributeError,
 
 @dataclasses.dataclass
 class RunSummary:
-    """What the files of a run say about it."""
+    """The facts that the files of a run record."""
 
     name: str
     path: str
@@ -30,7 +30,7 @@ class RunSummary:
     """finished; stopped (the newest checkpoint is of the last step, so resuming repeats nothing); unfinished (still
     running, or killed between two checkpoints); damaged."""
     problem: str = ""
-    """What is damaged."""
+    """Description of the damage; empty if there is none."""
     preset: str | None = None
     backend: str | None = None
     steps: int | None = None
@@ -93,7 +93,7 @@ def _size_and_time(folder: Path) -> tuple[int, float]:
         for name in names:
             try:
                 status = os.lstat(os.path.join(parent, name))
-            except OSError:  # deleted meanwhile, by a run that goes on
+            except OSError:  # deleted in the meantime, by a run that is still running
                 continue
             size, time = size + status.st_size, max(time, status.st_mtime)
     return size, time

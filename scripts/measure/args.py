@@ -18,7 +18,7 @@ class Args:
     gpu: bool = False
     """Measure on a GPU, with larger models and batches; by default on the CPU."""
     preset: str | None = None
-    """For train, compile and options: model and batch of this training preset; by default the benchmark's own."""
+    """For train, compile and options: training preset that gives model and batch; by default the benchmark's own."""
     batch_size: int | None = None
     """For train, compile and options: number of windows per step, in one micro-batch; by default the preset's."""
     size: Literal["124M", "355M", "774M", "1558M"] = "124M"
@@ -39,15 +39,15 @@ class Args:
     """Folder with the caches of compiled programs; the script makes one for each benchmark."""
 
     def spec(self, make: Callable[..., Workload], *arguments: Any, cache: Path | None = None) -> Spec:
-        """The workload `make(*arguments)` on the chosen device.
+        """Return the Spec of the workload make(*arguments) on the chosen device.
 
         Args:
             make: A function of measure/peers.py.
             arguments: Its arguments.
-            cache: Folder in which compiled programs are kept; by default one for all peers.
+            cache: Folder for compiled programs; by default one that all peers share.
         """
         cache = cache or self.cache / "0"
-        if self.gpu:  # peers share its memory, so JAX must not reserve most of it
+        if self.gpu:  # the peers share the memory of the GPU, so JAX must not reserve most of it
             device = {"MEASURE_ON": "gpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         else:
             device = {"MEASURE_ON": "cpu", "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -60,12 +60,12 @@ class Args:
         return Spec(make, arguments, {**device, **caches})
 
     def selected(self, specs: dict[str, Spec]) -> dict[str, Spec]:
-        """The first peer and those that --peers names."""
-        if unknown := [part for part in self.peers if not any(part in name for name in specs)]:
+        """Return the first peer and those that --peers selects."""
+        if unknown := [text for text in self.peers if not any(text in name for name in specs)]:
             raise InputError(f"--peers: no peer contains {', '.join(unknown)}; the peers are {'; '.join(specs)}")
         first = next(iter(specs))
         return {
             name: spec
             for name, spec in specs.items()
-            if name == first or not self.peers or any(part in name for part in self.peers)
+            if name == first or not self.peers or any(text in name for text in self.peers)
         }

@@ -1,4 +1,4 @@
-"""The benchmarks: which peers each compares, on which work, and what it notes below the table."""
+"""The benchmarks: the peers and the workload of each, and the notes below its table."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from parity.weights import huggingface, openai
 
 
 def _training_work(args: Args, name: str = "124M") -> tuple[str, GPTConfig, TrainSettings]:
-    """Description, model and settings of a training step. The vocabulary is padded to 50,304 as in nanoGPT."""
+    """Return description, model and settings of a training step; the vocabulary is padded to 50,304, as in nanoGPT."""
     if args.preset is not None:
         config, settings = recipe(args.preset).model, recipe(args.preset).settings
         title = args.preset
@@ -40,7 +40,7 @@ def _training_work(args: Args, name: str = "124M") -> tuple[str, GPTConfig, Trai
 
 
 def train(args: Args) -> list[Measurement]:
-    """A training step; on a GPU also of larger models, without peers."""
+    """Measure a training step; on a GPU also steps of larger models, without peers."""
     measurements = [_training_step(args, "124M", with_peers=True)]
     if args.gpu and args.preset is None:
         measurements += [_training_step(args, name, with_peers=False) for name in ("355M", "1558M")]
@@ -66,7 +66,7 @@ def _training_step(args: Args, name: str, with_peers: bool) -> Measurement:
     peak: float | None
     if of_matmul.seconds:
         peak = peers.MATMUL_FLOPS / of_matmul.median
-        source = f"that a product of two {peers.MATMUL_SIZE} x {peers.MATMUL_SIZE} matrices reaches"
+        source = f"that multiplying two {peers.MATMUL_SIZE} x {peers.MATMUL_SIZE} matrices reaches"
     else:
         device = timings["gpt_jax"].device
         peak, source = peak_flops(device), f"of the {device}"
@@ -77,7 +77,7 @@ def _training_step(args: Args, name: str, with_peers: bool) -> Measurement:
 
 
 def generate(args: Args) -> list[Measurement]:
-    """Greedy decoding of one row and of several rows, and the first token after a long prompt."""
+    """Measure greedy decoding of one row and of several rows, and the first token after a long prompt."""
     config = PRESETS[args.size]
     dtype = "bfloat16" if args.gpu else "float32"
     measurements = []
@@ -105,7 +105,7 @@ def generate(args: Args) -> list[Measurement]:
 
 
 def load(args: Args) -> list[Measurement]:
-    """Loading random weights of full size from the page cache. Each load has a new process; imports are not counted."""
+    """Measure loading random weights of full size from the page cache, each time in a new process, without imports."""
     config = PRESETS[args.size]
     megabytes = 4 * weights.n_params(config) / 1e6
     measurements = []
@@ -131,7 +131,7 @@ def load(args: Args) -> list[Measurement]:
 
 
 def compile(args: Args) -> list[Measurement]:
-    """Initialization, compilation and the first step, with an empty (cold) and a filled (warm) compilation cache."""
+    """Measure initialization to first step, with an empty (cold) and a filled (warm) compilation cache."""
     description, config, settings = _training_work(args)
     workloads: dict[str, tuple] = {
         "gpt_jax, unrolled": (peers.jax_step, config, settings, config.n_layer, "none"),
@@ -152,7 +152,7 @@ def compile(args: Args) -> list[Measurement]:
 
 
 def options(args: Args) -> list[Measurement]:
-    """The step of one model with different values of unroll, remat and accumulate."""
+    """Measure the training step of one model with different values of unroll, remat and accumulate."""
     description, config, settings = _training_work(args)
     cases: dict[str, tuple] = {}
     for unroll in sorted({1, 2, config.n_layer}):
@@ -169,7 +169,7 @@ def options(args: Args) -> list[Measurement]:
 
 
 def prepare(args: Args) -> list[Measurement]:
-    """Tokenizing Python's documentation, repeated twenty times, as JSONL: to shards on disk or to arrays in memory."""
+    """Measure tokenizing a JSONL file, Python's documentation twenty times, to shards on disk or arrays in memory."""
     texts = [topics[name] for name in sorted(topics)] * 20
     with tempfile.TemporaryDirectory() as name:
         source, out = Path(name) / "topics.jsonl", Path(name) / "out"

@@ -14,7 +14,7 @@ from parity.training.settings import TrainSettings
 
 
 def batch(config: GPTConfig, settings: TrainSettings) -> tuple[np.ndarray, np.ndarray]:
-    """Random inputs and targets, both int32 [A, B, T]."""
+    """Draw random inputs and targets, both int32 [A, B, T]."""
     shape = (settings.accumulate, settings.batch_size // settings.accumulate, config.n_ctx + 1)
     ids = np.random.default_rng(0).integers(0, config.n_vocab, shape, dtype=np.int32)
     return ids[..., :-1].copy(), ids[..., 1:].copy()
@@ -24,7 +24,7 @@ def batch(config: GPTConfig, settings: TrainSettings) -> tuple[np.ndarray, np.nd
 
 
 def jax_step(config: GPTConfig, settings: TrainSettings, unroll: int, remat: str) -> Workload:
-    """One optimizer step, from the batch on the host to the loss on the device."""
+    """An optimizer step of gpt_jax, from the batch on the host to the loss on the device."""
     import jax
 
     from gpt_jax.devices import choose_attention
@@ -35,7 +35,7 @@ def jax_step(config: GPTConfig, settings: TrainSettings, unroll: int, remat: str
     host = batch(config, settings)
 
     def step() -> None:
-        if not trainers:  # so that the first call includes everything that a user waits for
+        if not trainers:  # made here, so that the first call includes everything that a user waits for
             trainers.append(Trainer(config, settings, attention=attention, unroll=unroll, remat=remat))
         jax.block_until_ready(trainers[0].train_step(*trainers[0].to_device(*host), 1e-3, 0))
 
@@ -43,7 +43,7 @@ def jax_step(config: GPTConfig, settings: TrainSettings, unroll: int, remat: str
 
 
 def torch_step(config: GPTConfig, settings: TrainSettings, compile: bool, threads: int) -> Workload:
-    """The same in gpt_torch, with the fused attention (cuDNN's if possible) and fused AdamW."""
+    """The same step of gpt_torch, with fused attention (cuDNN's if possible) and fused AdamW."""
     from gpt_torch.train import Trainer
 
     torch, device = _torch(threads)
@@ -60,20 +60,20 @@ def torch_step(config: GPTConfig, settings: TrainSettings, compile: bool, thread
 
 
 def transformers_step(config: GPTConfig, settings: TrainSettings, threads: int) -> Workload:
-    """The same with the unchanged GPT2LMHeadModel (SDPA attention), the same optimizer and clipping."""
+    """The same step of transformers' GPT2LMHeadModel (SDPA attention), with fused AdamW and torch's clipping."""
     from torch.nn import functional as F
 
     torch, device = _torch(threads)
     model = _transformers(config).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-    inputs, targets = (torch.from_numpy(part).long().to(device) for part in batch(config, settings))
+    inputs, targets = (torch.from_numpy(ids).long().to(device) for ids in batch(config, settings))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16")
 
     def step() -> None:
-        for micro in zip(inputs, targets, strict=True):
+        for micro_inputs, micro_targets in zip(inputs, targets, strict=True):
             with autocast:
-                logits = model(micro[0]).logits
-                loss = F.cross_entropy(logits.flatten(0, 1), micro[1].flatten())
+                logits = model(micro_inputs).logits
+                loss = F.cross_entropy(logits.flatten(0, 1), micro_targets.flatten())
             (loss / len(inputs)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         optimizer.step()
@@ -104,7 +104,7 @@ def torch_generation(config: GPTConfig, prompts: list[list[int]], n_new: int, dt
 def transformers_generation(
     config: GPTConfig, prompts: list[list[int]], n_new: int, dtype: str, threads: int
 ) -> Workload:
-    """generate of transformers with its default cache."""
+    """generate() of transformers, with its default cache."""
     torch, device = _torch(threads)
     model = _transformers(config).to(device, getattr(torch, dtype)).eval()
     ids = torch.tensor(prompts, device=device)
@@ -117,7 +117,7 @@ def transformers_generation(
     return _in_torch(call)
 
 
-# Loading. Every number is added up, because transformers maps a file into memory and reads it only when it is used.
+# Loading. All values are summed, because transformers memory-maps a file, which is read when its values are used.
 
 
 def jax_loading(folder: Path) -> Workload:
@@ -152,7 +152,7 @@ def _add_up(model: Any) -> None:
 
 
 def preparing(source: Path, out: Path, vocab_bpe: Path | None, workers: int) -> Workload:
-    """What prepare_data.py does: texts to shards on disk."""
+    """The work of prepare_data.py: texts to shards on disk."""
     import shutil
 
     from parity.data import shards
@@ -168,7 +168,7 @@ def preparing(source: Path, out: Path, vocab_bpe: Path | None, workers: int) -> 
 
 
 def tokenizing(source: Path, vocab_bpe: Path | None, threads: int) -> Workload:
-    """Plain tiktoken, to arrays in memory: one text at a time, or its own batches if there are several threads."""
+    """Plain tiktoken, to arrays in memory: text by text on one thread, or in tiktoken's batches on several."""
     import json
 
     from parity.data.tokenizer import GPT2Tokenizer, load_tokenizer
@@ -189,11 +189,11 @@ def tokenizing(source: Path, vocab_bpe: Path | None, threads: int) -> Workload:
     return Workload(call, _peak_resident, "cpu")
 
 
-# Reference workloads: what the machine can do
+# Reference workloads, which measure what the machine can do
 
 
 def memory_reads(threads: int) -> Workload:
-    """The sum of 512 MiB on all threads, which reads memory faster than any other operation of torch or NumPy."""
+    """The sum of 512 MiB on all threads, which reads memory faster than the other operations of torch and NumPy."""
     torch, device = _torch(threads)
     memory = torch.ones(2**27, device=device)
 
@@ -221,7 +221,7 @@ MATMUL_FLOPS = 2 * MATMUL_SIZE**3
 
 
 def _torch(threads: int) -> tuple[Any, Any]:
-    """Set up torch, and return it with its device. Raises InputError if a GPU is requested and there is none."""
+    """Set up torch, and return it with its device; raises InputError if a GPU is requested and there is none."""
     import torch
 
     from gpt_torch.devices import choose_device
@@ -238,7 +238,7 @@ def _torch(threads: int) -> tuple[Any, Any]:
 
 
 def _jax_device() -> Any:
-    """Raises InputError if a GPU is requested and there is none."""
+    """Return the device that is measured; raises InputError if a GPU is requested and there is none."""
     from gpt_jax.devices import choose_device
 
     return choose_device(os.environ["MEASURE_ON"])

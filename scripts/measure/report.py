@@ -14,13 +14,13 @@ from measure.timing import Timings
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """The timings of several peers; the first is the one that the others are compared with."""
+    """The timings of several peers; the others are compared with the first one."""
 
     title: str
     call: str
-    """What one call is: step, load, ..."""
+    """Name of one call: step, load, ..."""
     amount: float
-    """How much one call processes, in `unit`."""
+    """Amount that one call processes, in `unit`."""
     unit: str
     """Unit of the amount: tokens, MB, ..."""
     peers: Mapping[str, Timings]

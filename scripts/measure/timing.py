@@ -1,4 +1,4 @@
-"""Times workloads that take turns, each in a process of its own, so that they share no memory, threads or GPU pool."""
+"""Time workloads in turn, each in a process of its own, so that they share no memory, threads or GPU pool."""
 
 import contextlib
 import multiprocessing
@@ -19,7 +19,7 @@ class Workload(NamedTuple):
     """What a peer's process runs."""
 
     call: Callable[[], Any]
-    """Does one unit of work and waits until it is done."""
+    """Does one unit of work, and returns when it is done."""
     peak: Callable[[], int]
     """Returns the peak memory so far in bytes, of the GPU or of this process."""
     device: str
@@ -61,7 +61,7 @@ class Peer:
         try:
             self.device = self._run(_start, *spec)
         except BaseException:
-            # Left to the garbage collector, its thread closes a pipe that concurrent.futures writes to at exit.
+            # The garbage collector would close a pipe that concurrent.futures writes to at exit.
             self._pool.shutdown()
             raise
 
@@ -99,7 +99,7 @@ def interleave(
         specs: Workload of each peer.
         rounds: Number of counted rounds.
         calls: Calls of each peer per round.
-        reference: A workload that measures what the machine can do; it is called ten times per round.
+        reference: A workload that measures the limit of the machine; it is called ten times per round.
 
     Returns:
         The timings of each peer and those of the reference, which are empty without one.
