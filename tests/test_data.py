@@ -32,7 +32,7 @@ def write_llmc(path, tokens, announced=None, version=1):
 
 
 @pytest.mark.parametrize("stride", [8, 3])
-def test_every_window_once_an_epoch_over_any_batch_size(stride):
+def test_every_window_once_per_epoch_for_any_batch_size(stride):
     data = windows(stride=stride)
     for size in (1, 5, 7, len(data) + 3):
         seen = []

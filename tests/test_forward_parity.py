@@ -1,4 +1,4 @@
-"""The ladder: op, block, all logits; each backend against the NumPy oracle, so against the other too."""
+"""Operations, a block and all logits of each backend agree with the NumPy oracle, and so with the other backend."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def test_logits(backend, config, dtype):
 
 
 def both(config, weights, x, run):
-    """run(model, x) by torch and by jax, as NumPy."""
+    """Return run(model, x) of torch and of JAX as NumPy arrays."""
     with torch.inference_mode():
         ours_torch = run(gpt_torch.adapter.build(config, weights), torch.from_numpy(x)).numpy()
     with jax.enable_x64(True):

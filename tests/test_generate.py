@@ -1,4 +1,4 @@
-"""Same weights, options and seed: same tokens in both backends, and as the oracle chooses."""
+"""The same weights, options and seed give the same tokens in both backends, and those that the oracle chooses."""
 
 import functools
 

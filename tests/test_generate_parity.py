@@ -1,7 +1,7 @@
 """20,000 sampled tokens over a grid of options: torch and Flax agree, and they agree at GPT-2 124M's widths.
 
-Float32 sums differ in their last bits, so a uniform that falls within rounding of a boundary may
-choose the neighbour. Such a place is named, proved to be one in float64, and counted.
+Float32 sums differ in their last bits, so a uniform within rounding of a boundary between two tokens may choose the
+other one. The tests print each such position, verify it in float64, and count it.
 """
 
 import dataclasses
@@ -31,14 +31,14 @@ NEAR = 2e-5  # a probability or a logit's relative difference that float32 sums 
 
 
 def peaked(config):
-    """GPT-2's initial weights with larger logits (six times at 124M's width): about as sure as a trained model."""
+    """GPT-2's initial weights with larger logits (six times at 124M's width), as peaked as those of a trained model."""
     weights = dict(initial_weights(config, 0))
     weights["ln_f.weight"] = weights["ln_f.weight"] * np.float32(6 * np.sqrt(768 / config.n_embd))
     return weights
 
 
 def is_boundary(config, weights, row, at, seed, number, options):
-    """Whether float64 puts this choice within rounding of another one."""
+    """Return whether, in float64, this choice is within rounding of another one."""
     row = np.array(row[:at])
     logits = oracle.logits(config, weights, row[None])[0, -1].astype(np.float64)
     [[u]] = uniforms([seed], [number], [at], 1)

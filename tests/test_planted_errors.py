@@ -68,7 +68,7 @@ def small_eps(name, monkeypatch):
 
 def mask_off_by_one(shift):
     def plant(name, monkeypatch):
-        """Attend one position too far ahead (1), or not to the own position (-1; the first row keeps it)."""
+        """Attend one position too far ahead (1), or not to the query's own position (-1; except the first)."""
         attention = MODEL[name].MultiHeadAttention
         method = "forward" if name == "torch" else "__call__"
         right = getattr(attention, method)

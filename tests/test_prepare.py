@@ -1,4 +1,4 @@
-"""Shards hold the tokens of every document once, whatever the pieces, threads and interruptions."""
+"""Shards contain the tokens of every document once, for any split into pieces, threads and interruptions."""
 
 import functools
 import gzip
@@ -64,7 +64,7 @@ def test_every_kind_of_file_gives_the_same_tokens(tmp_path, kind, shard_tokens):
 
 
 def test_cuts_in_a_long_text_change_no_token(tmp_path, vocab_bpe, monkeypatch):
-    """Blocks of 50 characters of text made to be cut badly, against the tokens of the whole."""
+    """A text that is difficult to split, read in blocks of 50 characters, has the tokens of the complete text."""
     tokenizer = GPT2Tokenizer(vocab_bpe)
     generator = np.random.default_rng(0)
     alphabet = [
@@ -123,7 +123,7 @@ def stop_at(shards, progress):
 
 
 def test_an_interrupted_preparation_is_resumed(tmp_path):
-    """Stopped after every number of shards in turn, with two splits that fill at different speeds."""
+    """Stop after each possible number of shards, with two splits that fill at different speeds."""
     texts = [f"document {number} " * (number % 7) for number in range(300)]
     file = write(tmp_path, ".jsonl", texts)
     options = {"validation_fraction": 0.2, "shard_tokens": 499}
@@ -146,7 +146,7 @@ def test_an_interrupted_preparation_is_resumed(tmp_path):
 
 @pytest.mark.parametrize(("moment", "finished"), [("ShardWriter.publish:5", 4), ("replace_text:1", 1)])
 def test_a_killed_script_is_resumed(tmp_path, moment, finished):
-    """In the middle of its work, and between its first shard and its first index."""
+    """The script is killed in the middle of its work, and between its first shard and its first index."""
     texts = [f"document {number} " * 50 for number in range(20_000)]
     file = write(tmp_path, ".jsonl", texts)
     out = tmp_path / "out"
@@ -218,7 +218,7 @@ def test_damage_and_mixed_up_folders_are_refused(tmp_path):
         prepare_shards([tmp_path / "none"], tmp_path / "new", BYTES)
 
 
-def test_halves_of_surrogates_are_no_text(tmp_path):
+def test_unpaired_surrogates_become_replacement_characters(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x \\ud800 y"}\n')
     prepare_shards([tmp_path / "a.jsonl"], tmp_path / "out", BYTES, validation_fraction=0)
     assert BYTES.decode(tokens(tmp_path / "out", "train")[:-1]) == "x \ufffd y"

@@ -1,4 +1,4 @@
-"""The SLURM script and the JobSet: readable by those who read them, with options that exist and fit each other."""
+"""The SLURM script and the JobSet of the examples can be parsed, and their options exist and fit each other."""
 
 import re
 import subprocess

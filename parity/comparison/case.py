@@ -1,4 +1,4 @@
-"""The case of a comparison: the model, weights, tokens and settings that both implementations get."""
+"""The case of a comparison: the model, weights, tokens and settings that both implementations are given."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ class Case:
 
 
 def sharp_weights(config: GPTConfig, seed: int) -> dict[str, np.ndarray]:
-    """Initial weights with matrices five times as large and random biases.
+    """Draw initial weights with matrices five times as large and random biases.
 
     With these, unlike with fresh weights, attention is sharp and logits exceed 1, so that errors show.
     """

@@ -80,7 +80,7 @@ class Rounding:
 
 
 def rounding_noise(config: GPTConfig, dtype: str, T: int, seed: int) -> dict[str, Rounding]:
-    """The rounding errors of every activation of a model that computes in `dtype` on T positions."""
+    """Return the rounding errors of every activation of a model that computes in `dtype` on T positions."""
     generator = np.random.default_rng(seed)
     return {
         name: Rounding(
@@ -94,12 +94,12 @@ def rounding_noise(config: GPTConfig, dtype: str, T: int, seed: int) -> dict[str
 
 
 def sum_rounding(dtype: str, n: int) -> float:
-    """Rounding error of a sum of n products, relative to its root mean square; bfloat16 accumulates in float32."""
+    """Return the rounding error of a sum of n products relative to its root mean square; bfloat16 sums in float32."""
     return UNIT_ROUNDOFF["float32" if dtype == "bfloat16" else dtype] * math.sqrt(n / 6)
 
 
 def reduction_length(reductions: Mapping[str, str], name: str, config: GPTConfig, T: int) -> int:
-    """Number of products that an activation, or the gradient with respect to it, sums; 0 if it is elementwise."""
+    """Return how many products each element of an activation, or of its gradient, sums; 0 if it is elementwise."""
     axes = reductions.get(name.split(".", 2)[-1] if name.startswith("blocks.") else name, "")
     return math.prod({**config.axes, "S": T}[axis] for axis in axes.split()) if axes else 0
 

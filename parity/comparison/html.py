@@ -42,7 +42,7 @@ def html_page(title: str, verdict: str, rows: Sequence[Row]) -> str:
 
 
 def _picture(rows: Sequence[Row]) -> str:
-    """Plot the errors and bounds of a section -> PNG in base64."""
+    """Plot the errors and bounds of a section, and return the PNG in base64."""
     figure = new_figure(figsize=(10, 3.5), layout="constrained")
     axes = figure.subplots()
     x = np.arange(len(rows))

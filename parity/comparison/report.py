@@ -31,12 +31,12 @@ class Row:
     error_b: float | None
     """|B - reference|."""
     bound: float
-    """What rounding allows either error to be."""
+    """Upper bound of either error, derived from rounding."""
     detail: str = ""
 
     @property
     def share(self) -> float:
-        """The largest error divided by what is allowed; above 1 the row fails, and NaN gives infinity."""
+        """The largest error divided by what is allowed. Above 1 the row fails; infinite if an error is not finite."""
         errors = [self.difference / 2, *(e for e in (self.error_a, self.error_b) if e is not None)]
         if not np.isfinite(errors).all():
             return np.inf
@@ -49,11 +49,11 @@ class Row:
         return self.share <= 1
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as it stands in report.json."""
+        """Return the entries of the row in report.json."""
         return {**dataclasses.asdict(self), "share": float(self.share), "ok": self.ok}
 
     def cells(self) -> list[str]:
-        """The row's text in each of COLUMNS."""
+        """Return the text of the row in each of COLUMNS."""
         numbers = (self.difference, self.mean_difference, self.error_a, self.error_b, self.bound)
         return [self.name, *("" if n is None else f"{n:.2e}" for n in numbers), f"{self.share:.0%}"]
 
@@ -70,12 +70,12 @@ def make_row(section: str, name: str, a: np.ndarray, b: np.ndarray, exact: np.nd
 
 
 def first_failure(rows: Sequence[Row]) -> Row | None:
-    """The first row, in the order of the computation, that exceeds its bound."""
+    """Return the first row, in the order of the computation, that exceeds its bound; None if no row does."""
     return next((row for row in rows if not row.ok), None)
 
 
 def by_section(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """{section: its rows}, in order."""
+    """Return {section: its rows}, in the order of the rows."""
     sections: dict[str, list[Row]] = {}
     for row in rows:
         sections.setdefault(row.section, []).append(row)
@@ -83,7 +83,7 @@ def by_section(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """One sentence: whether all rows are within their bounds, or which is the first that is not."""
+    """Return a sentence that says whether all rows are within their bounds, or names the first one that is not."""
     failure = first_failure(rows)
     if failure is None:
         return f"all {len(rows)} rows are within their error bounds"

@@ -3,7 +3,7 @@
 Activations and cached decoding are measured against parity/reference.py, which is NumPy in float64. Gradients
 and training are measured against gpt_torch in float64: the NumPy reference has no backward pass, and the error
 bounds need rounding errors that are added during one. tests/test_gradient_parity.py checks those gradients
-against the NumPy reference by a complex step. So only these two sections need PyTorch.
+against the NumPy reference by a complex step. Only these two sections need PyTorch.
 """
 
 import dataclasses
@@ -118,7 +118,7 @@ def gradient_bounds(case: Case) -> Bounds:
 
 
 def _loss_rounding(loss: Any, case: Case) -> float:
-    """Rounding of the log-sum-exp and the mean, which are no activations: a few roundings of the loss itself."""
+    """Bound the rounding of the log-sum-exp and the mean, which are not activations, by a few roundings of the loss."""
     return 2 * SAFETY * UNIT_ROUNDOFF[case.dtype] * float(loss)
 
 
@@ -132,12 +132,12 @@ def updates(a: Implementation, b: Implementation, case: Case, settings: TrainSet
     """
     settings = dataclasses.replace(settings, dtype="float64" if case.dtype == "float64" else "float32")
     reference = open_implementation("torch", case.config)
-    wide_weights = {name: np.asarray(array, np.float64) for name, array in case.weights.items()}
-    wide_settings = dataclasses.replace(settings, dtype="float64")
+    float64_weights = {name: np.asarray(array, np.float64) for name, array in case.weights.items()}
+    float64_settings = dataclasses.replace(settings, dtype="float64")
 
     def reference_run(noise: dict[str, Rounding]) -> dict[str, np.ndarray]:
         with reference.perturbed(case.config, noise):
-            losses, first = _train(reference, case, wide_weights, wide_settings)
+            losses, first = _train(reference, case, float64_weights, float64_settings)
         by_step = {_loss_name(step): loss for step, loss in enumerate(losses)}
         return by_step if noise else by_step | {f"update {name}": array for name, array in first.items()}
 
@@ -149,7 +149,7 @@ def updates(a: Implementation, b: Implementation, case: Case, settings: TrainSet
     for name in first_a:
         gradient = np.abs(exact_gradients[name]) * clip
         moved = np.minimum(2.0, gradient_errors[name] * clip / (gradient + settings.eps))
-        stored = 4 * UNIT_ROUNDOFF[case.dtype] * (np.abs(wide_weights[name]) + settings.lr)
+        stored = 4 * UNIT_ROUNDOFF[case.dtype] * (np.abs(float64_weights[name]) + settings.lr)
         allowed = settings.lr * moved + stored  # of each element
         yield _update_row(name, first_a[name], first_b[name], exact[f"update {name}"], allowed)
     for step, (loss_a, loss_b) in enumerate(zip(losses_a, losses_b, strict=True)):
@@ -165,7 +165,7 @@ def _loss_name(step: int) -> str:
 def _train(
     side: Implementation, case: Case, weights: Weights, settings: TrainSettings
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Train on the same batch for a few steps -> (loss of each step, {name: first update})."""
+    """Train on the same batch for a few steps; return (loss of each step, {name: first update})."""
     shape = (1, *case.inputs.shape)
     batches = [Batch(case.inputs.reshape(shape), case.targets.reshape(shape), settings.lr)] * case.steps
     first: dict[str, np.ndarray] = {}
@@ -179,7 +179,7 @@ def _train(
 
 
 def _update_row(name: str, a: np.ndarray, b: np.ndarray, exact: np.ndarray, allowed: np.ndarray) -> Row:
-    """The row of the element that uses most of its own bound."""
+    """Return the row of the element with the largest error relative to its own bound."""
     shares = np.maximum(np.abs(a - exact), np.abs(b - exact)) / allowed
     worst = np.unravel_index(shares.argmax(), shares.shape)
     difference = np.abs(a - b)

@@ -14,7 +14,7 @@ _RESTART_EVERY = 16
 
 
 class DamageError(Exception):
-    """A damaged file: the message says what is wrong, and the caller adds the name of the file."""
+    """Raised for a damaged file. The message says what is wrong; the caller adds the name of the file."""
 
 
 def read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -37,7 +37,7 @@ def read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _handle(data: bytes, place: int) -> tuple[tuple[int, int], int]:
-    """Decode a block handle -> ((offset, size), place after it)."""
+    """Decode a block handle; return ((offset, size), place after it)."""
     offset, place = read_varint(data, place)
     size, place = read_varint(data, place)
     return (offset, size), place
@@ -99,13 +99,13 @@ def _write_block(entries: list[tuple[bytes, bytes]]) -> bytes:
 
 
 def masked_crc(data: bytes) -> int:
-    """LevelDB's masked crc32c: rotated and offset, so that data may contain checksums of its own parts."""
+    """Return LevelDB's masked crc32c, rotated and offset so that data may contain checksums of its own parts."""
     crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def read_varint(data: bytes, place: int) -> tuple[int, int]:
-    """Decode the variable-length integer at `place` -> (value, place after it)."""
+    """Decode the variable-length integer at `place`; return (value, place after it)."""
     value = 0
     for shift in range(0, 70, 7):
         if place >= len(data):

@@ -88,7 +88,7 @@ def _newest(folder: Path) -> str:
 
 
 def read_with_tensorflow(prefix: Path) -> dict[str, np.ndarray]:
-    """{name: array} of a bundle as TensorFlow reads it on the CPU; raises InputError that names the bundle."""
+    """Return {name: array} of a bundle as TensorFlow reads it, on the CPU; raises InputError that names the bundle."""
     try:
         import tensorflow as tf
     except ImportError:
@@ -136,7 +136,7 @@ def write(folder: Path, config: GPTConfig, arrays: Mapping[str, np.ndarray]) -> 
 
 
 def hparams(config: GPTConfig) -> dict[str, int]:
-    """The entries of OpenAI's hparams.json for a configuration."""
+    """Return the entries of OpenAI's hparams.json for a configuration."""
     return {name: getattr(config, name) for name in _HPARAMS}
 
 

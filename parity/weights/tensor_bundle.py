@@ -52,7 +52,7 @@ class Entry:
 
 
 def read_bundle(prefix: Path) -> dict[str, LazyTensor]:
-    """{name: tensor} of a bundle; a tensor is read, and its checksum checked, when it is used.
+    """Return {name: tensor} of a bundle; a tensor is read, and its checksum verified, when it is used.
 
     Raises InputError that names the file.
     """
@@ -74,7 +74,7 @@ def _read_tensor(entry: Entry) -> np.ndarray:
 
 
 def read_index(prefix: Path) -> dict[str, Entry]:
-    """{name: entry} of `prefix`.index, checked against the sizes of the shards; raises InputError."""
+    """Return {name: entry} of `prefix`.index, checked against the sizes of the shards; raises InputError."""
     index = prefix.with_name(prefix.name + ".index")
     try:
         size = index.stat().st_size
@@ -151,7 +151,7 @@ def _parse_index(table: list[tuple[bytes, bytes]], prefix: Path) -> dict[str, En
 
 
 def _shape(name: str, fields: dict[int, list[int | bytes]]) -> tuple[int, ...]:
-    """Dimensions of the TensorShapeProto in field 2."""
+    """Decode the dimensions of the TensorShapeProto in field 2."""
     [encoded] = fields.get(2, [b""])[-1:]
     if not isinstance(encoded, bytes):
         raise DamageError(f"{name} has no shape")
@@ -169,7 +169,7 @@ def _shape(name: str, fields: dict[int, list[int | bytes]]) -> tuple[int, ...]:
 
 
 def _message(data: bytes) -> dict[int, list[int | bytes]]:
-    """Decode a protocol buffer -> {field number: values}; values are integers, or bytes if not varints."""
+    """Decode a protocol buffer; return {field number: values}, which are integers for varints, otherwise bytes."""
     fields: dict[int, list[int | bytes]] = {}
     place = 0
     while place < len(data):

@@ -1,1 +1,1 @@
-"""What several tests share; no test imports another one, or conftest."""
+"""Code that several tests share; no test imports another test or conftest."""

@@ -1,4 +1,4 @@
-"""Run a script that sends itself a signal at a chosen moment, so that no test depends on when it looks.
+"""Run a script that sends itself a signal at a chosen moment, so that no test depends on timing.
 
     python interrupting.py SIGTERM parity.training.runs:RunFolder.log:3 scripts/train_jax.py ARGUMENTS
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def interrupted(number, moment, name, *arguments):
-    """The command that runs the script `name` and sends it the signal `number` at `moment`."""
+    """Return the command that runs the script `name` and sends it the signal `number` at `moment`."""
     return [sys.executable, __file__, number.name, moment, str(ROOT / "scripts" / name), *map(str, arguments)]
 
 

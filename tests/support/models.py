@@ -19,9 +19,9 @@ CONFIGS = {
 
 
 def probing_weights(config, dtype=np.float64, seed=0):
-    """Weights under which every parameter shows: sharp attention, bent GELUs, no zero or one anywhere.
+    """Draw weights for which an error in any parameter is visible: sharp attention, curved GELUs, no value 0 or 1.
 
-    The embeddings stay small, so that LayerNorm's eps shows too.
+    The embeddings are small, so that LayerNorm's eps has a visible effect, too.
     """
     generator = np.random.default_rng(seed)
     scale = {"wte.weight": 0.15, "wpe.weight": 0.1}
@@ -32,7 +32,7 @@ def probing_weights(config, dtype=np.float64, seed=0):
 
 
 def random_batch(config, rows=2, seed=0):
-    """Inputs and targets int32 [rows, n_ctx], with some targets left out."""
+    """Draw inputs and targets int32 [rows, n_ctx], with some targets ignored."""
     ids = np.random.default_rng(seed).integers(0, config.n_vocab, (rows, config.n_ctx + 1), dtype=np.int32)
     targets = ids[:, 1:].copy()
     targets[0, -5:] = -1

@@ -1,14 +1,22 @@
-"""A third opinion in plain NumPy and float64: parity/reference.py's model, AdamW, and the sampling rules."""
+"""The oracle of the tests, in plain NumPy and float64: the model of parity/reference.py, AdamW and sampling."""
 
 import numpy as np
 
 from parity.reference import attention, directional_derivative, gelu, layer_norm, logits, loss, mlp
 
-__all__ = ["attention", "directional_derivative", "gelu", "layer_norm", "logits", "loss", "mlp"]  # and what follows
+__all__ = [
+    "attention",
+    "directional_derivative",
+    "gelu",
+    "layer_norm",
+    "logits",
+    "loss",
+    "mlp",
+]  # and the functions below
 
 
 def adamw(settings, decayed, weights, gradients, moments, step, lr):
-    """One AdamW step (Loshchilov & Hutter 2019, algorithm 2) behind a global-norm clip -> the new weights.
+    """Clip by the global norm, make one AdamW step (Loshchilov & Hutter 2019, algorithm 2), return the new weights.
 
     `moments` {name: [m, v]} are changed in place; `step` counts from 1.
     """
@@ -26,7 +34,7 @@ def adamw(settings, decayed, weights, gradients, moments, step, lr):
 
 
 def keep(logits, seen=(), temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None):
-    """One row of logits [V] -> probabilities [V], zero where dropped, by the rules of parity/sampling.py."""
+    """Return the probabilities [V] of one row of logits [V] by the rules of parity/sampling.py; 0 where dropped."""
     logits = logits.astype(np.float64)
     for token in set(seen) if repetition_penalty is not None else ():
         logits[token] *= 1 / repetition_penalty if logits[token] > 0 else repetition_penalty
@@ -48,7 +56,7 @@ def keep(logits, seen=(), temperature=1.0, top_k=None, top_p=None, min_p=None, r
 
 
 def choose(logits, u, seen=(), **options):
-    """One row of logits [V] and one uniform -> token id."""
+    """Choose a token id from one row of logits [V] and one uniform."""
     probs = keep(logits, seen, **options)
     cdf = probs.cumsum()
     beyond = np.flatnonzero((cdf > u * cdf[-1]) & (probs > 0))

@@ -1,4 +1,4 @@
-"""Scripts run as a user runs them, and what they leave."""
+"""Run scripts as a user runs them, and read the files that they write."""
 
 import json
 import subprocess

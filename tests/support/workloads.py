@@ -9,7 +9,7 @@ from parity.errors import InputError
 
 
 def sleep(seconds):
-    """Give the number of its process as its device."""
+    """Return a workload that reports the id of its process as its device."""
     return Workload(lambda: time.sleep(seconds), lambda: 2_000_000, str(os.getpid()))
 
 
