@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 
 from gpt_jax.model import GPTModel
-from gpt_jax.pretrained import save_pretrained
+from gpt_jax.pretrained import save_weights
 from parity.errors import InputError
 from parity.training import checkpoints
 from parity.training.optimizer_state import ORBAX_FOLDER
@@ -39,7 +39,7 @@ def save(folder: Path, model: GPTModel, arrays: dict[str, Array]) -> None:
         finally:
             logger.disabled = before
     if jax.process_index() == 0:
-        save_pretrained(model, folder)
+        save_weights(model, folder)
 
 
 def restore(folder: Path, like: dict[str, Array]) -> dict[str, Array]:

@@ -8,6 +8,8 @@ import torch
 from gpt_torch.model import GPTModel
 from gpt_torch.weights import export_weights, load_weights
 from parity import notebook
+from parity.data.tokenizer import Tokenizer
+from parity.hub import write_hub_files
 from parity.weights import huggingface
 from parity.weights.load import read_folder
 
@@ -25,17 +27,33 @@ def load_weights_into_gpt(model: GPTModel, params: dict[str, Any]) -> None:
     load_weights(model, notebook.as_huggingface(params, model.config), origin="params")
 
 
-def save_pretrained(model: GPTModel, folder: str | Path) -> None:
+def save_weights(model: GPTModel, folder: str | Path) -> None:
     """Write config.json and model.safetensors, which `load_pretrained` of either backend and transformers can load."""
     huggingface.write(Path(folder), model.config, export_weights(model))
+
+
+def save_pretrained(model: GPTModel, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
+    """Write a folder that `load_pretrained` of either backend and transformers can load, and that a model hub takes.
+
+    It holds config.json, model.safetensors, generation_config.json, and a model card, README.md, unless there is one.
+
+    Args:
+        model: The model.
+        folder: The folder, which is made if it does not exist. It must not hold a model in another format.
+        tokenizer: The model's tokenizer, whose files are written, too.
+    """
+    save_weights(model, folder)
+    write_hub_files(Path(folder), model.config, tokenizer)
 
 
 def load_pretrained(path: str | Path, *, device: torch.device | str | None = None, **options: Any) -> GPTModel:
     """Load a model from files.
 
     Args:
-        path: A folder with OpenAI's original files, a folder saved by transformers or `save_pretrained`, or one of our
-            checkpoints; or one of OpenAI's models by its size ("124M"), which is downloaded into the cache once.
+        path: A folder with OpenAI's files, as published or as fine-tuning leaves them; a folder saved by transformers
+            or `save_pretrained`, or one of our checkpoints; a file .safetensors or .pth with the weights of one of
+            these or of the notebook's model, with a config.json beside it; or one of OpenAI's models by its size
+            ("124M"), which is downloaded into the cache once.
         device: Device of the parameters; by default the CPU.
         options: Further arguments of `GPTModel`, for example `attention`.
 

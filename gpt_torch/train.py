@@ -18,7 +18,7 @@ from gpt_torch.distributed import all_sum
 from gpt_torch.generate import generate
 from gpt_torch.loss import summed_loss
 from gpt_torch.model import GPTModel
-from gpt_torch.pretrained import save_pretrained
+from gpt_torch.pretrained import save_weights
 from gpt_torch.weights import load_weights
 from parity import weights
 from parity.config import GPTConfig, is_counted
@@ -161,7 +161,7 @@ class Trainer:
         if not self.processes.first:
             return
         checkpoints.require_space(folder, 3 * sum(p.nbytes for p in self.model.parameters()))
-        save_pretrained(self.model, folder)
+        save_weights(self.model, folder)
         step, moments = self._moments()
         named = {moment: {n: a.cpu().numpy() for n, a in arrays.items()} for moment, arrays in moments.items()}
         converted = {m: dict(weights.convert(a, "torch", "huggingface", self.config)) for m, a in named.items()}

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from parity.data.tokenizer import Tokenizer, load_tokenizer
+from parity.data.tokenizer_files import own_vocabulary
 from parity.errors import InputError
 from parity.training import checkpoints
 from parity.training.runs import RunFolder
@@ -24,7 +25,8 @@ def load_model_and_tokenizer(
         backend: The package gpt_torch or gpt_jax.
         run: Run folder of a training script. Give either `run` or `model`.
         model: OpenAI's model of a size ("124M"), or a folder with weights.
-        vocab_bpe: OpenAI's vocab.bpe, for the gpt2 tokenizer. By default from the model's folder or the cache.
+        vocab_bpe: OpenAI's vocab.bpe, for the gpt2 tokenizer. By default the vocabulary in the model's folder, or that
+            in the cache. A tokenizer in the model's folder must be GPT-2's in any case.
         checkpoint: Which checkpoint of the run: "newest" (the newest intact one), "best" (lowest validation loss), or
             the number of a step.
         device: A device of the backend. By default the backend's own default.
@@ -47,8 +49,8 @@ def load_model_and_tokenizer(
         folder = _checkpoint(run_folder, checkpoint)
     else:
         folder = find_folder(model or "")
-        own_vocab = folder / "vocab.bpe"
-        tokenizer = load_tokenizer("gpt2", own_vocab if vocab_bpe is None and own_vocab.is_file() else vocab_bpe)
+        own = own_vocabulary(folder)
+        tokenizer = load_tokenizer("gpt2", vocab_bpe or own)
     loaded = backend.load_pretrained(folder, device=device)
     if tokenizer.n_vocab > loaded.config.n_vocab:
         raise InputError(

@@ -82,7 +82,8 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 120)
     start = time.perf_counter()
     case = make_case(args)
-    a, b = (open_implementation(spec, case.config, _ALIASES) for spec in (args.a, args.b))
+    source = None if args.weights in ("sharp", "initial") else args.weights
+    a, b = (open_implementation(spec, case.config, _ALIASES, source) for spec in (args.a, args.b))
     title = (
         f"A is {args.a}, B is {args.b}: {args.weights} weights, {case.config.n_layer} layers, width "
         f"{case.config.n_embd}, {args.batch} x {args.positions} tokens, {args.dtype}, "

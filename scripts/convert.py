@@ -4,7 +4,8 @@
     python scripts/convert.py runs/NAME/checkpoints/000600 out/ --to openai --verify
 
 Writes the weights, the tokenizer's files if SOURCE has them, and manifest.json with the name, shape, axes, dtype and
-sha256 of every tensor.
+sha256 of every tensor. With --to huggingface, OUT is complete for a model hub: it also gets generation_config.json, a
+model card, and the tokenizer's files of a run.
 """
 
 import dataclasses
@@ -21,9 +22,13 @@ import tyro
 from parity import weights
 from parity.cli import parse
 from parity.comparison.compare import compare
+from parity.comparison.implementation import read_weights
 from parity.config import GPTConfig
+from parity.data.tokenizer import Tokenizer, load_tokenizer
 from parity.errors import InputError, exit_with_message
+from parity.hub import write_hub_files
 from parity.training.initial import weights_folder
+from parity.training.runs import RunFolder
 from parity.weights import huggingface, openai
 from parity.weights.load import read_folder
 
@@ -42,7 +47,8 @@ class Args:
     """Format to write. openai is a TensorFlow checkpoint, as OpenAI published it. The others are safetensors files:
     huggingface with transformers' names, torch and flax with those of gpt_torch's and gpt_jax's parameters."""
     verify: bool = False
-    """Afterwards load SOURCE and OUT with gpt_torch, and compare their logits for random tokens."""
+    """Compare the logits of random tokens afterwards: those of OUT by gpt_torch with those of SOURCE. If SOURCE has
+    Hugging Face's config.json and transformers is installed, it computes the latter, as that file says."""
 
 
 def main() -> None:
@@ -54,21 +60,27 @@ def main() -> None:
     arrays = dict(weights.convert(stored, from_format, "huggingface", config, np.float32, origin=args.source))
     if not config.qkv_bias and args.to in _VOCABULARY:
         # These formats always have the bias; with a bias of 0 the model computes the same function.
+        arrays |= {n: np.zeros(shape, np.float32) for n, shape in with_bias(config).items() if n not in arrays}
         config = dataclasses.replace(config, qkv_bias=True)
-        shapes = weights.shapes(config, "huggingface")
-        arrays |= {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name not in arrays}
     for name, array in arrays.items():
         weights.warn_if_not_finite(name, array, args.source)
     converted = dict(weights.convert(arrays, "huggingface", args.to, config))
     if args.to == "openai":
         openai.write(args.out, config, converted)
     else:
-        huggingface.write(args.out, config, converted, args.to)
+        huggingface.write(args.out, config, converted, args.to, stated_eos_id(source))
     write_manifest(args.out, args.to, config, converted)
     copy_vocabulary(source, from_format, args.out, args.to)
+    if args.to == "huggingface":
+        write_hub_files(args.out, config, run_tokenizer(Path(args.source)), stated_eos_id(source))
     sys.stdout.write(f"{args.out}: {len(converted)} tensors, {weights.n_params(config):,} parameters\n")
     if args.verify:
         verify(source, args.out)
+
+
+def with_bias(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors, with a bias of query, key and value."""
+    return weights.shapes(dataclasses.replace(config, qkv_bias=True), "huggingface")
 
 
 def write_manifest(folder: Path, format: str, config: GPTConfig, arrays: dict[str, np.ndarray]) -> None:
@@ -94,8 +106,44 @@ def copy_vocabulary(source: Path, from_format: str, out: Path, to_format: str) -
             shutil.copyfile(source / from_name, out / to_name)
 
 
+def stated_eos_id(source: Path) -> int | None:
+    """The end-of-text id in the source's config.json, except the last id that version 0.1.0 always wrote."""
+    file = source / "config.json"
+    entries = json.loads(file.read_bytes()) if file.is_file() else {}
+    id = entries.get("eos_token_id")
+    written_by_us = "weights_format" in entries and id == entries.get("vocab_size", 0) - 1
+    return id if isinstance(id, int) and not written_by_us else None
+
+
+def run_tokenizer(source: Path) -> Tokenizer | None:
+    """The tokenizer of a run; None for other sources, and if GPT-2's vocabulary is not at hand."""
+    run = RunFolder(source)
+    if not run.checkpoints.is_dir():
+        return None
+    try:
+        return load_tokenizer(run.config()["train"]["tokenizer"])
+    except InputError as error:
+        sys.stderr.write(f"without the tokenizer's files: {error}\n")
+        return None
+
+
+def transformers_logits(source: Path, config: GPTConfig, tokens: np.ndarray) -> np.ndarray | None:
+    """The logits of transformers' model for the source's own config.json; None without that file or transformers."""
+    file = source / "config.json"
+    if not file.is_file() or json.loads(file.read_bytes()).get("weights_format", "huggingface") != "huggingface":
+        return None
+    try:
+        import parity_hf
+    except ModuleNotFoundError:
+        return None
+    arrays = read_weights(str(source))[1]
+    if not config.qkv_bias:  # transformers always has the bias; a bias of 0 is the same function
+        arrays |= {n: np.zeros(s, np.float32) for n, s in with_bias(config).items() if n not in arrays}
+    return parity_hf.logits(config, arrays, tokens, folder=source)
+
+
 def verify(source: Path, out: Path) -> None:
-    """Raise InputError unless both folders give the same logits in gpt_torch."""
+    """Raise InputError unless both folders compute the same logits."""
     try:
         import torch
 
@@ -110,8 +158,11 @@ def verify(source: Path, out: Path) -> None:
     tokens = np.random.default_rng(0).integers(0, config.n_vocab, (1, min(64, config.n_ctx)))
     with torch.inference_mode():
         logits_before, logits_after = (model(torch.from_numpy(tokens)).numpy() for model in (before, after))
-    result = compare("logits", logits_after, logits_before, 1e-6)
-    sys.stdout.write(f"verified: {result}\n")
+    theirs = transformers_logits(source, config, tokens)
+    result = compare(
+        "logits", logits_after, logits_before if theirs is None else theirs, 1e-6 if theirs is None else 2e-5
+    )
+    sys.stdout.write(f"verified against {'gpt_torch' if theirs is None else 'transformers'}: {result}\n")
     if not result.ok:
         raise InputError(f"{out} does not compute the same function as {source}: {result}")
 

@@ -2,9 +2,15 @@
 
 Each function is one of parity.comparison.protocol.Backend. The report leaves out the sections whose functions
 are missing here.
+
+Beside a folder of Hugging Face's, `open_folder` makes the model from the folder's own config.json, read by transformers
+alone, so that the report also shows what our reading of that file might overlook.
 """
 
+import functools
 from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,9 +24,20 @@ from parity.config import IGNORE_INDEX, GPTConfig
 from parity.weights import hf_config
 
 
-def build(config: GPTConfig, weights: Weights, compute: Compute = DEFAULT_COMPUTE) -> transformers.GPT2LMHeadModel:
+def open_folder(folder: Path) -> Any:
+    """Return this implementation, computing what a folder's own config.json says."""
+    functions = (logits, activations, cached_logits, loss_and_gradients)
+    return SimpleNamespace(**{f.__name__: functools.partial(f, folder=folder) for f in functions})
+
+
+def build(
+    config: GPTConfig, weights: Weights, compute: Compute = DEFAULT_COMPUTE, folder: Path | None = None
+) -> transformers.GPT2LMHeadModel:
     """Make transformers' model with these weights, without dropout and with the explicit attention."""
-    entries = {k: v for k, v in hf_config.config_to_dict(config).items() if not k.endswith("pdrop")}
+    if folder is None:
+        entries = hf_config.config_to_dict(config)
+    else:
+        entries = transformers.GPT2Config.from_pretrained(folder, local_files_only=True).to_dict()
     entries |= {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "attn_implementation": "eager"}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**entries)).eval()
     state = {n if n.startswith("lm_head") else f"transformer.{n}": torch.tensor(w) for n, w in weights.items()}
@@ -30,9 +47,15 @@ def build(config: GPTConfig, weights: Weights, compute: Compute = DEFAULT_COMPUT
     return model.to(getattr(torch, compute.dtype_for(weights)))
 
 
-def logits(config: GPTConfig, weights: Weights, tokens: np.ndarray, compute: Compute = DEFAULT_COMPUTE) -> np.ndarray:
+def logits(
+    config: GPTConfig,
+    weights: Weights,
+    tokens: np.ndarray,
+    compute: Compute = DEFAULT_COMPUTE,
+    folder: Path | None = None,
+) -> np.ndarray:
     with torch.inference_mode():
-        return to_numpy(build(config, weights, compute)(torch.from_numpy(tokens).long()).logits)
+        return to_numpy(build(config, weights, compute, folder)(torch.from_numpy(tokens).long()).logits)
 
 
 def activations(
@@ -41,9 +64,10 @@ def activations(
     tokens: np.ndarray,
     names: Iterable[str] | None = None,
     compute: Compute = DEFAULT_COMPUTE,
+    folder: Path | None = None,
 ) -> dict[str, np.ndarray]:
     """Read activations with forward hooks; attention scores before the mask cannot be reached from outside."""
-    model: Any = build(config, weights, compute)
+    model: Any = build(config, weights, compute, folder)
     cache: dict[str, Any] = {}
 
     def record(module: torch.nn.Module, name: str, which: str) -> None:
@@ -82,9 +106,14 @@ def activations(
 
 
 def cached_logits(
-    config: GPTConfig, weights: Weights, tokens: np.ndarray, start: int, compute: Compute = DEFAULT_COMPUTE
+    config: GPTConfig,
+    weights: Weights,
+    tokens: np.ndarray,
+    start: int,
+    compute: Compute = DEFAULT_COMPUTE,
+    folder: Path | None = None,
 ) -> np.ndarray:
-    model, ids = build(config, weights, compute), torch.from_numpy(tokens).long()
+    model, ids = build(config, weights, compute, folder), torch.from_numpy(tokens).long()
     cache, rows = None, []
     with torch.inference_mode():
         for end in range(start, ids.shape[1]):
@@ -101,8 +130,9 @@ def loss_and_gradients(
     inputs: np.ndarray,
     targets: np.ndarray,
     compute: Compute = DEFAULT_COMPUTE,
+    folder: Path | None = None,
 ) -> tuple[float, dict[str, np.ndarray]]:
-    model: Any = build(config, weights, compute)
+    model: Any = build(config, weights, compute, folder)
     logits = model(torch.from_numpy(inputs).long()).logits.flatten(0, 1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = torch.nn.functional.cross_entropy(

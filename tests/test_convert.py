@@ -3,25 +3,41 @@
 import dataclasses
 import hashlib
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import transformers
 from support.models import CONFIGS, TINY, probing_weights
 
 from parity import weights as table
 from parity.comparison.implementation import read_weights
+from parity.data.tokenizer import ByteTokenizer
 from parity.training import checkpoints
-from parity.weights import huggingface, openai
+from parity.weights import hf_config, huggingface, openai
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "convert.py"
 
 
-def convert(*arguments):
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def convert(monkeypatch, capsys):
+    """Run the script in this process: convert(*arguments) -> returncode, stdout and stderr."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        status = 0
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as error:
+            status = error.code
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=out, stderr=err)
+
+    return run
 
 
 @pytest.fixture
@@ -33,15 +49,16 @@ def source(tmp_path):
     return tmp_path / "in"
 
 
-def test_there_and_back_to_the_byte(source, tmp_path):
+def test_there_and_back_to_the_byte(convert, source, tmp_path):
     for name, start, to in (("hf", source, "huggingface"), ("back", tmp_path / "hf", "openai")):
         result = convert(start, tmp_path / name, "--to", to, "--verify")
         assert result.returncode == 0, result.stderr
-        assert "verified" in result.stdout
+        assert f"verified against {'gpt_torch' if start == source else 'transformers'}" in result.stdout
     for name in ("model.ckpt.data-00000-of-00001", "model.ckpt.index", "hparams.json", "checkpoint", "vocab.bpe"):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
     assert {p.name for p in (tmp_path / "hf").iterdir()} == {
-        "config.json", "model.safetensors", "manifest.json", "vocab.json", "merges.txt",
+        "config.json", "model.safetensors", "manifest.json", "vocab.json", "merges.txt", "generation_config.json",
+        "README.md",
     }  # fmt: skip
     entry = json.loads((tmp_path / "back" / "manifest.json").read_text())["tensors"]["model/h1/attn/c_proj/w"]
     stored = np.asarray(openai.read(source)[1]["model/h1/attn/c_proj/w"])
@@ -51,7 +68,7 @@ def test_there_and_back_to_the_byte(source, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["torch", "flax"])
-def test_native_names_too(source, tmp_path, form):
+def test_native_names_too(convert, source, tmp_path, form):
     for name, start, to in (("native", source, form), ("back", tmp_path / "native", "openai")):
         result = convert(start, tmp_path / name, "--to", to, "--verify")
         assert result.returncode == 0, result.stderr
@@ -61,7 +78,7 @@ def test_native_names_too(source, tmp_path, form):
     assert {name: tuple(entry["shape"]) for name, entry in tensors.items()} == table.shapes(TINY, form)
 
 
-def test_a_run_stands_for_its_newest_checkpoint(tmp_path):
+def test_a_run_stands_for_its_newest_checkpoint(convert, tmp_path):
     for step in (1, 2):
         weights = probing_weights(TINY, np.float32, seed=step)
         checkpoints.save(tmp_path / "run" / "checkpoints", step, lambda f, w=weights: huggingface.write(f, TINY, w), 2)
@@ -74,22 +91,22 @@ def test_a_run_stands_for_its_newest_checkpoint(tmp_path):
     assert all(np.array_equal(arrays[name], array) for name, array in weights.items())
 
 
-def test_without_qkv_bias_the_bias_is_zero(tmp_path):
+def test_without_qkv_bias_the_bias_is_zero(convert, tmp_path):
     config = dataclasses.replace(CONFIGS["notebook"], tied_head=True)
     huggingface.write(tmp_path / "in", config, probing_weights(config, np.float32))
     result = convert(tmp_path / "in", tmp_path / "out", "--to", "openai", "--verify")
     assert result.returncode == 0, result.stderr
 
 
-def test_values_that_are_not_finite_are_named(tmp_path):
+def test_values_that_are_not_finite_are_named(convert, tmp_path):
     weights = probing_weights(TINY, np.float32)
     weights["h.1.mlp.c_fc.bias"][4] = np.nan
     huggingface.write(tmp_path / "in", TINY, weights)
-    result = convert(tmp_path / "in", tmp_path / "out", "--to", "openai")
-    assert "h.1.mlp.c_fc.bias has 1 values that are not finite" in result.stderr
+    with pytest.warns(UserWarning, match=r"h\.1\.mlp\.c_fc\.bias has 1 values that are not finite"):
+        convert(tmp_path / "in", tmp_path / "out", "--to", "openai")
 
 
-def test_refusals_are_one_line(source, tmp_path):
+def test_refusals_are_one_line(convert, source, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
     huggingface.write(tmp_path / "untied", CONFIGS["notebook"], probing_weights(CONFIGS["notebook"], np.float32))
@@ -102,3 +119,42 @@ def test_refusals_are_one_line(source, tmp_path):
         assert result.returncode == 2
         assert message in result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_verify_computes_what_the_sources_own_configuration_says(convert, tmp_path, monkeypatch):
+    """A key that changes the function, and that our reader overlooked, would show."""
+    huggingface.write(tmp_path / "in", TINY, probing_weights(TINY, np.float32))
+    path = tmp_path / "in" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "scale_attn_by_inverse_layer_idx": True}))
+    refused = convert(tmp_path / "in", tmp_path / "refused", "--verify")
+    assert "scale_attn_by_inverse_layer_idx" in refused.stderr
+    monkeypatch.delitem(hf_config._REQUIRED, "scale_attn_by_inverse_layer_idx")
+    result = convert(tmp_path / "in", tmp_path / "out", "--verify")
+    assert result.returncode == 2
+    assert "does not compute the same function" in result.stderr
+
+
+@pytest.mark.parametrize(("stated", "written"), [(0, 0), (96, None), (50, 50)])
+def test_the_end_of_text_that_the_source_states(convert, tmp_path, stated, written):
+    """Version 0.1.0 stated the last id of the vocabulary, whatever it was."""
+    huggingface.write(tmp_path / "in", TINY, probing_weights(TINY, np.float32))
+    path = tmp_path / "in" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": stated}))
+    assert convert(tmp_path / "in", tmp_path / "out").returncode == 0
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == written
+
+
+def test_a_run_is_exported_with_its_tokenizer(convert, tmp_path):
+    config = dataclasses.replace(TINY, n_vocab=257)
+    weights = probing_weights(config, np.float32)
+    checkpoints.save(tmp_path / "run" / "checkpoints", 1, lambda folder: huggingface.write(folder, config, weights), 1)
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"train": {"tokenizer": "bytes"}}))
+    assert convert(tmp_path / "run", tmp_path / "out").returncode == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "naïve\n  x <|endoftext|> 漢\0"
+    assert tokenizer.encode(text) == ByteTokenizer().encode(text, "all")
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.eos_token_id == 256
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.generation_config.eos_token_id == 256

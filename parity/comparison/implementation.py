@@ -83,7 +83,9 @@ class Implementation:
         return {name: array.astype(dtype) for name, array in self.own_weights.items()}
 
 
-def open_implementation(spec: str, config: GPTConfig, aliases: Mapping[str, Path] | None = None) -> Implementation:
+def open_implementation(
+    spec: str, config: GPTConfig, aliases: Mapping[str, Path] | None = None, source: str | None = None
+) -> Implementation:
     """Open an implementation by name or file.
 
     Args:
@@ -91,6 +93,8 @@ def open_implementation(spec: str, config: GPTConfig, aliases: Mapping[str, Path
             run or a folder) gives the implementation weights of its own.
         config: The configuration of the comparison, which weights of its own must match.
         aliases: {name: Python file} of further names.
+        source: The size, run or folder that the weights of the comparison come from. An implementation that reads
+            config.json itself (see `Backend.open_folder`) computes what that folder's says, or that of its own weights.
 
     Raises:
         InputError: For an unknown name, a framework that is not installed, a file without `activations`, or
@@ -108,7 +112,12 @@ def open_implementation(spec: str, config: GPTConfig, aliases: Mapping[str, Path
         raise InputError(f"{name!r} is not an implementation; choose one of {known}, or give a Python file")
     if not hasattr(module, "activations"):
         raise InputError(f"{path} has no function activations(config, weights, tokens, names, compute); define it")
-    return Implementation(spec, module, _own_weights(origin, config) if origin else None)
+    own_weights = _own_weights(origin, config) if origin else None
+    if hasattr(module, "open_folder") and (origin or source):
+        folder = weights_folder(origin or source or "")
+        if (folder / "config.json").is_file():
+            module = module.open_folder(folder)
+    return Implementation(spec, module, own_weights)
 
 
 def _import_backend(name: str) -> ModuleType:

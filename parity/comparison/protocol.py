@@ -7,6 +7,7 @@ how another implementation, that of Hugging Face transformers, joins a compariso
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -50,6 +51,14 @@ class Batch(NamedTuple):
 
 class Backend(Protocol):
     """The functions that a comparison calls. A section of the report needs only some of them."""
+
+    def open_folder(self, folder: Path) -> "Backend":
+        """Return the implementation as the config.json of a folder describes it.
+
+        For an implementation with a reader of config.json of its own. It is called if the weights of the comparison
+        come from a folder with that file; the configuration of each call, which is our reading of the file, then
+        only gives shapes.
+        """
 
     def logits(
         self, config: GPTConfig, weights: Weights, tokens: np.ndarray, compute: Compute = DEFAULT_COMPUTE

@@ -2,6 +2,7 @@
 
 import codecs
 import hashlib
+import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -114,6 +115,7 @@ class GPT2Tokenizer:
     def __init__(self, vocab_bpe: str | Path):
         import tiktoken  # here, so that importing a backend does not load it
 
+        self.vocab_bpe = Path(vocab_bpe)
         self.encoding = tiktoken.Encoding(
             name="gpt2",
             pat_str=_SPLIT_PATTERN,
@@ -158,21 +160,53 @@ def _check_id(id: int, n_vocab: int) -> None:
         raise InputError(f"token id {id} is outside the vocabulary 0..{n_vocab - 1}")
 
 
-def _read_ranks(path: Path) -> dict[bytes, int]:
-    """Return {bytes of a token: its rank}: first the 256 bytes, then one token per merge, in the order of the file."""
+def _byte_characters() -> list[str]:
+    """The printable character that stands for each byte in OpenAI's files."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+BYTE_CHARACTERS = _byte_characters()
+"""The character that stands for each byte in vocabularies: itself if it is printable, otherwise one from 256 on."""
+
+
+def merges_text(path: Path) -> bytes:
+    """Return the merges in a file in the form of OpenAI's vocab.bpe: a line with the version, then a merge per line.
+
+    Args:
+        path: OpenAI's vocab.bpe, merges.txt of transformers, which may have another first line and other line ends,
+            or tokenizer.json, which contains the merges.
+
+    Raises:
+        InputError: If the file cannot be read, or a tokenizer.json has no merges.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"vocabulary {path} cannot be read ({error.strerror})") from None
+    if path.suffix == ".json":
+        try:
+            merges = json.loads(data)["model"]["merges"]
+            lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise InputError(f"vocabulary {path} is not the tokenizer.json of a BPE tokenizer") from None
+    else:
+        lines = data.decode("utf-8", errors="replace").replace("\r\n", "\n").removesuffix("\n").split("\n")
+        lines = lines[1:] if lines[0].startswith("#version") else lines
+    return "\n".join(["#version: 0.2", *lines, ""]).encode("utf-8", errors="replace")
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """Return {bytes of a token: its rank}: first the 256 bytes, then one token per merge, in the order of the file."""
+    data = merges_text(path)
     if hashlib.sha256(data).hexdigest() != VOCAB_BPE_SHA256:
         raise InputError(f"vocabulary {path} is not OpenAI's vocab.bpe (its sha256 differs); download it again")
-    # OpenAI writes each byte as a printable character. A byte that is a printable character stands for itself, and
-    # these have the first ranks; the others are written as the characters from 256 on.
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-    ranks = {bytes([byte]): rank for rank, byte in enumerate(printable + others)}
-    for line in data.decode("utf-8").splitlines()[1:]:  # the first line is the version
+    byte_of = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
+    themselves = [byte for byte in range(256) if BYTE_CHARACTERS[byte] == chr(byte)]  # these have the first ranks
+    others = [byte for byte in range(256) if byte not in themselves]
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(themselves + others)}
+    for line in data.decode("utf-8").splitlines()[1:]:  # the first line is a version
         ranks.setdefault(bytes(byte_of[character] for character in line if character != " "), len(ranks))
     return ranks
 
@@ -182,8 +216,9 @@ def load_tokenizer(name: str, vocab_bpe: str | Path | None = None) -> Tokenizer:
 
     Args:
         name: "gpt2" or "bytes".
-        vocab_bpe: Path of OpenAI's vocab.bpe, for "gpt2"; by default the one in the cache folder, where
-            scripts/download_gpt2.py stores it.
+        vocab_bpe: Path of OpenAI's vocab.bpe, or of a merges.txt or tokenizer.json of transformers with the same
+            merges, for "gpt2". By default it is looked for in the cache folder, where
+            scripts/download_gpt2.py puts it.
 
     Raises:
         InputError: For an unknown name, and if the vocabulary is missing or damaged.

@@ -1,0 +1,58 @@
+"""What a folder needs besides config.json and weights so that it can be put on a model hub."""
+
+import json
+from pathlib import Path
+
+from parity.config import GPTConfig
+from parity.data.tokenizer import Tokenizer
+from parity.data.tokenizer_files import write_tokenizer
+from parity.weights import n_params
+from parity.weights.hf_config import end_of_text_id
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- gpt2
+---
+
+# GPT-2 with {n_params:,} parameters
+
+{n_layer} layers, width {n_embd}, {n_head} heads, context {n_ctx}, vocabulary {n_vocab}.
+
+```python
+from transformers import {classes}
+
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER"){tokenizer}
+```
+
+Describe here which data the model was trained on, what it is for, and under which license it may be used.
+"""
+
+
+def write_hub_files(
+    folder: Path, config: GPTConfig, tokenizer: Tokenizer | None = None, eos_id: int | None = None
+) -> None:
+    """Write generation_config.json, a model card, and the tokenizer's files.
+
+    Args:
+        folder: The folder with config.json and weights.
+        config: The model's configuration.
+        tokenizer: The model's tokenizer; None writes none.
+        eos_id: Id of the end-of-text token; by default the tokenizer's, or see `end_of_text_id`.
+    """
+    if eos_id is None:
+        eos_id = end_of_text_id(config.n_vocab) if tokenizer is None else tokenizer.eos_id
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id"), eos_id)
+    (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+    if tokenizer is not None:
+        write_tokenizer(folder, tokenizer, config.n_ctx)
+    if not (folder / "README.md").exists():  # a card that somebody wrote is kept
+        has_tokenizer = (folder / "tokenizer_config.json").exists() or (folder / "merges.txt").exists()
+        text = _CARD.format(
+            **config.to_dict(),
+            n_params=n_params(config),
+            classes="AutoModelForCausalLM, AutoTokenizer" if has_tokenizer else "AutoModelForCausalLM",
+            tokenizer='\ntokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")' if has_tokenizer else "",
+        )
+        (folder / "README.md").write_text(text, encoding="utf-8")
