@@ -28,7 +28,7 @@ def load_weights_into_gpt(model: GPTModel, params: dict[str, Any]) -> None:
 
 
 def save_weights(model: GPTModel, folder: str | Path) -> None:
-    """Write config.json and model.safetensors, which `load_pretrained` of either backend and transformers can load."""
+    """Write config.json and model.safetensors: what `save_pretrained` writes, without what a model hub adds."""
     huggingface.write(Path(folder), model.config, export_weights(model))
 
 
@@ -42,8 +42,9 @@ def save_pretrained(model: GPTModel, folder: str | Path, tokenizer: Tokenizer | 
         folder: The folder, which is made if it does not exist. It must not hold a model in another format.
         tokenizer: The model's tokenizer, whose files are written, too.
     """
-    save_weights(model, folder)
-    write_hub_files(Path(folder), model.config, tokenizer)
+    eos_id = None if tokenizer is None else tokenizer.eos_id
+    huggingface.write(Path(folder), model.config, export_weights(model), eos_id=eos_id)
+    write_hub_files(Path(folder), model.config, tokenizer, eos_id)
 
 
 def load_pretrained(path: str | Path, *, device: torch.device | str | None = None, **options: Any) -> GPTModel:

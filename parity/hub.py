@@ -39,10 +39,10 @@ def write_hub_files(
         folder: The folder with config.json and weights.
         config: The model's configuration.
         tokenizer: The model's tokenizer; None writes none.
-        eos_id: Id of the end-of-text token; by default the tokenizer's, or see `end_of_text_id`.
+        eos_id: Id of the end-of-text token; see `end_of_text_id` for the default.
     """
     if eos_id is None:
-        eos_id = end_of_text_id(config.n_vocab) if tokenizer is None else tokenizer.eos_id
+        eos_id = end_of_text_id(config.n_vocab)
     ids = dict.fromkeys(("bos_token_id", "eos_token_id"), eos_id)
     (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
     if tokenizer is not None:

@@ -34,6 +34,7 @@ from parity.weights.load import read_folder
 
 # The tokenizer's two files have the same content in both formats, under different names.
 _VOCABULARY = {"openai": ("encoder.json", "vocab.bpe"), "huggingface": ("vocab.json", "merges.txt")}
+_TRANSFORMERS_ONLY = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +66,15 @@ def main() -> None:
     for name, array in arrays.items():
         weights.warn_if_not_finite(name, array, args.source)
     converted = dict(weights.convert(arrays, "huggingface", args.to, config))
+    tokenizer, eos_id = run_tokenizer(Path(args.source)), stated_eos_id(source)
     if args.to == "openai":
         openai.write(args.out, config, converted)
     else:
-        huggingface.write(args.out, config, converted, args.to, stated_eos_id(source))
-    write_manifest(args.out, args.to, config, converted)
+        huggingface.write(args.out, config, converted, args.to, eos_id)
     copy_vocabulary(source, from_format, args.out, args.to)
     if args.to == "huggingface":
-        write_hub_files(args.out, config, run_tokenizer(Path(args.source)), stated_eos_id(source))
+        write_hub_files(args.out, config, tokenizer, eos_id)
+    write_manifest(args.out, args.to, config, converted)
     sys.stdout.write(f"{args.out}: {len(converted)} tensors, {weights.n_params(config):,} parameters\n")
     if args.verify:
         verify(source, args.out)
@@ -100,6 +102,10 @@ def write_manifest(folder: Path, format: str, config: GPTConfig, arrays: dict[st
 
 def copy_vocabulary(source: Path, from_format: str, out: Path, to_format: str) -> None:
     """Copy the tokenizer's files, if the source has them, under the names that the target format gives them."""
+    if from_format != "openai" and to_format != "openai":
+        for name in _TRANSFORMERS_ONLY:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, out / name)
     names = (_VOCABULARY.get(format, _VOCABULARY["huggingface"]) for format in (from_format, to_format))
     for from_name, to_name in zip(*names, strict=True):
         if (source / from_name).is_file():

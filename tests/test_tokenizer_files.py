@@ -156,5 +156,6 @@ def test_what_is_saved_is_complete(tmp_path, vocab_bpe):
         _, tokenizer, _ = load_model_and_tokenizer(package, model=str(folder))
         assert tokenizer.encode(TEXT) == GPT2Tokenizer(vocab_bpe).encode(TEXT)
         shutil.rmtree(folder)
-        package.save_pretrained(package.GPTModel({**TINY.to_dict(), "n_vocab": 257}), folder, ByteTokenizer())
-        assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 256
+        package.save_pretrained(package.GPTModel({**TINY.to_dict(), "n_vocab": 304}), folder, ByteTokenizer())
+        for name in ("config.json", "generation_config.json"):
+            assert json.loads((folder / name).read_text())["eos_token_id"] == 256
