@@ -65,7 +65,7 @@ def numbers(seed, count):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """{backend: metrics} of a run on sums."""
+    """{backend: metrics} of a training run on sums."""
     metrics = {}
     for name, trainer_class in TRAINERS.items():
         folder = tmp_path_factory.mktemp("runs") / name
@@ -89,7 +89,7 @@ def test_both_backends_train_alike_on_masked_targets(runs):
 
 
 def test_only_the_answers_count(runs):
-    """The loss before training, by the NumPy reference, over the characters of the answers."""
+    """The loss before training is that of the NumPy reference over the characters of the answers."""
     arrays = initial_arrays(CONFIG, SETTINGS).arrays
     weights = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
     total, count = 0.0, 0

@@ -1,4 +1,4 @@
-"""The documentation is true: commands parse or run, Python fragments run in both backends, links and names resolve."""
+"""The documentation is correct: commands parse or run, Python runs in both backends, links and names resolve."""
 
 import contextlib
 import dataclasses
@@ -39,23 +39,23 @@ EXECUTED = ("generate", "convert", "prepare_data", "plan", "runs", "cache")
 
 
 def fragments(page, language):
-    """The fenced blocks of a page in a language ("" for commands)."""
+    """Return the fenced blocks of a page in a language ("" for commands)."""
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT[page], re.DOTALL | re.MULTILINE)
     return [code for name, code in blocks if name == language]
 
 
 def prose(page):
-    """A page without its fenced blocks."""
+    """Return a page without its fenced blocks."""
     return re.sub(r"^```.*?^```$", "", TEXT[page], flags=re.DOTALL | re.MULTILINE)
 
 
 def inline_code(page):
-    """What is written as code in the sentences and tables of a page."""
+    """Return the inline code in the sentences and tables of a page."""
     return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose(page))]
 
 
 def commands():
-    """Every command in a block, a table or a sentence of the pages; tests/test_help.py has those of the scripts."""
+    """Return every command of the pages, in blocks, tables and sentences; test_help.py tests those of the scripts."""
     for page in PAGES:
         for block in [*fragments(page, ""), *fragments(page, "bash")]:
             yield from ((page.name, line) for line in block.splitlines() if line.strip())
@@ -186,8 +186,8 @@ def python_cases():
 def run_fragments(page, backend="torch"):
     """Execute the Python of a page, in order and in one namespace.
 
-    For jax, gpt_jax takes the place of gpt_torch in a line that ends with `# or gpt_jax`, and CODE that of a line that
-    ends with `# or: CODE`.
+    For jax, gpt_torch becomes gpt_jax in each line that ends with `# or gpt_jax`, and a line that ends with
+    `# or: CODE` becomes CODE.
     """
     namespace = {}
     for code in fragments(page, "python"):
@@ -233,7 +233,7 @@ def test_links_and_paths_exist():
 
 
 def options_of(script):
-    """The options of a script, without the --no- forms of its switches."""
+    """Return the options of a script, without the --no- forms of its switches."""
     module = importlib.import_module(script.stem)
     default = module.Args() if "train" in script.stem else None
     parser = tyro.extras.get_parser(module.Args, **({"default": default} if default else {}))

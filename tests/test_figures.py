@@ -1,4 +1,4 @@
-"""Figures are drawn whatever backend the environment names, and leave the caller's backend alone."""
+"""Figures do not depend on the backend that the environment selects, and do not change the caller's."""
 
 import subprocess
 import sys

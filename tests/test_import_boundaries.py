@@ -17,7 +17,7 @@ FORBIDDEN = {
 
 
 def test_import_contracts():
-    """The contracts in pyproject.toml; they see every import in the source, also those inside functions."""
+    """The contracts in pyproject.toml hold; they cover every import in the source, also those inside functions."""
     program = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -26,7 +26,7 @@ def test_import_contracts():
 
 @pytest.mark.parametrize("package", FORBIDDEN)
 def test_imports(package):
-    """What is loaded at run time, which includes what third parties load."""
+    """The modules that are loaded at run time, including those that other packages load."""
     program = (
         "import importlib, pkgutil, sys\n"
         f"package = importlib.import_module({package!r})\n"

@@ -1,4 +1,4 @@
-"""The chunked loss is the plain one, without an array of all logits; both backends treat targets alike."""
+"""The chunked loss equals the direct one and stores no array of all logits; both backends treat targets alike."""
 
 import dataclasses
 
@@ -75,7 +75,7 @@ def test_a_models_gradients(tied_head):
 
 
 def test_memory_holds_one_chunk_of_logits():
-    """By the compiler's memory analysis; 26 MB of logits in 13 chunks of 2 MB."""
+    """Compare the memory that XLA reports, for 26 MB of logits in 13 chunks of 2 MB."""
     config = GPTConfig(n_vocab=50304, n_ctx=130, n_embd=8, n_head=1, n_layer=1)
     model = jax.eval_shape(lambda: gpt_jax.GPTModel(config, seed=None))
     x = jax.ShapeDtypeStruct((1, 130, 8), jnp.float32)
@@ -102,7 +102,7 @@ def test_bfloat16_keeps_its_loss_in_float32():
 
 @pytest.mark.parametrize("remat", ["products", "all"])
 def test_computing_again_changes_no_gradient_and_saves_memory(remat):
-    """By the compiler's memory analysis, with 6 layers and 64 positions."""
+    """Compare the memory that XLA reports, with 6 layers and 64 positions."""
     config = GPTConfig(n_vocab=97, n_ctx=64, n_embd=64, n_head=4, n_layer=6)
     tokens, targets = random_batch(config)
     results = {}
@@ -124,7 +124,7 @@ def torch_batch(inputs, targets):
 
 
 def losses_and_gradients(inputs, targets):
-    """{backend: (summed loss, [gradient])}, the losses inside jax.jit and in eager torch."""
+    """Return {backend: (summed loss, [gradient])}, computed inside jax.jit and in eager torch."""
     model = gpt_jax.GPTModel(TINY)
     jax_loss, jax_gradients = jax.jit(jax.value_and_grad(summed_loss))(model, inputs, targets)
     torch_model = gpt_torch.GPTModel(TINY)

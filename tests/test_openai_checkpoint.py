@@ -208,7 +208,7 @@ def test_flipped_or_cut_data(folder):
 
 @dataclasses.dataclass(frozen=True)
 class LaterConfig(GPTConfig):
-    """A configuration with a field that GPT-2's files do not know."""
+    """A configuration with a field that GPT-2's files cannot hold."""
 
     erf_gelu: bool = False
 

@@ -1,4 +1,4 @@
-"""The wheel and the sdist: built, installed in an empty environment, and used from outside the source tree."""
+"""The wheel and the sdist are built, installed in an empty environment, and used outside the source tree."""
 
 import importlib.metadata
 import re

@@ -1,4 +1,4 @@
-"""The parity report detects planted errors and names the right activation; the script's files and exit status."""
+"""The parity report detects planted errors and names the right activation, and the script writes its files."""
 
 import base64
 import json
@@ -36,7 +36,7 @@ def case(dtype="float64", names=("*",), **options):
 
 
 def changed(**changes):
-    """gpt_torch with some weights changed: {name, with __ for dots: function of the array}."""
+    """Return gpt_torch with some weights changed: {name, with __ for dots: function of the array}."""
 
     def activations(config, weights, tokens, names, compute):
         wrong = {name.replace("__", "."): change for name, change in changes.items()}
@@ -121,7 +121,7 @@ PLANTS = {
 
 @pytest.fixture(scope="module")
 def right():
-    """gpt_jax without an error; its activations are computed once."""
+    """gpt_jax without an error, whose activations are computed once."""
     given = case()
     activations = BACKENDS["jax"].activations(given.config, given.weights, given.inputs)
     return Implementation("jax", types.SimpleNamespace(activations=lambda *_: activations))

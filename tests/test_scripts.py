@@ -1,4 +1,4 @@
-"""The scripts, as a user runs them."""
+"""Scripts, run as a user runs them."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def test_both_backends_sample_the_same_text_from_a_run(finished_runs):
 
 
 def test_generate_has_every_option_that_makes_sense_for_texts():
-    """eos_id is the tokenizer's; first_row and per_prompt are for several prompts."""
+    """Those left out: eos_id, which the tokenizer gives, and first_row and per_prompt, which need several prompts."""
     fields = {field.name for field in dataclasses.fields(generate.Args)}
     assert GenerateOptions.__optional_keys__ - fields == {"eos_id", "first_row", "per_prompt"}
 

@@ -31,7 +31,7 @@ def test_known_ids(vocab_bpe):
 
 
 def test_equal_to_tiktokens_own_gpt2(vocab_bpe, tmp_path, monkeypatch):
-    """The cache of tiktoken is filled beforehand, under the SHA-1 of the file's address, so it needs no network."""
+    """tiktoken needs no network: its cache is filled beforehand, under the SHA-1 of the file's address."""
     encoder = vocab_bpe.with_name("encoder.json")
     (tmp_path / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee").write_bytes(vocab_bpe.read_bytes())
     (tmp_path / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6").write_bytes(encoder.read_bytes())

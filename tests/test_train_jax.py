@@ -1,4 +1,4 @@
-"""The JAX training step: its numbers, that it compiles once and copies nothing, and that padding does not count."""
+"""The JAX training step computes the right values, compiles once, copies nothing, and ignores padding."""
 
 import dataclasses
 from pathlib import Path
@@ -27,7 +27,7 @@ def batches(A, B, seed=0):
 
 
 def test_decay_reaches_matrices_only():
-    """A huge eps makes the gradient's part negligible, so that a step is the decay alone: p - lr * wd * p."""
+    """A huge eps makes the effect of the gradient negligible, so that a step is the decay alone: p - lr * wd * p."""
     settings = dataclasses.replace(SETTINGS, weight_decay=0.5, eps=1e6)
     trainer = Trainer(TINY, settings)
     before = {n: np.asarray(p.get_value()) for n, p in gpt_jax.weights.parameters(trainer.state.model).items()}

@@ -99,7 +99,7 @@ def test_ten_steps_of_the_full_shape_in_float32():
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_updates_are_those_of_the_oracle(name):
-    """AdamW in NumPy on the backend's gradients, so that the test trusts neither framework's optimizer."""
+    """AdamW in NumPy, applied to the backend's gradients, gives the same updates; neither optimizer is trusted."""
     settings = dataclasses.replace(SETTINGS, dtype="float64")
     weights = initial_weights(TINY, 3, np.float64)
     given = list(batches(TINY, 6, A=1))
@@ -247,7 +247,7 @@ def test_errors_in_training_are_caught(right, plant, monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_torch_trains_alike():
-    """torch.compile, in float32 and with bfloat16 products."""
+    """torch.compile changes no loss by more than rounding, in float32 and with bfloat16 products."""
     for dtype, rtol in (("float32", 1e-6), ("bfloat16", 1e-3)):
         settings = dataclasses.replace(SETTINGS, dtype=dtype)
         losses = []

@@ -1,4 +1,4 @@
-"""The GitHub workflows and the pre-commit configuration: parsed, and compared with the rest of the project."""
+"""The GitHub workflows and the pre-commit configuration can be parsed, and agree with the rest of the project."""
 
 import re
 import tomllib
