@@ -3,8 +3,8 @@
     python scripts/check_parity.py torch jax                              # the tiny preset, in seconds
     python scripts/check_parity.py torch jax --preset 124M --positions 1024
     python scripts/check_parity.py jax hf --weights 124M                  # OpenAI's weights
-    python scripts/check_parity.py torch:path/to/openai torch:path/to/hf  # are two copies of weights the same?
-    python scripts/check_parity.py jax my_port.py                         # your own; see scripts/parity_hf.py
+    python scripts/check_parity.py torch torch:B --weights A              # do the folders A and B hold the same model?
+    python scripts/check_parity.py jax my_port.py                         # your own, like scripts/parity_hf.py
 
 Writes report.json and report.html. The exit status is 1 if anything differs by more than rounding allows.
 """
@@ -44,12 +44,13 @@ _MAX_PRINTED = 24  # rows of a section that are all printed; of a longer one, th
 class Args:
     a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[A]")] = "torch"
     """First implementation: torch, jax, numpy (the float64 reference), hf (Hugging Face transformers) or the path
-    of a Python file. Append :WEIGHTS (a size, a run or a folder) to give it weights of its own."""
+    of a Python file. Append :WEIGHTS (a size, a run, a folder or a file) to give it weights of its own, of the
+    shape of --weights."""
     b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[B]")] = "jax"
     """Second implementation, in the same form as the first."""
     weights: str = "sharp"
-    """Weights of both implementations: initial (freshly initialized), sharp (those with matrices five times as
-    large and random biases, so that attention is sharp), a size such as 124M, a run folder or a folder with weights."""
+    """Weights of both implementations: initial (freshly initialized), sharp (the same with matrices five times as
+    large and random biases, so that attention is sharp), a size such as 124M, a run, a folder or a file."""
     preset: str = "tiny"
     """Preset that gives the model's shape for --weights initial and sharp; other weights have a shape of their own."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"

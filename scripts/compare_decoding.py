@@ -47,7 +47,8 @@ class Args:
     checkpoint: str = "newest"
     """Checkpoint of the run: newest (the newest intact one), best (lowest validation loss), or a step number."""
     model: str | None = None
-    """Size of OpenAI's model (124M, 355M, 774M or 1558M; downloaded if necessary), or a folder with weights."""
+    """Size of OpenAI's model (124M, 355M, 774M or 1558M; downloaded if necessary), or a folder or file with
+    weights. Its tokenizer is gpt2; a model of bytes needs --run."""
     prompts: Path | None = None
     """A UTF-8 file with one prompt per line. By default a few short prompts."""
     backend: Literal["jax", "torch"] = "jax"

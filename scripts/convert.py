@@ -40,8 +40,8 @@ _TRANSFORMERS_ONLY = ("tokenizer.json", "tokenizer_config.json", "special_tokens
 @dataclasses.dataclass(frozen=True)
 class Args:
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """What to convert: a size such as 124M, a run folder (its newest intact checkpoint), or a folder with OpenAI's
-    files, Hugging Face's files or one checkpoint."""
+    """What to convert: a size such as 124M, a run folder (its newest intact checkpoint), a folder with OpenAI's files,
+    Hugging Face's files or one checkpoint, or a single file with weights."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write, which must not exist yet or be empty."""
     to: Literal["openai", "huggingface", "torch", "flax"] = "huggingface"

@@ -33,9 +33,9 @@ class JobArgs:
     init_from: str | None = dataclasses.field(
         default=None,
         metadata={
-            "help": f"Weights to start from: one of OpenAI's sizes ({', '.join(SIZES)}), a folder with weights, or a "
-            "run folder, which stands for its newest intact checkpoint. They determine the model's shape, but not the "
-            "tokenizer: pass --tokenizer gpt2 for OpenAI's. By default training starts from random weights."
+            "help": f"Weights to start from: one of OpenAI's sizes ({', '.join(SIZES)}), a folder or file with "
+            "weights, or a run folder, which stands for its newest intact checkpoint. They determine the shape of the "
+            "model, but not the tokenizer: pass --tokenizer gpt2 for OpenAI's. By default the weights are random."
         },
     )
     run: Path | None = None
