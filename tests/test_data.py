@@ -115,7 +115,7 @@ def test_ids_beyond_the_vocabulary():
 
 
 def test_shorter_than_a_window():
-    with pytest.raises(InputError, match="less than one window"):
+    with pytest.raises(InputError, match="fewer than one window"):
         windows((8,))
     assert len(windows((9,))) == 1
     with pytest.raises(InputError, match="stride"):

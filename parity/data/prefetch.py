@@ -13,11 +13,11 @@ T = TypeVar("T")
 def prefetch(load: Callable[[S], T], items: Iterable[S], depth: int = 2, workers: int = 1) -> Generator[T, None, None]:
     """Yield load(item) for each item in order, loaded on other threads while earlier ones are in use.
 
-    An error of load() is raised in place of its item.
+    An error that load() raises for an item is raised when that item is due.
 
     Args:
         load: Function to call on the other threads.
-        items: Its arguments.
+        items: Arguments of the function.
         depth: Largest number of results that are being loaded or waiting.
         workers: Number of threads.
     """

@@ -1,8 +1,8 @@
-"""Token shards from any amount of text: streamed, tokenized in parallel, and resumable after an interruption.
+"""Token shards from any amount of text, which is streamed and tokenized in parallel; interrupted runs are resumable.
 
-A folder gets shards in llm.c's format, train_000000.bin and val_000000.bin onwards, and index.json with their token
-counts and sha256, the tokenizer, and the position in the sources where each split's next shard begins. Every document
-is followed by the end-of-text token.
+The output folder contains shards in llm.c's format, named train_000000.bin, val_000000.bin and so on, and index.json
+with their token counts and sha256, the tokenizer, and the position in the sources where the next shard of each split
+begins. Every document is followed by the end-of-text token.
 """
 
 import dataclasses
@@ -31,14 +31,14 @@ _UNFINISHED = "{} is not fully prepared; run scripts/prepare_data.py again with 
 
 @dataclasses.dataclass
 class SplitProgress:
-    """How far one split has been written."""
+    """Progress of writing one split."""
 
     piece: int = 0
     """Index of the piece in which its next shard begins."""
     offset: int = 0
     """Number of tokens of that piece that are in earlier shards."""
     done: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """{name, tokens, sha256} of each shard."""
+    """{name, tokens, sha256} of each complete shard."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +71,9 @@ def prepare_shards(
         out: The folder for the shards.
         tokenizer: Encodes the documents.
         text_field: Field of JSONL and column of Parquet that holds the text.
-        validation_fraction: Fraction of the documents that are for validation, chosen by a hash of their index.
-        shard_tokens: Tokens per shard.
-        workers: Threads that tokenize.
+        validation_fraction: Fraction of the documents that go to validation, chosen by a hash of their index.
+        shard_tokens: Number of tokens per shard; the last one of a split may be smaller.
+        workers: Number of threads that tokenize.
         on_progress: Called after every piece of a document.
 
     Returns:
@@ -81,7 +81,7 @@ def prepare_shards(
 
     Raises:
         InputError: For sources that are missing, unreadable or empty, options out of range, or a folder that holds
-            something else.
+            token files of another origin or with other options.
     """
     if not 0 <= validation_fraction < 1:
         raise InputError(f"validation_fraction must be in [0, 1), got {validation_fraction}")
@@ -154,7 +154,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise InputError(_UNFINISHED.format(folder))
     for name, size in sizes.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-            raise InputError(f"{folder / name} is missing or does not have its {size} bytes; prepare the folder again")
+            raise InputError(f"{folder / name} is missing or does not have {size} bytes; prepare the folder again")
     return index
 
 
@@ -169,7 +169,7 @@ def verify(folder: Path) -> int:
     for shard in shards:
         with (folder / shard["name"]).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                raise InputError(f"{folder / shard['name']} was altered (its sha256 differs); prepare the folder again")
+                raise InputError(f"{folder / shard['name']} is damaged (its sha256 differs); prepare the folder again")
     return len(shards)
 
 

@@ -11,11 +11,11 @@ from parity.errors import InputError
 
 
 class Dataset(Protocol):
-    """What the training loop needs of a dataset; Windows is one, and any class with these members can take its place.
+    """What the training loop needs from a dataset; Windows is one, and any class with these members can replace it.
 
     Batches are pairs (inputs, targets) of int32 arrays [B, T] with T = n_ctx. The target at a position is the id to
-    predict there, or IGNORE_INDEX if the position counts in no loss: padding, or a prompt that is not to be learned.
-    Inputs are always ids of the vocabulary, at ignored positions too.
+    predict there, or IGNORE_INDEX if the loss should ignore the position: padding, or a prompt.
+    Inputs are always in the vocabulary, at ignored positions too.
     """
 
     n_ctx: int
@@ -38,7 +38,7 @@ class Dataset(Protocol):
         """
 
     def batch_windows(self, seed: int, step: int, size: int) -> list[int]:
-        """Return which examples of the dataset batch() contains, for the report on a loss that is not finite."""
+        """Return the indices of the examples in a batch; they are recorded if its loss is not finite."""
 
     def in_order(self, size: int, part: slice = slice(None)) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the whole dataset once, for evaluation.
@@ -76,7 +76,7 @@ class Windows:
         if not self.shards or self._ends[-1] == 0:
             longest = max(map(len, self.shards), default=0)
             raise InputError(
-                f"{name} has {longest} tokens, less than one window of n_ctx + 1 = {n_ctx + 1}; "
+                f"{name} has {longest} tokens, fewer than one window of n_ctx + 1 = {n_ctx + 1}; "
                 "use more text or a shorter context"
             )
 
@@ -98,7 +98,7 @@ class Windows:
         return self._stack([self._window(windows[place]) for place in (range(size) if places is None else places)])
 
     def batch_windows(self, seed: int, step: int, size: int) -> list[int]:
-        """Return the numbers of the windows in the batch of a step."""
+        """Return the indices of the windows in the batch of a step."""
         places = np.arange(step * size, (step + 1) * size)
         epochs, offsets = places // len(self), places % len(self)
         return [int(order(seed, int(e), len(self))[o]) for e, o in zip(epochs, offsets, strict=True)]

@@ -8,8 +8,8 @@ import numpy as np
 def bigram_loss(train: Sequence[np.ndarray], validation: Sequence[np.ndarray], n_vocab: int) -> float:
     """Return the mean loss in nats per token of the best smoothed bigram model on the validation tokens.
 
-    p(b | a) = (count(a, b) + k p(b)) / (count(a) + k), where p(b) comes from counts plus one. k is the best of several
-    values on the validation tokens themselves, which favours the baseline.
+    p(b | a) = (count(a, b) + k p(b)) / (count(a) + k), where p(b) is the unigram probability with 1 added to each
+    count. k is the best of several values on the validation tokens themselves, which favours the baseline.
 
     Args:
         train: Token ids, one array [length] per shard.

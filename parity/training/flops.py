@@ -1,9 +1,9 @@
-"""The arithmetic that training needs per token, and the peak rates of GPUs."""
+"""FLOPs of training per token, and the peak rates of GPUs."""
 
 from parity.config import GPTConfig
 from parity.weights import n_params
 
-# Dense bfloat16 matmuls with float32 accumulation, FLOP/s, from the makers' data sheets.
+# FLOP/s of dense bfloat16 matmuls with float32 accumulation, from the manufacturers' data sheets.
 _PEAKS = {
     "A100": 312e12,
     "A10G": 70e12,
@@ -35,6 +35,6 @@ def flops_per_token(config: GPTConfig) -> float:
 
 def peak_flops(device: str) -> float | None:
     """Return the peak bfloat16 FLOP/s of a GPU by its reported name, or None if it is unknown."""
-    # The longest name that fits counts: "H100 PCIe" before "H100".
+    # The longest name that matches counts: "H100 PCIe" rather than "H100".
     known = [name for name in _PEAKS if name in device]
     return _PEAKS[max(known, key=len)] if known else None
