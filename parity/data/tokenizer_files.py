@@ -1,4 +1,4 @@
-"""The tokenizer's files beside a model: whether they are those of GPT-2's tokenizer, and writing them.
+"""Tokenizer files in a model's folder: checking that they are those of GPT-2's tokenizer, and writing them.
 
 OpenAI calls them encoder.json and vocab.bpe, transformers vocab.json and merges.txt, or all in one tokenizer.json.
 """
@@ -27,7 +27,9 @@ _IDS = ("encoder.json", "vocab.json")
 _FOREIGN = ("vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "tekken.json")
 _CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 _MOST_BYTES = 2**26
-_OTHER = "is not of GPT-2's tokenizer; encode the text with the tokenizer of the model, and call generate() with ids"
+_OTHER = (
+    "does not belong to GPT-2's tokenizer; encode text with the model's own tokenizer, and call generate() with ids"
+)
 
 
 def own_vocabulary(folder: Path) -> Path | None:
@@ -40,7 +42,7 @@ def own_vocabulary(folder: Path) -> Path | None:
         A file that `load_tokenizer` accepts as vocab_bpe; None if the folder has no tokenizer.
 
     Raises:
-        InputError: If the folder has a tokenizer that gives a text other tokens than GPT-2's; the message names the
+        InputError: If the folder has a tokenizer that encodes text differently from GPT-2's; the message names the
             file.
     """
     folder = folder if folder.is_dir() else folder.parent
@@ -57,7 +59,7 @@ def own_vocabulary(folder: Path) -> Path | None:
     added = _check_settings(folder)
     if added:
         names = ", ".join(printable(name, 40) for name in sorted(added)[:5])
-        warnings.warn(f"{folder}: the added tokens ({names}) are not recognized in a text", stacklevel=3)
+        warnings.warn(f"{folder}: the added tokens ({names}) are not recognized in text", stacklevel=3)
     return present[0] if present else None
 
 
@@ -73,7 +75,7 @@ def _check_ids(path: Path, ids: Mapping[str, Any], vocabularies: list[Path]) -> 
 
 
 def _check_settings(folder: Path) -> set[str]:
-    """The added tokens in tokenizer_config.json and tokenizer.json; InputError for settings that change the tokens."""
+    """Return the added tokens; raise InputError for settings with which text is encoded differently."""
     added: set[str] = set()
     path = folder / "tokenizer_config.json"
     if path.is_file():
@@ -92,7 +94,7 @@ def _check_settings(folder: Path) -> set[str]:
         before = entries.get("pre_tokenizer")
         before = before if isinstance(before, dict) else {}
         if before.get("type") != "ByteLevel" or before.get("add_prefix_space") or entries.get("normalizer"):
-            raise InputError(f"{path} {_OTHER} (it prepares a text in another way)")
+            raise InputError(f"{path} {_OTHER} (it preprocesses text differently)")
         ids = entries["model"].get("vocab") if isinstance(entries.get("model"), dict) else None
         _check_ids(path, ids if isinstance(ids, dict) else {}, [path])
         tokens = entries.get("added_tokens")
@@ -106,7 +108,7 @@ def _check_settings(folder: Path) -> set[str]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MOST_BYTES:
-            raise InputError(f"{path} is too large for a file of a tokenizer")
+            raise InputError(f"{path} is too large for a tokenizer file")
         entries = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error})") from None
@@ -116,7 +118,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, n_ctx: int) -> None:
-    """Write the files from which transformers' AutoTokenizer makes the same tokenizer.
+    """Write the files from which transformers' AutoTokenizer loads the same tokenizer.
 
     Args:
         folder: The folder of the model, which must exist.
