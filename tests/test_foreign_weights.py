@@ -187,6 +187,13 @@ def test_other_ways_to_state_the_same_function(tmp_path, entries):
     assert compare("logits", got, expected, 2e-5).ok
 
 
+def test_an_adapter_beside_the_weights_is_not_ignored(tmp_path):
+    folder_with(tmp_path, WEIGHTS)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(InputError, match=r"adapter_config\.json: .* merge it"):
+        read_folder(tmp_path)
+
+
 def test_dropouts_that_are_not_stated_have_the_values_of_transformers(tmp_path):
     entries = {k: v for k, v in hf_config.config_to_dict(TINY).items() if not k.endswith("pdrop")}
     assert hf_config.config_from_dict(entries, "config.json").drop_rate == 0.1

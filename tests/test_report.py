@@ -19,11 +19,13 @@ import gpt_torch.model
 from parity import taps
 from parity.comparison import report, sections
 from parity.comparison.case import Case, random_tokens, sharp_weights
+from parity.comparison.compare import compare
 from parity.comparison.implementation import Implementation, open_implementation
 from parity.comparison.protocol import Compute
 from parity.config import PRESETS
 from parity.errors import InputError
 from parity.training.settings import recipe
+from parity.weights import hf_config, huggingface
 
 HF = {"hf": ROOT / "scripts" / "parity_hf.py"}
 TORCH, JAX = (Implementation(name, BACKENDS[name]) for name in ("torch", "jax"))
@@ -160,6 +162,24 @@ def test_hugging_face_and_numpy_take_part():
     rows = list(sections.compare_implementations(sides["numpy"], sides["jax"], case(), recipe("small").settings))
     assert report.first_failure(rows) is None
     assert all(row.error_a == 0 for row in rows if row.section == "activations")
+
+
+def test_transformers_computes_what_the_folders_own_configuration_says(tmp_path, monkeypatch):
+    """A key that changes the function, and that our reader overlooked, shows as a difference."""
+    weights = probing_weights(TINY, np.float32)
+    huggingface.write(tmp_path, TINY, weights)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "scale_attn_by_inverse_layer_idx": True}))
+    with pytest.raises(InputError, match="scale_attn_by_inverse_layer_idx"):
+        open_implementation(f"hf:{tmp_path}", TINY, HF)
+    monkeypatch.delitem(hf_config._REQUIRED, "scale_attn_by_inverse_layer_idx")
+    tokens = random_tokens(TINY, 2, 12, 0)
+    ours = open_implementation("numpy", TINY).logits(TINY, weights, tokens)
+    for opened in (open_implementation(f"hf:{tmp_path}", TINY, HF), open_implementation("hf", TINY, HF, str(tmp_path))):
+        assert not compare("logits", opened.logits(TINY, weights, tokens), ours, 2e-5).ok
+    path.write_text(json.dumps({**json.loads(path.read_text()), "scale_attn_by_inverse_layer_idx": False}))
+    opened = open_implementation("hf", TINY, HF, str(tmp_path))
+    assert compare("logits", opened.logits(TINY, weights, tokens), ours, 2e-5).ok
 
 
 def test_errors_in_gradients_and_training_are_found(monkeypatch):
