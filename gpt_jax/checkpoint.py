@@ -1,6 +1,10 @@
 """The train state on disk: an orbax folder with all of it, and model.safetensors, which either backend can load."""
 
+import contextlib
 import logging
+import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -28,11 +32,11 @@ def save(folder: Path, model: GPTModel, arrays: dict[str, Array]) -> None:
         OSError: If the disk has no room for it or refuses a write.
     """
     checkpoints.require_space(folder, 4 * sum(leaf.nbytes for leaf in jax.tree.leaves(model)))
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _without_patterns(folder) as plain, ocp.StandardCheckpointer() as checkpointer:
         logger = logging.getLogger("absl")  # orbax logs the traceback of an error that it also raises
         before, logger.disabled = logger.disabled, True
         try:
-            checkpointer.save(folder.absolute() / ORBAX_FOLDER, arrays)
+            checkpointer.save(plain / ORBAX_FOLDER, arrays)
             checkpointer.wait_until_finished()
         except ValueError as error:  # what tensorstore raises on a full disk
             raise OSError(str(error).splitlines()[0]) from error
@@ -48,12 +52,14 @@ def restore(folder: Path, like: dict[str, Array]) -> dict[str, Array]:
     Raises:
         InputError: If there are none, or if their names, shapes or dtypes differ from those of `like`.
     """
-    with ocp.StandardCheckpointer() as checkpointer:
-        path = folder.absolute() / ORBAX_FOLDER
+    with _without_patterns(folder) as plain, ocp.StandardCheckpointer() as checkpointer:
+        path = plain / ORBAX_FOLDER
         try:
             metadata = checkpointer.metadata(path).item_metadata
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{path} is not a train state of gpt_jax ({error})") from None
+            raise InputError(f"{folder / ORBAX_FOLDER} is not a train state of gpt_jax ({error})") from None
+        if metadata is None:
+            raise InputError(f"{folder / ORBAX_FOLDER} is not a train state of gpt_jax (it has no metadata)")
         stored = {name: (tuple(metadata[name].shape), metadata[name].dtype) for name in metadata}
         expected = {name: (array.shape, array.dtype) for name, array in like.items()}
         # orbax would cast another dtype silently.
@@ -62,5 +68,27 @@ def restore(folder: Path, like: dict[str, Array]) -> dict[str, Array]:
             for name in sorted(stored.keys() | expected.keys())
             if stored.get(name) != expected.get(name)
         ]:
-            raise InputError(f"{path} does not fit this run: {'; '.join(different)}")
+            raise InputError(f"{folder / ORBAX_FOLDER} does not fit this run: {'; '.join(different)}")
         return checkpointer.restore(path, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+
+
+@contextlib.contextmanager
+def _without_patterns(folder: Path) -> Iterator[Path]:
+    """Yield the absolute path of a folder, or of a link to it if orbax would take its own path for a pattern.
+
+    Orbax looks for the parts that it merges with a pattern that begins with the path. It finds none if the path itself
+    contains brackets or backslashes, and reports success.
+
+    Raises:
+        OSError: In a run of several processes, which would have to agree on the link.
+    """
+    path = folder.absolute()
+    if not re.search(r"[\[\]\\*?]", str(path)):
+        yield path
+        return
+    if jax.process_count() > 1:
+        raise OSError(f"{path}: several processes cannot save under a path with any of []*?\\; name another --run")
+    with tempfile.TemporaryDirectory() as temporary:
+        link = Path(temporary) / "folder"
+        link.symlink_to(path, target_is_directory=True)
+        yield link
