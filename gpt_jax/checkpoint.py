@@ -1,10 +1,6 @@
 """The train state on disk: an orbax folder with all of it, and model.safetensors, which either backend can load."""
 
-import contextlib
 import logging
-import re
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -15,7 +11,7 @@ from gpt_jax.model import GPTModel
 from gpt_jax.pretrained import save_weights
 from parity.errors import InputError
 from parity.training import checkpoints
-from parity.training.optimizer_state import ORBAX_FOLDER
+from parity.training.optimizer_state import ORBAX_FOLDER, plain_path
 
 
 def save(folder: Path, model: GPTModel, arrays: dict[str, Array]) -> None:
@@ -32,7 +28,9 @@ def save(folder: Path, model: GPTModel, arrays: dict[str, Array]) -> None:
         OSError: If the disk has no room for it or refuses a write.
     """
     checkpoints.require_space(folder, 4 * sum(leaf.nbytes for leaf in jax.tree.leaves(model)))
-    with _without_patterns(folder) as plain, ocp.StandardCheckpointer() as checkpointer:
+    with plain_path(folder) as plain, ocp.StandardCheckpointer() as checkpointer:
+        if jax.process_count() > 1 and plain != folder.absolute():  # they would have to agree on the link
+            raise OSError(f"{folder}: several processes cannot save under a path with brackets; name another --run")
         logger = logging.getLogger("absl")  # orbax logs the traceback of an error that it also raises
         before, logger.disabled = logger.disabled, True
         try:
@@ -52,7 +50,7 @@ def restore(folder: Path, like: dict[str, Array]) -> dict[str, Array]:
     Raises:
         InputError: If there are none, or if their names, shapes or dtypes differ from those of `like`.
     """
-    with _without_patterns(folder) as plain, ocp.StandardCheckpointer() as checkpointer:
+    with plain_path(folder) as plain, ocp.StandardCheckpointer() as checkpointer:
         path = plain / ORBAX_FOLDER
         try:
             metadata = checkpointer.metadata(path).item_metadata
@@ -70,25 +68,3 @@ def restore(folder: Path, like: dict[str, Array]) -> dict[str, Array]:
         ]:
             raise InputError(f"{folder / ORBAX_FOLDER} does not fit this run: {'; '.join(different)}")
         return checkpointer.restore(path, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
-
-
-@contextlib.contextmanager
-def _without_patterns(folder: Path) -> Iterator[Path]:
-    """Yield the absolute path of a folder, or of a link to it if orbax would take its own path for a pattern.
-
-    Orbax looks for the parts that it merges with a pattern that begins with the path. It finds none if the path itself
-    contains brackets or backslashes, and reports success.
-
-    Raises:
-        OSError: In a run of several processes, which would have to agree on the link.
-    """
-    path = folder.absolute()
-    if not re.search(r"[\[\]\\*?]", str(path)):
-        yield path
-        return
-    if jax.process_count() > 1:
-        raise OSError(f"{path}: several processes cannot save under a path with any of []*?\\; name another --run")
-    with tempfile.TemporaryDirectory() as temporary:
-        link = Path(temporary) / "folder"
-        link.symlink_to(path, target_is_directory=True)
-        yield link

@@ -157,16 +157,13 @@ def test_checkpoints_of_another_run_or_of_other_settings_are_refused(run, change
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize(("step", "name"), [("000002", "000003"), ("000002", "000006"), ("000004", "1000000")])
+@pytest.mark.parametrize(("step", "name"), [("000002", "000006"), ("000004", "1000000")])
 def test_a_renamed_or_copied_step_is_set_aside(finished, run, step, name):
     shutil.copytree(run / "checkpoints" / step, run / "checkpoints" / name)
-    with pytest.warns(UserWarning, match="is set aside|is skipped|cannot be") as caught:
+    with pytest.warns(UserWarning, match=rf"{name} is (skipped: .* renamed or copied|set aside)"):
         assert train("--run", run, "--resume") == 0
-    texts = [str(warning.message) for warning in caught]
-    if name != "000003":  # newer than the newest intact one
-        assert any("renamed or copied" in text for text in texts)
-        assert (run / "checkpoints" / f".damaged-{name}").is_dir()
-    assert not (run / "checkpoints" / "000006").exists()
+    assert (run / "checkpoints" / f".damaged-{name}").is_dir()
+    assert checkpoints.steps(run / "checkpoints") == [0, 2, 4]
     assert weights_of(run / "checkpoints" / "000004") == weights_of(finished / "checkpoints" / "000004")
 
 
@@ -260,7 +257,7 @@ def test_what_cannot_be_deleted_is_reported_and_left(tmp_path, monkeypatch):
         raise OSError(39, "Directory not empty", str(path))
 
     monkeypatch.setattr(checkpoints.shutil, "rmtree", busy)
-    with pytest.warns(UserWarning, match="000002 cannot be deleted"):
+    with pytest.warns(UserWarning, match="00000[24] cannot be deleted"):
         checkpoints.save(folder, 5, write_weights, keep=1)
     assert checkpoints.newest_intact(folder).name == "000005"
 

@@ -64,10 +64,9 @@ def read(folder: Path) -> Manifest:
     Raises:
         InputError: If it is missing, is not JSON, or is no manifest of weights.
     """
-    entries = _read_json(folder)
-    if entries is None:
+    if not (folder / MANIFEST).exists():
         raise InputError(f"it has no {MANIFEST}")
-    manifest = _from_entries(entries)
+    manifest = _from_entries(_read_json(folder))
     if manifest is None:
         raise InputError(f"its {MANIFEST} is not the manifest of a checkpoint")
     return manifest
@@ -88,12 +87,13 @@ def check_weights(folder: Path) -> None:
     Raises:
         InputError: If the configuration or the weights differ from it.
     """
+    if not (folder / MANIFEST).exists():
+        return
     try:
-        entries = _read_json(folder)
+        manifest = _from_entries(_read_json(folder))
     except InputError as error:
         raise InputError(f"{folder}: {error}; copy the folder again") from None
-    manifest = None if entries is None else _from_entries(entries)
-    if manifest is None:  # no manifest, or that of another program
+    if manifest is None:  # that of another program
         return
     names = [name for name in ("config.json", "hparams.json", manifest.weights) if name in manifest.files]
     if changed := altered(folder, manifest, names):
@@ -106,7 +106,7 @@ def check_weights(folder: Path) -> None:
 def forget(folder: Path) -> None:
     """Delete the manifest of weights that are about to be replaced; that of another program stays."""
     try:
-        is_ours = _from_entries(_read_json(folder)) is not None
+        is_ours = (folder / MANIFEST).exists() and _from_entries(_read_json(folder)) is not None
     except InputError:
         is_ours = False
     if is_ours:
@@ -114,14 +114,12 @@ def forget(folder: Path) -> None:
 
 
 def _read_json(folder: Path) -> Any:
-    """Return the content of manifest.json, or None if there is none."""
+    """Return the content of manifest.json."""
     file = folder / MANIFEST
     try:
         if file.stat().st_size > _LARGEST:
             raise InputError(f"its {MANIFEST} has more than {_LARGEST // 2**20} MiB")
         return json.loads(file.read_bytes())
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise

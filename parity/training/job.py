@@ -87,7 +87,8 @@ def load_job(args: JobArgs, processes: Processes = ALONE) -> Job:
         processes: The processes that work on the run together.
 
     Raises:
-        InputError: If something is missing, or the options do not fit each other.
+        InputError: If something is missing, the options do not fit each other, or the processes of the run were given
+            different options.
     """
     settings, config = args.settings, args.model
     started = datetime.fromtimestamp(processes.all_reduce_max(int(time.time())))
@@ -100,7 +101,7 @@ def load_job(args: JobArgs, processes: Processes = ALONE) -> Job:
     except InputError as error:
         hint = "; if the corpus has moved since the run began, name its new place with --corpus"
         raise InputError(f"{error}{hint * args.resume}") from None
-    return Job(
+    job = Job(
         args=args,
         config=config,
         settings=settings,
@@ -112,6 +113,9 @@ def load_job(args: JobArgs, processes: Processes = ALONE) -> Job:
         validation=Windows(corpus.validation, config.n_ctx, config.n_vocab, name=f"{corpus.name} (validation)"),
         prompts=_prompts(settings, tokenizer, config),
     )
+    if not processes.agree_on(json.dumps([_entries(job), str(folder), args.resume])):
+        raise InputError("the processes of this run were given different options or data; start all of them alike")
+    return job
 
 
 def start_run(job: Job, backend: str, device_info: Mapping[str, str], console: Console) -> Job:
@@ -127,12 +131,10 @@ def start_run(job: Job, backend: str, device_info: Mapping[str, str], console: C
         The job with its baseline and its loggers.
 
     Raises:
-        InputError: If the folder contains another run, or the processes of the run were given different options.
+        InputError: If the folder contains another run, or is in use.
     """
     args, run = job.args, job.run
-    entries = run_config(args.preset, job.config, job.settings, job.corpus.sha256, args.init_from)
-    if not job.processes.agree_on(json.dumps([entries, str(run.path), args.resume])):
-        raise InputError("the processes of this run were given different options or data; start all of them alike")
+    entries = _entries(job)
     try:
         resumed_step, changed = _reopen(job, entries) if args.resume else (None, [])
         if not args.resume:
@@ -164,6 +166,11 @@ def start_run(job: Job, backend: str, device_info: Mapping[str, str], console: C
         bigram = bigram_loss(job.corpus.train, job.corpus.validation, job.config.n_vocab)
         console.print(f"baseline   bigram model, validation loss {bigram:.4f}  perplexity {math.exp(bigram):.2f}")
     return dataclasses.replace(job, bigram=bigram, loggers=loggers, resumed_step=resumed_step)
+
+
+def _entries(job: Job) -> dict[str, Any]:
+    """Return the entries of the run's config.json."""
+    return run_config(job.args.preset, job.config, job.settings, job.corpus.sha256, job.args.init_from)
 
 
 def _reopen(job: Job, entries: Mapping[str, Any]) -> tuple[int | None, list[str]]:

@@ -4,8 +4,11 @@ gpt_torch writes optimizer.safetensors, with names in the huggingface format. gp
 orbax; without JAX it is read with tensorstore, the library that orbax itself stores arrays with.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +114,27 @@ def _load_from_orbax(folder: Path, name: str) -> np.ndarray:
     except ImportError:
         raise InputError(f"{folder} needs a package to be read: pip install tensorstore") from None
     # The layout in which orbax stores an array: zarr inside an OCDBT database; test_checkpoints.py pins it.
-    store = {"driver": "ocdbt", "base": folder.absolute().as_uri() + "/", "path": f"{name}/"}
     try:
-        array = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True).result()
-        return np.asarray(array.read().result())
+        with plain_path(folder) as plain:
+            store = {"driver": "ocdbt", "base": plain.as_uri() + "/", "path": f"{name}/"}
+            array = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True).result()
+            return np.asarray(array.read().result())
     except ValueError as error:
         raise InputError(f"{folder}: {name} cannot be read ({str(error).splitlines()[0]})") from None
+
+
+@contextlib.contextmanager
+def plain_path(folder: Path) -> Iterator[Path]:
+    """Yield the absolute path of a folder, or of a link to it if orbax would take its own path for a pattern.
+
+    Orbax looks for the parts that it merges with a pattern that begins with the path. It finds none if the path itself
+    contains brackets, and reports success. Its store takes a backslash for a separator.
+    """
+    path = folder.absolute()
+    if not re.search(r"[\[\]\\*?]", path.as_posix()):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        link = Path(temporary) / "folder"
+        link.symlink_to(path, target_is_directory=True)
+        yield link

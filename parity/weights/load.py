@@ -47,8 +47,8 @@ def read_folder(path: str | Path) -> tuple[GPTConfig, Mapping[str, Any], str]:
         configuration. A tensor is read when it is used.
 
     Raises:
-        InputError: If a file is missing, damaged or not what a manifest of ours says, the weights do not fit the configuration, or the folder holds
-            weights in neither or both of the formats; the message names the file.
+        InputError: If a file is missing, damaged or not what a manifest of ours says, the weights do not fit the
+            configuration, or the folder holds weights in neither or both of the formats; the message names the file.
     """
     path = find_folder(path)
     if path.is_dir():
