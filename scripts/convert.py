@@ -98,9 +98,8 @@ def write_manifest(folder: Path, format: str, config: GPTConfig, arrays: dict[st
         }
         for name, array in sorted(arrays.items())
     }
-    files = file_hashes(folder)
-    weights_file = max(files, key=lambda name: (folder / name).stat().st_size)
-    written = {"format": format, "files": files, "weights": weights_file, "tensors": entries}
+    weights_file = f"{openai.PREFIX}.data-00000-of-00001" if format == "openai" else huggingface.WEIGHTS_FILE
+    written = {"format": format, "files": file_hashes(folder), "weights": weights_file, "tensors": entries}
     (folder / MANIFEST).write_text(json.dumps(written, indent=1) + "\n")
 
 
