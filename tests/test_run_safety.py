@@ -272,6 +272,20 @@ def test_resuming_a_finished_run_tidies_up(finished, run):
     assert not list((run / "checkpoints").glob(".unfinished*"))
 
 
+def test_the_best_checkpoint_so_far_is_kept_when_a_later_evaluation_is_forgotten(run):
+    """A run that was killed between an evaluation and its save: the loss of that evaluation is not yet the best."""
+    shutil.rmtree(run / "checkpoints" / "000004")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for entry in lines:
+        if "validation_loss" in entry:
+            entry["validation_loss"] = {0: 1.0, 2: 2.0, 4: 0.5}[entry["step"]]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    _, resumed = begin("--run", run, "--resume", "--keep", 1)
+    resumed.run.unlock()
+    assert resumed.resumed_step == 2
+    assert checkpoints.steps(run / "checkpoints") == [0, 2]
+
+
 # metrics.jsonl
 
 

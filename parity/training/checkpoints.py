@@ -132,11 +132,11 @@ def require_space(folder: Path, size: int) -> None:
 
 def steps(checkpoints: Path) -> list[int]:
     """Return the steps that have a folder, in ascending order."""
-    numbers = [
+    numbers = {
         int(path.name)
         for path in checkpoints.glob("[0-9]*")
         if path.name.isascii() and path.name.isdecimal() and path.is_dir()
-    ]
+    }
     return sorted(step for step in numbers if step_folder(checkpoints, step).is_dir())
 
 

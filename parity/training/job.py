@@ -56,6 +56,8 @@ class Job:
     loggers: Sequence[Logger] = ()
     resumed_step: int | None = None
     """The step of the checkpoint that the run resumes from, once start_run() has verified it."""
+    identity: checkpoints.RunIdentity = checkpoints.RunIdentity()
+    """What the checkpoints of the run record of it."""
 
     @property
     def is_resuming(self) -> bool:
@@ -165,7 +167,7 @@ def start_run(job: Job, backend: str, device_info: Mapping[str, str], console: C
     if job.processes.first and n_train <= _MOST_BIGRAM_TOKENS:
         bigram = bigram_loss(job.corpus.train, job.corpus.validation, job.config.n_vocab)
         console.print(f"baseline   bigram model, validation loss {bigram:.4f}  perplexity {math.exp(bigram):.2f}")
-    return dataclasses.replace(job, bigram=bigram, loggers=loggers, resumed_step=resumed_step)
+    return dataclasses.replace(job, bigram=bigram, loggers=loggers, resumed_step=resumed_step, identity=run.identity())
 
 
 def _entries(job: Job) -> dict[str, Any]:
@@ -197,7 +199,7 @@ def _reopen(job: Job, entries: Mapping[str, Any]) -> tuple[int | None, list[str]
         settings = job.settings
         checkpoints.remove_unfinished(run.checkpoints)
         checkpoints.set_aside_later(run.checkpoints, newest)
-        checkpoints.retain(run.checkpoints, newest, settings.keep, settings.keep_every, run.metrics.best_step())
+        checkpoints.retain(run.checkpoints, newest, settings.keep, settings.keep_every, run.metrics.best_step(newest))
     return (None if newest < 0 else newest), changed
 
 

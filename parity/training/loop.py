@@ -212,9 +212,9 @@ def _without_ending(job: Job, problem: str, console: Console) -> Generator[None,
 def _save(trainer: Trainer, job: Job, step: int) -> None:
     settings, run = job.settings, job.run
     size, sha256 = run.metrics.flush()
+    identity = job.identity
 
     def describe(files: dict[str, str]) -> Manifest:
-        identity = run.identity()
         return Manifest(files, run=identity.run, settings=identity.settings, metrics_size=size, metrics_sha256=sha256)
 
     checkpoints.save(

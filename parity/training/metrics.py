@@ -62,9 +62,9 @@ class Metrics:
             sync(self.file)
         return self._size, self._hash.hexdigest()
 
-    def best_step(self) -> int | None:
-        """Return the evaluated step with the lowest validation loss; ties go to the earliest step."""
-        evaluated = [(loss, step) for step, loss in self.evaluations.items()]
+    def best_step(self, last: float = math.inf) -> int | None:
+        """Return the evaluated step, up to `last`, with the lowest validation loss; ties go to the earliest step."""
+        evaluated = [(loss, step) for step, loss in self.evaluations.items() if step <= last]
         return min(evaluated)[1] if evaluated else None
 
     def forget_after(self, step: int, saved: tuple[int, str] | None = None) -> None:
