@@ -56,7 +56,7 @@ class Job:
     loggers: Sequence[Logger] = ()
     resumed_step: int | None = None
     """The step of the checkpoint that the run resumes from, once start_run() has verified it."""
-    identity: checkpoints.RunIdentity = checkpoints.RunIdentity()
+    identity: checkpoints.RunIdentity = dataclasses.field(default_factory=checkpoints.RunIdentity)
     """What the checkpoints of the run record of it."""
 
     @property
