@@ -11,7 +11,7 @@ from gpt_jax.model import GPTModel
 from gpt_jax.pretrained import save_weights
 from parity.errors import InputError
 from parity.training import checkpoints
-from parity.training.optimizer_state import ORBAX_FOLDER
+from parity.training.optimizer_state import ORBAX_FOLDER, plain_path
 
 
 def save(folder: Path, model: GPTModel, arrays: dict[str, Array]) -> None:
@@ -28,11 +28,13 @@ def save(folder: Path, model: GPTModel, arrays: dict[str, Array]) -> None:
         OSError: If the disk has no room for it or refuses a write.
     """
     checkpoints.require_space(folder, 4 * sum(leaf.nbytes for leaf in jax.tree.leaves(model)))
-    with ocp.StandardCheckpointer() as checkpointer:
+    with plain_path(folder) as plain, ocp.StandardCheckpointer() as checkpointer:
+        if jax.process_count() > 1 and plain != folder.absolute():  # they would have to agree on the link
+            raise OSError(f"{folder}: several processes cannot save under a path with brackets; name another --run")
         logger = logging.getLogger("absl")  # orbax logs the traceback of an error that it also raises
         before, logger.disabled = logger.disabled, True
         try:
-            checkpointer.save(folder.absolute() / ORBAX_FOLDER, arrays)
+            checkpointer.save(plain / ORBAX_FOLDER, arrays)
             checkpointer.wait_until_finished()
         except ValueError as error:  # what tensorstore raises on a full disk
             raise OSError(str(error).splitlines()[0]) from error
@@ -48,12 +50,14 @@ def restore(folder: Path, like: dict[str, Array]) -> dict[str, Array]:
     Raises:
         InputError: If there are none, or if their names, shapes or dtypes differ from those of `like`.
     """
-    with ocp.StandardCheckpointer() as checkpointer:
-        path = folder.absolute() / ORBAX_FOLDER
+    with plain_path(folder) as plain, ocp.StandardCheckpointer() as checkpointer:
+        path = plain / ORBAX_FOLDER
         try:
             metadata = checkpointer.metadata(path).item_metadata
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{path} is not a train state of gpt_jax ({error})") from None
+            raise InputError(f"{folder / ORBAX_FOLDER} is not a train state of gpt_jax ({error})") from None
+        if metadata is None:
+            raise InputError(f"{folder / ORBAX_FOLDER} is not a train state of gpt_jax (it has no metadata)")
         stored = {name: (tuple(metadata[name].shape), metadata[name].dtype) for name in metadata}
         expected = {name: (array.shape, array.dtype) for name, array in like.items()}
         # orbax would cast another dtype silently.
@@ -62,5 +66,5 @@ def restore(folder: Path, like: dict[str, Array]) -> dict[str, Array]:
             for name in sorted(stored.keys() | expected.keys())
             if stored.get(name) != expected.get(name)
         ]:
-            raise InputError(f"{path} does not fit this run: {'; '.join(different)}")
+            raise InputError(f"{folder / ORBAX_FOLDER} does not fit this run: {'; '.join(different)}")
         return checkpointer.restore(path, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))

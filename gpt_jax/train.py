@@ -72,7 +72,8 @@ def clip_by_global_norm(gradients: GPTModel, largest: float) -> tuple[GPTModel, 
     """
     row_sums = [jnp.square(g).sum(axis=-1) for g in jax.tree.leaves(gradients)]
     norm = jnp.sqrt(sum(sums.sum() for sums in jax.lax.optimization_barrier(row_sums)))
-    return jax.tree.map(lambda g: g * (largest / jnp.maximum(norm, largest)), gradients), norm
+    scale = jnp.minimum(1.0, largest / norm)  # 1 where the norm is 0
+    return jax.tree.map(lambda g: g * scale, gradients), norm
 
 
 def make_train_step(
@@ -126,7 +127,7 @@ def make_train_step(
 
 
 class Trainer:
-    """A model with its optimizer; implements parity.training.loop.Trainer, which documents the methods.
+    """A model with its optimizer; implements parity.training.trainer.Trainer, which documents the methods.
 
     Args:
         config: Shape of the model.

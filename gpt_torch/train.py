@@ -51,7 +51,7 @@ def clip_by_global_norm(gradients: list[Tensor], largest: float) -> Tensor:
     """
     row_norms = [torch.linalg.vector_norm(gradient, dim=-1).flatten() for gradient in gradients]
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(norms) for norms in row_norms]))
-    torch._foreach_mul_(gradients, largest / torch.clamp(norm, min=largest))
+    torch._foreach_mul_(gradients, torch.clamp(largest / norm, max=1.0))  # 1 where the norm is 0
     return norm
 
 
@@ -67,7 +67,7 @@ class SummedLoss(nn.Module):
 
 
 class Trainer:
-    """A model with its optimizer; implements parity.training.loop.Trainer, which documents the methods.
+    """A model with its optimizer; implements parity.training.trainer.Trainer, which documents the methods.
 
     Args:
         config: Shape of the model.

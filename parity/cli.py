@@ -1,6 +1,8 @@
 """Command lines of the scripts: dataclass fields become options, and their docstrings become the help text."""
 
+import contextlib
 import dataclasses
+import io
 import platform
 import re
 import sys
@@ -13,6 +15,7 @@ import docstring_parser
 import tyro
 
 import parity
+from parity.errors import InputError
 
 # Old spellings of options. They still work, with a warning, in every script that has the new option.
 DEPRECATED = {"--init": "--init-from", "--initial": "--init-scheme", "--validation-part": "--validation-fraction"}
@@ -40,6 +43,7 @@ def parse(
 
     Raises:
         SystemExit: After `--help` and `--version` with status 0, and after a wrong option with status 2.
+        InputError: The one that a class of the options raises for a value that it refuses.
     """
     arguments = _current_spellings(cls, sys.argv[1:] if args is None else args)
     if "--version" in arguments:
@@ -48,9 +52,10 @@ def parse(
     _add_help(cls)
     examples_indented = _EXAMPLE.sub(r"    \g<0>", (description or "").strip())
     text = f"{examples_indented}\n\nThe option --version shows the installed versions."
-    if default is None:
-        return tyro.cli(cls, description=text, args=arguments)
-    return tyro.cli(cls, description=text, args=arguments, default=default)
+    with _input_errors():
+        if default is None:
+            return tyro.cli(cls, description=text, args=arguments)
+        return tyro.cli(cls, description=text, args=arguments, default=default)
 
 
 def parse_known(cls: type[Options], args: Sequence[str] | None = None) -> Options:
@@ -60,8 +65,27 @@ def parse_known(cls: type[Options], args: Sequence[str] | None = None) -> Option
     deprecated spellings.
     """
     arguments = _current_spellings(cls, sys.argv[1:] if args is None else args, warn=False)
-    options, _ = tyro.cli(cls, args=arguments, return_unknown_args=True, add_help=False)
+    with _input_errors():
+        options, _ = tyro.cli(cls, args=arguments, return_unknown_args=True, add_help=False)
     return options
+
+
+@contextlib.contextmanager
+def _input_errors() -> Iterator[None]:
+    """Raise the InputError of a class of options itself; tyro would print it in a box and exit."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            yield
+    except SystemExit as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, InputError):
+                raise cause from None
+            cause = cause.__context__
+        sys.stderr.write(printed.getvalue())
+        raise
+    sys.stderr.write(printed.getvalue())
 
 
 def versions() -> str:

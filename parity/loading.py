@@ -6,8 +6,7 @@ from typing import Any
 from parity.data.tokenizer import Tokenizer, load_tokenizer
 from parity.data.tokenizer_files import own_vocabulary
 from parity.errors import InputError
-from parity.training import checkpoints
-from parity.training.runs import RunFolder
+from parity.training.runs import RunFolder, read_run
 from parity.weights.load import find_folder
 
 
@@ -45,7 +44,7 @@ def load_model_and_tokenizer(
         config = run_folder.config()
         if "train" not in config:
             raise InputError(f"--run {run}: this is no run of a training script; for a folder with weights use --model")
-        tokenizer = load_tokenizer(config["train"]["tokenizer"], vocab_bpe)
+        tokenizer = load_tokenizer(read_run(run_folder).settings.tokenizer, vocab_bpe)
         folder = _checkpoint(run_folder, checkpoint)
     else:
         folder = find_folder(model or "")
@@ -62,10 +61,11 @@ def load_model_and_tokenizer(
 
 def _checkpoint(run: RunFolder, which: str) -> Path:
     if which == "newest":
-        return checkpoints.newest_intact(run.checkpoints)
-    best = run.best_step()
-    if which == "best" and best is not None:
-        return checkpoints.intact(run.checkpoints, best)
-    if which.isdecimal():
-        return checkpoints.intact(run.checkpoints, int(which))
-    raise InputError(f"--checkpoint {which}: give newest, best (for a run with evaluations), or the number of a step")
+        return run.newest_intact()
+    if which == "best" and (best := run.metrics.best_step()) is not None:
+        return run.intact(best)
+    if which.isascii() and which.isdecimal() and len(which) < 10:
+        return run.intact(int(which))
+    raise InputError(
+        f"--checkpoint {which:.40}: give newest, best (for a run with evaluations), or the number of a step"
+    )

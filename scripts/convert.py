@@ -27,6 +27,7 @@ from parity.config import GPTConfig
 from parity.data.tokenizer import Tokenizer, load_tokenizer
 from parity.errors import InputError, exit_with_message
 from parity.hub import write_hub_files
+from parity.storage.manifest import MANIFEST, file_hashes
 from parity.training.initial import weights_folder
 from parity.training.runs import RunFolder
 from parity.weights import huggingface, openai
@@ -86,7 +87,7 @@ def with_bias(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def write_manifest(folder: Path, format: str, config: GPTConfig, arrays: dict[str, np.ndarray]) -> None:
-    """Write manifest.json: what each tensor is, and the sha256 of its bytes."""
+    """Write manifest.json: the sha256 of the files, what each tensor is, and the sha256 of its bytes."""
     axes = {name: row.pattern(format) for row in weights.rows(config) for name in row.names(format, config)}
     entries = {
         name: {
@@ -97,7 +98,9 @@ def write_manifest(folder: Path, format: str, config: GPTConfig, arrays: dict[st
         }
         for name, array in sorted(arrays.items())
     }
-    (folder / "manifest.json").write_text(json.dumps({"format": format, "tensors": entries}, indent=1) + "\n")
+    weights_file = f"{openai.PREFIX}.data-00000-of-00001" if format == "openai" else huggingface.WEIGHTS_FILE
+    written = {"format": format, "files": file_hashes(folder), "weights": weights_file, "tensors": entries}
+    (folder / MANIFEST).write_text(json.dumps(written, indent=1) + "\n")
 
 
 def copy_vocabulary(source: Path, from_format: str, out: Path, to_format: str) -> None:

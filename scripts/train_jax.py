@@ -82,9 +82,12 @@ def train(args: Args, these: Processes) -> int:
         mesh, mesh_info = make_mesh(shape, device.platform), f", {shape.size} of them: {shape}"
         mesh_info += f" in {these.count} processes" * (these.count > 1)
 
-    # Run folder
+    # Model and optimizer
     unroll = min(args.unroll or recipe(args.preset).unroll, job.config.n_layer)
     remat = args.remat or recipe(args.preset).remat
+    trainer = Trainer(job.config, job.settings, job.init_from, attention, unroll, mesh, remat)
+
+    # Run folder
     device_info = {
         "device": describe(device) + mesh_info,
         "precision": describe_precision(job.settings, attention),
@@ -93,7 +96,6 @@ def train(args: Args, these: Processes) -> int:
     job = start_run(job, "jax", device_info, console)
 
     # Train
-    trainer = Trainer(job.config, job.settings, job.init_from, attention, unroll, mesh, remat)
     return resume_and_train(trainer, job, console)
 
 

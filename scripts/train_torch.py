@@ -55,13 +55,15 @@ def train(args: Args, these: Processes) -> int:
             "change --batch-size or --accumulate"
         )
 
+    # Model and optimizer
+    trainer = Trainer(job.config, job.settings, job.init_from, args.attention, device, args.compile, these)
+
     # Run folder
     precision = describe_precision(job.settings, args.attention) + ", compiled" * args.compile
     processes_info = f", {these.count} processes" * (these.count > 1)
     job = start_run(job, "torch", {"device": describe(device) + processes_info, "precision": precision}, console)
 
     # Train
-    trainer = Trainer(job.config, job.settings, job.init_from, args.attention, device, args.compile, these)
     return resume_and_train(trainer, job, console)
 
 

@@ -106,7 +106,7 @@ def test_training_starts_from_a_run_or_a_checkpoint(short_run):
 
 def test_a_resumed_run_keeps_its_shape(short_run):
     assert parse("--run", short_run, "--resume").model == read_run(RunFolder(short_run)).model
-    for option, message in ((("--n-layer", 2), "model.n_layer is 3 there, 2 here"), (("--no-qkv-bias",), "qkv_bias")):
+    for option, message in ((("--n-layer", 2), "model.n_layer was 3 and is now 2"), (("--no-qkv-bias",), "qkv_bias")):
         with pytest.raises(InputError, match=message):
             start_run(load_job(parse("--run", short_run, "--resume", *option)), "torch", {}, CONSOLE)
 
@@ -157,7 +157,7 @@ def test_runs_of_an_older_version_are_resumed(tmp_path, monkeypatch):
     assert (run / "config.json").read_text() == OLD_CONFIG  # nothing changed, so nothing is written
     train("--run", run, "--resume", "--keep", 2)
     assert json.loads((run / "config.json").read_text())["train"]["init_scheme"] == "torch"
-    with pytest.raises(InputError, match=r"validation_fraction is 0\.25 there, 0\.5 here"):
+    with pytest.raises(InputError, match=r"validation_fraction was 0\.25 and is now 0\.5"):
         start_run(load_job(parse("--run", run, "--resume", "--validation-fraction", 0.5)), "torch", {}, CONSOLE)
 
 

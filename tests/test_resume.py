@@ -134,9 +134,9 @@ def test_metrics_and_samples_after_a_step_are_forgotten(tmp_path):
     run = RunFolder(tmp_path)
     for step in (1, 2, 3):
         run.log({"step": step, "loss": 1.0})
-        run.add_sample(step, f"text of {step}")
+        run.add_samples(step, [f"text of {step}"])
     run.forget_after(2)
-    assert [entry["step"] for entry in run.metrics()] == [1, 2]
+    assert [entry["step"] for entry in metrics(tmp_path)] == [1, 2]
     samples = (tmp_path / "samples.txt").read_text()
     assert "text of 1" in samples
     assert "text of 2" in samples

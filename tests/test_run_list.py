@@ -18,12 +18,18 @@ def make_run(folder):
     run = RunFolder(folder)
     run.create(run_config("tiny", PRESETS["tiny"], recipe("tiny").settings, "0" * 64))
     run.write("env.json", {"backend": "torch"})
+
+    def write(folder):
+        (folder / "model.safetensors").write_bytes(bytes(1000))
+
     for step in range(61):
         if step:
             run.log({"step": step, "loss": 5 - step / 100})
         if step % 20 == 0:
             run.log({"step": step, "validation_loss": 5 - step / 50})
-            checkpoints.save(run.checkpoints, step, lambda folder: (folder / "weights").write_bytes(bytes(1000)), 3)
+            checkpoints.save(
+                run.checkpoints, step, lambda folder: (folder / "model.safetensors").write_bytes(bytes(1000)), 3
+            )
     return folder
 
 

@@ -141,7 +141,7 @@ def test_resume_of_another_config_is_refused(finished_runs):
     folder, _ = finished_runs["jax"]
     result = run_script("train_jax.py", "--run", folder, "--resume", "--lr", "0.5")
     assert result.returncode == 2
-    assert "train.lr is 0.003 there, 0.5 here" in result.stderr
+    assert "train.lr was 0.003 and is now 0.5" in result.stderr
     result = run_script("train_torch.py", "--preset", "tiny", "--run", folder)
     assert "already holds a run" in result.stderr
 
@@ -184,6 +184,6 @@ def test_a_loss_not_finite_stops_the_run_and_is_written_down(tmp_path):
     assert checkpoints.newest_intact(run / "checkpoints").name == "000000"
     again = run_script("train_torch.py", "--run", run, "--resume", "--skip-nonfinite", 1)
     assert again.returncode == 2  # the next one is one too many
-    assert "changed    train.skip_nonfinite is 0 there, 1 here" in again.stdout
+    assert "changed    train.skip_nonfinite was 0 and is now 1" in again.stdout
     assert "skipped (1 of 1)" in again.stdout.replace("\n", " ")
     assert "--skip-nonfinite 2" in again.stderr

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import tyro
 
@@ -13,7 +13,7 @@ from parity.data.tokenizer import ByteTokenizer, GPT2Tokenizer
 from parity.errors import InputError
 from parity.training.initial import weights_folder
 from parity.training.runs import RunFolder, read_run
-from parity.training.settings import RECIPES, TrainSettings, recipe
+from parity.training.settings import FINE_TUNING, RECIPES, TrainSettings, recipe
 from parity.weights.load import read_folder
 from parity.weights.openai_files import SIZES
 
@@ -27,7 +27,8 @@ class JobArgs:
     preset: str = dataclasses.field(
         default="small",
         metadata={
-            "help": f"Model and settings to start from: {', '.join(RECIPES)}. The other options override single values."
+            "help": f"Model and settings to start from: {', '.join(RECIPES)}. The other options override single "
+            f"values. With init-from, the default is {FINE_TUNING}."
         },
     )
     init_from: str | None = dataclasses.field(
@@ -35,7 +36,7 @@ class JobArgs:
         metadata={
             "help": f"Weights to start from: one of OpenAI's sizes ({', '.join(SIZES)}), a folder or file with "
             "weights, or a run folder, which stands for its newest intact checkpoint. They determine the shape of the "
-            "model, but not the tokenizer: pass --tokenizer gpt2 for OpenAI's. By default the weights are random."
+            "model and, unless --tokenizer is given, the tokenizer. By default the weights are random."
         },
     )
     run: Path | None = None
@@ -57,19 +58,24 @@ Args = TypeVar("Args", bound=JobArgs)
 
 @dataclasses.dataclass(frozen=True)
 class _Decisive:
-    """The options that determine the defaults of the others."""
+    """The options that determine the defaults of the others; None if they are not given."""
 
-    preset: str = "small"
+    preset: str | None = None
     init_from: str | None = None
     run: Path | None = None
     resume: bool = False
     tokenizer: str | None = None
+    steps: int | None = None
+    lr: float | None = None
+    min_lr: float | None = None
+    warmup: int | None = None
 
 
 def parse_job_args(cls: type[Args], description: str | None, args: Sequence[str] | None = None) -> Args:
     """Read the command line of a training script.
 
-    Options that are not given have the values of the preset or, on --resume, those of the saved run.
+    Options that are not given have the values of the preset or, on --resume, those of the saved run. With other
+    weights or another length of the run than the preset's, some of them are derived; see `_derived`.
 
     Args:
         cls: JobArgs with the options of the backend.
@@ -77,25 +83,51 @@ def parse_job_args(cls: type[Args], description: str | None, args: Sequence[str]
         args: The command line without the program's name; `sys.argv[1:]` by default.
 
     Raises:
-        InputError: If the preset, the run or the weights do not exist, or a value is out of range.
+        InputError: If the preset, the run or the weights do not exist, a value is out of range, or options contradict
+            each other.
     """
-    decisive = cli.parse_known(_Decisive, args)
-    if decisive.resume and decisive.run is None:
+    given = cli.parse_known(_Decisive, args)
+    if given.resume and given.run is None:
         raise InputError("--resume continues the run in --run; name its folder")
-    if decisive.resume and decisive.run is not None:
-        saved = read_run(RunFolder(decisive.run))
-        default = dataclasses.replace(cls(), **saved._asdict())
+    if given.resume and given.run is not None:
+        saved = read_run(RunFolder(given.run))
+        return cli.parse(cls, description, dataclasses.replace(cls(), **saved._asdict()), args)
+    preset = given.preset or ("small" if given.init_from is None else FINE_TUNING)
+    if preset == FINE_TUNING and given.init_from is None:
+        raise InputError(f"--preset {FINE_TUNING} needs weights to start from; name them with --init-from")
+    settings = recipe(preset).settings
+    if given.init_from is None:
+        model = recipe(preset).model
+        n_vocab = _N_VOCAB.get(given.tokenizer or settings.tokenizer, model.n_vocab)
+        model = dataclasses.replace(model, n_vocab=n_vocab)
     else:
-        settings = recipe(decisive.preset).settings
-        model = _default_model(decisive, settings)
-        default = dataclasses.replace(cls(), preset=decisive.preset, model=model, settings=settings)
-    return cli.parse(cls, description, default, args)
+        model = read_folder(weights_folder(given.init_from))[0]
+        settings = dataclasses.replace(settings, tokenizer=_tokenizer(given.init_from, model))
+    default = dataclasses.replace(cls(), preset=preset, model=model, settings=_derived(settings, given))
+    parsed = cli.parse(cls, description, default, args)
+    if parsed.settings.min_lr > parsed.settings.lr:
+        raise InputError(
+            f"--min-lr {parsed.settings.min_lr:g}: the learning rate cannot fall to it from --lr {parsed.settings.lr:g}"
+        )
+    return parsed
 
 
-def _default_model(decisive: _Decisive, settings: TrainSettings) -> GPTConfig:
-    """Return the model of --init-from, or else that of the preset with the tokenizer's vocabulary."""
-    if decisive.init_from is not None:
-        return read_folder(weights_folder(decisive.init_from))[0]
-    model = recipe(decisive.preset).model
-    n_vocab = _N_VOCAB.get(decisive.tokenizer or settings.tokenizer, model.n_vocab)
-    return dataclasses.replace(model, n_vocab=n_vocab)
+def _derived(settings: TrainSettings, given: _Decisive) -> TrainSettings:
+    """Adapt settings that are not given to those that are.
+
+    The final learning rate keeps its ratio to a peak that is lower than the preset's. The warm-up is at most a tenth
+    of a run whose number of steps is given.
+    """
+    if given.lr is not None and given.min_lr is None and 0 < given.lr < settings.lr:
+        settings = dataclasses.replace(settings, min_lr=given.lr * settings.min_lr / settings.lr)
+    if given.steps is not None and given.warmup is None:
+        settings = dataclasses.replace(settings, warmup=min(settings.warmup, max(1, given.steps // 10)))
+    return settings
+
+
+def _tokenizer(init_from: str, model: GPTConfig) -> Literal["bytes", "gpt2"]:
+    """Return the tokenizer of a run that weights come from, or the one that fits the size of their vocabulary."""
+    run = RunFolder(Path(init_from))
+    if run.config_file.is_file() and run.checkpoints.is_dir():
+        return read_run(run).settings.tokenizer
+    return "gpt2" if model.n_vocab >= GPT2Tokenizer.n_vocab else "bytes"

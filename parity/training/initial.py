@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from parity.config import GPTConfig
 from parity.training import checkpoints
+from parity.training.runs import RunFolder
 from parity.training.settings import TrainSettings
 from parity.weights import initial_weights
 from parity.weights.load import find_folder, read_folder
@@ -29,8 +30,10 @@ def weights_folder(init_from: str | Path) -> Path:
     Raises:
         InputError: If there is no such folder, or the run has no intact checkpoint.
     """
-    run_checkpoints = Path(init_from) / "checkpoints"
-    return checkpoints.newest_intact(run_checkpoints) if run_checkpoints.is_dir() else find_folder(init_from)
+    run = RunFolder(Path(init_from))
+    if not run.checkpoints.is_dir():
+        return find_folder(init_from)
+    return run.newest_intact() if run.config_file.exists() else checkpoints.newest_intact(run.checkpoints)
 
 
 def initial_arrays(config: GPTConfig, settings: TrainSettings, init_from: str | Path | None = None) -> InitialArrays:

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import platform
+import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -28,7 +30,7 @@ from parity.training.initial import weights_folder
 from parity.training.loggers import Logger, open_loggers
 from parity.training.processes import ALONE, Processes
 from parity.training.runs import RunFolder, run_config
-from parity.training.settings import CHANGEABLE, TrainSettings
+from parity.training.settings import CHANGEABLE_KEYS, TrainSettings
 from parity.weights.load import read_folder
 
 _MOST_BIGRAM_TOKENS = 50_000_000  # counting the bigrams of a larger corpus takes too much time and memory
@@ -52,6 +54,10 @@ class Job:
     bigram: float | None = None
     """Validation loss of the baseline in nats per token, if it was computed."""
     loggers: Sequence[Logger] = ()
+    resumed_step: int | None = None
+    """The step of the checkpoint that the run resumes from, once start_run() has verified it."""
+    identity: checkpoints.RunIdentity = dataclasses.field(default_factory=checkpoints.RunIdentity)
+    """What the checkpoints of the run record of it."""
 
     @property
     def is_resuming(self) -> bool:
@@ -83,15 +89,21 @@ def load_job(args: JobArgs, processes: Processes = ALONE) -> Job:
         processes: The processes that work on the run together.
 
     Raises:
-        InputError: If something is missing, or the options do not fit each other.
+        InputError: If something is missing, the options do not fit each other, or the processes of the run were given
+            different options.
     """
     settings, config = args.settings, args.model
     started = datetime.fromtimestamp(processes.all_reduce_max(int(time.time())))
-    folder = args.run or Path("runs") / f"{started:%Y%m%d-%H%M%S}-{args.preset}"
+    number = processes.all_reduce_max(secrets.randbits(16))  # for runs that start in the same second
+    folder = args.run or Path("runs") / f"{started:%Y%m%d-%H%M%S}-{args.preset}-{number:04x}"
     tokenizer = load_tokenizer(settings.tokenizer, args.vocab_bpe)
     _check_model(args, tokenizer)
-    corpus = load_corpus(settings.corpus, tokenizer, settings.validation_fraction)
-    return Job(
+    try:
+        corpus = load_corpus(settings.corpus, tokenizer, settings.validation_fraction)
+    except InputError as error:
+        hint = "; if the corpus has moved since the run began, name its new place with --corpus"
+        raise InputError(f"{error}{hint * args.resume}") from None
+    job = Job(
         args=args,
         config=config,
         settings=settings,
@@ -103,6 +115,9 @@ def load_job(args: JobArgs, processes: Processes = ALONE) -> Job:
         validation=Windows(corpus.validation, config.n_ctx, config.n_vocab, name=f"{corpus.name} (validation)"),
         prompts=_prompts(settings, tokenizer, config),
     )
+    if not processes.agree_on(json.dumps([_entries(job), str(folder), args.resume])):
+        raise InputError("the processes of this run were given different options or data; start all of them alike")
+    return job
 
 
 def start_run(job: Job, backend: str, device_info: Mapping[str, str], console: Console) -> Job:
@@ -118,26 +133,28 @@ def start_run(job: Job, backend: str, device_info: Mapping[str, str], console: C
         The job with its baseline and its loggers.
 
     Raises:
-        InputError: If the folder contains another run, or the processes of the run were given different options.
+        InputError: If the folder contains another run, or is in use.
     """
     args, run = job.args, job.run
-    entries = run_config(args.preset, job.config, job.settings, job.corpus.sha256, args.init_from)
-    if not job.processes.agree_on(json.dumps([entries, str(run.path), args.resume])):
-        raise InputError("the processes of this run were given different options or data; start all of them alike")
-    changed = []
-    if args.resume:
-        changed = run.update(entries, [f"train.{name}" for name in CHANGEABLE])
-    else:
-        run.create(entries)
-    run.write("env.json", {"backend": backend, **device_info, **_environment()})
-    job.processes.barrier()
-    if not run.config_file.exists():
-        raise InputError(f"{run.path}: this process does not see what the first one wrote; --run must be shared")
+    entries = _entries(job)
+    try:
+        resumed_step, changed = _reopen(job, entries) if args.resume else (None, [])
+        if not args.resume:
+            run.create(entries)
+        run.write("env.json", {"backend": backend, **device_info, **_environment()})
+        job.processes.barrier()
+        if not run.config_file.exists():
+            raise InputError(f"{run.path}: this process does not see what the first one wrote; --run must be shared")
+        loggers = open_loggers(run, args.tensorboard, args.wandb) if job.processes.first else ()
+    except BaseException:
+        run.discard()
+        raise
 
     n_train, n_validation = job.corpus.n_tokens
     summary = {
         **device_info,
         "model": f"{args.preset}: {weights.n_params(job.config):,} parameters, context {job.config.n_ctx}",
+        "settings": _describe_schedule(job.settings),
         "weights": f"from {args.init_from}" if args.init_from else f"initial, seed {job.settings.seed}",
         "corpus": f"{job.corpus.name}: {n_train:,} + {n_validation:,} tokens ({job.tokenizer.name})",
         "run": str(run.path),
@@ -150,8 +167,51 @@ def start_run(job: Job, backend: str, device_info: Mapping[str, str], console: C
     if job.processes.first and n_train <= _MOST_BIGRAM_TOKENS:
         bigram = bigram_loss(job.corpus.train, job.corpus.validation, job.config.n_vocab)
         console.print(f"baseline   bigram model, validation loss {bigram:.4f}  perplexity {math.exp(bigram):.2f}")
-    loggers = open_loggers(run, args.tensorboard, args.wandb) if job.processes.first else ()
-    return dataclasses.replace(job, bigram=bigram, loggers=loggers)
+    return dataclasses.replace(job, bigram=bigram, loggers=loggers, resumed_step=resumed_step, identity=run.identity())
+
+
+def _entries(job: Job) -> dict[str, Any]:
+    """Return the entries of the run's config.json."""
+    return run_config(job.args.preset, job.config, job.settings, job.corpus.sha256, job.args.init_from)
+
+
+def _reopen(job: Job, entries: Mapping[str, Any]) -> tuple[int | None, list[str]]:
+    """Lock a run folder that is resumed, and check that its files belong together, before any is changed.
+
+    Returns:
+        The step of the checkpoint to resume from, None for a run that was killed before its first one, and one
+        description per changed setting.
+    """
+    run, first = job.run, job.processes.first
+    run.config()
+    run.lock()
+    newest = -1
+    if first and checkpoints.steps(run.checkpoints):  # only this process reads all of the files
+        newest = int(run.newest_intact().name)
+    elif first and run.metrics.last_step > 0:
+        raise InputError(
+            f"{run.path} has metrics up to step {run.metrics.last_step}, but no checkpoint; put its folder checkpoints "
+            "back, or start a new run with another --run"
+        )
+    changed = run.update(entries, CHANGEABLE_KEYS)
+    newest = job.processes.all_reduce_max(newest + 1) - 1
+    if first and newest >= 0:
+        settings = job.settings
+        checkpoints.remove_unfinished(run.checkpoints)
+        checkpoints.set_aside_later(run.checkpoints, newest)
+        checkpoints.retain(run.checkpoints, newest, settings.keep, settings.keep_every, run.metrics.best_step(newest))
+    return (None if newest < 0 else newest), changed
+
+
+def _describe_schedule(settings: TrainSettings) -> str:
+    """Return the line of a run's summary with the settings that presets and --init-from decide."""
+    text = (
+        f"{settings.steps:,} steps of {settings.batch_size} windows; learning rate {settings.lr:g}, falling to "
+        f"{settings.min_lr:g}, after {settings.warmup:,} warm-up steps"
+    )
+    if settings.warmup >= settings.steps:
+        text += f"; the warm-up is not shorter than the run, so the learning rate never reaches {settings.lr:g}"
+    return text
 
 
 def describe_precision(settings: TrainSettings, attention: str) -> str:
@@ -203,6 +263,7 @@ def _environment() -> dict[str, Any]:
         with contextlib.suppress(PackageNotFoundError):  # of the backend that is not installed
             versions[name] = version(name)
     return {
+        "process": f"{os.getpid()} on {platform.node()}",
         "command": sys.argv,
         "python": platform.python_version(),
         "machine": platform.platform(),

@@ -1,78 +1,26 @@
 """The training loop of both backends: batches, learning rates, evaluations and checkpoints."""
 
 import contextlib
+import functools
 import math
 import signal
 import time
 from collections.abc import Generator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from parity.config import GPTConfig
 from parity.data.prefetch import prefetch
 from parity.data.windows import Dataset
 from parity.errors import InputError
-from parity.training import checkpoints
+from parity.storage import manifest as manifests
+from parity.storage.manifest import Manifest
+from parity.training import checkpoints, optimizer_state
 from parity.training.job import Job
 from parity.training.schedule import learning_rate
-
-
-class Trainer(Protocol):
-    """A model with its optimizer, as a backend implements it."""
-
-    config: GPTConfig
-
-    def local_slice(self, size: int) -> slice:
-        """Return the slice of a batch of `size` rows that this process computes (all of it in a one-process run)."""
-
-    def to_device(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Any, Any]:
-        """Start the transfer of a batch to the device.
-
-        Called on another thread than the other methods.
-
-        Args:
-            inputs: Token ids int32 [..., B, T] of the rows in local_slice().
-            targets: The token ids to predict, of the same shape; IGNORE_INDEX where there is none.
-        """
-
-    def train_step(self, inputs: Any, targets: Any, lr: float, step: int) -> dict[str, Any]:
-        """Make one optimizer step.
-
-        If the loss or the gradient is not finite, the model and the optimizer stay as they were.
-
-        Args:
-            inputs: What to_device() returned for ids [A, B, T], A micro-batches.
-            targets: The same for the targets.
-            lr: Learning rate of the step.
-            step: Number of the step, from 0; dropout depends on it.
-
-        Returns:
-            "loss", in nats per target, and "grad_norm", before clipping; both may still be on the device.
-        """
-
-    def evaluate_batch(self, inputs: Any, targets: Any) -> Any:
-        """Return the loss in nats, without dropout, summed over the targets of all processes.
-
-        Args:
-            inputs: What to_device() returned for ids [B, T].
-            targets: The same for the targets.
-        """
-
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
-        """Continue prompts; the options are those of the backend's `generate`."""
-
-    def save(self, folder: Path) -> None:
-        """Write model.safetensors with config.json, and whatever else a resumed run needs.
-
-        All processes call it with the same folder.
-        """
-
-    def restore(self, folder: Path) -> None:
-        """Load what the save() of either backend wrote; raises InputError if it is another model's."""
+from parity.training.trainer import Trainer
 
 
 class StopRequest:
@@ -113,25 +61,39 @@ def evaluate(trainer: Trainer, dataset: Dataset, batch_size: int) -> float:
 
 def resume_and_train(trainer: Trainer, job: Job, console: Console) -> int:
     """Resume if possible, train, print a summary, and return the exit status."""
-    done = None
-    if job.is_resuming:
-        # Only the first process verifies the checkpoints, which means reading all of their files.
-        newest = int(checkpoints.newest_intact(job.run.checkpoints).name) if job.processes.first else 0
-        done = job.processes.all_reduce_max(newest)
-        trainer.restore(checkpoints.step_folder(job.run.checkpoints, done))
+    try:
+        return _resume_and_train(trainer, job, console)
+    finally:
+        job.run.unlock()
+
+
+def _resume_and_train(trainer: Trainer, job: Job, console: Console) -> int:
+    done = job.resumed_step
+    saved_metrics = None
+    if done is not None:
+        folder = checkpoints.step_folder(job.run.checkpoints, done)
+        trainer.restore(folder)
         console.print(f"resuming   after step {done}")
-    job.run.forget_after(-1 if done is None else done)
+        manifest = manifests.read(folder)
+        if manifest.metrics_size is not None and manifest.metrics_sha256 is not None:
+            saved_metrics = manifest.metrics_size, manifest.metrics_sha256
+    job.run.forget_after(-1 if done is None else done, saved_metrics)
+    # A run that was killed after a save has not shown that step.
+    not_shown = done in job.run.metrics.evaluations and not job.run.has_samples(done or 0)
+    if done is not None and job.processes.all_reduce_max(int(job.processes.first and not_shown)):
+        _show(trainer, job, done, console)
     started = time.perf_counter()
     status = train_loop(trainer, job, done, console)
-    evaluated = {e["step"]: e["validation_loss"] for e in job.run.metrics() if "validation_loss" in e}
-    last, best = max(evaluated), job.run.best_step()
-    baseline = "" if job.bigram is None else f", bigram {job.bigram:.4f}"
-    console.print(f"validation loss {evaluated[last]:.4f}{baseline}; {time.perf_counter() - started:.0f} s")
-    if best is not None and best < last:
-        console.print(
-            f"overfitting: the validation loss was lowest after step {best}, {evaluated[best]:.4f}, and has risen "
-            "since; that checkpoint is kept: --checkpoint best"
-        )
+    evaluated, best = job.run.metrics.evaluations, job.run.metrics.best_step()
+    if best is not None:
+        last = max(evaluated)
+        baseline = "" if job.bigram is None else f", bigram {job.bigram:.4f}"
+        console.print(f"validation loss {evaluated[last]:.4f}{baseline}; {time.perf_counter() - started:.0f} s")
+        if best < last:
+            console.print(
+                f"overfitting: the validation loss was lowest after step {best}, {evaluated[best]:.4f}, and has risen "
+                "since; that checkpoint is kept: --checkpoint best"
+            )
     console.print(
         f'sample from it: python scripts/generate.py --run {job.run.path} "The "', highlight=False, soft_wrap=True
     )
@@ -215,21 +177,57 @@ def _evaluate_and_save(trainer: Trainer, job: Job, step: int, console: Console) 
     perplexity = math.exp(min(loss, 700))
     job.log({"step": step, "validation_loss": loss, "perplexity": perplexity})
     console.print(f"step {step:>6}  validation loss {loss:.4f}  perplexity {perplexity:.2f}")
-    for prompt in job.prompts:
-        room = min(job.settings.sample_tokens, trainer.config.n_ctx - len(prompt))
-        options = {"temperature": job.settings.sample_temperature, "top_k": job.settings.sample_top_k}
-        [row] = trainer.generate([prompt], room, seed=job.settings.seed, **options)
-        # A vocabulary may be padded to more ids than the tokenizer has.
-        text = job.tokenizer.decode(id for id in row if id < job.tokenizer.n_vocab)
-        job.run.add_sample(step, text)
-        console.print(f"             {text!r}", style="dim", markup=False, highlight=False, soft_wrap=True)
-    job.run.plot(job.bigram)
     _save(trainer, job, step)
+    _show(trainer, job, step, console)
+
+
+def _show(trainer: Trainer, job: Job, step: int, console: Console) -> None:
+    """Write and print samples, and draw the losses: after the save, and without ending the run if it fails."""
+    with _without_ending(job, "the samples were not written", console):
+        texts = []
+        for prompt in job.prompts:
+            room = min(job.settings.sample_tokens, trainer.config.n_ctx - len(prompt))
+            options = {"temperature": job.settings.sample_temperature, "top_k": job.settings.sample_top_k}
+            [row] = trainer.generate([prompt], room, seed=job.settings.seed, **options)
+            # A vocabulary may be padded to more ids than the tokenizer has.
+            texts.append(job.tokenizer.decode(id for id in row if id < job.tokenizer.n_vocab))
+        job.run.add_samples(step, texts)
+        for text in texts:
+            console.print(f"             {text!r}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    with _without_ending(job, "loss.png was not drawn", console):
+        job.run.plot(job.bigram)
+
+
+@contextlib.contextmanager
+def _without_ending(job: Job, problem: str, console: Console) -> Generator[None, None, None]:
+    """Report an error in this context instead of raising it, unless other processes would then wait for this one."""
+    try:
+        yield
+    except Exception as error:
+        if job.processes.count > 1 and not isinstance(error, OSError | UnicodeError | ImportError):
+            raise
+        console.print(f"{problem}: {type(error).__name__}: {error}", markup=False, style="yellow", soft_wrap=True)
 
 
 def _save(trainer: Trainer, job: Job, step: int) -> None:
-    settings, folder, best = job.settings, job.run.checkpoints, job.run.best_step()
-    checkpoints.save(folder, step, trainer.save, settings.keep, settings.keep_every, best, job.processes)
+    settings, run = job.settings, job.run
+    size, sha256 = run.metrics.flush()
+    identity = job.identity
+
+    def describe(files: dict[str, str]) -> Manifest:
+        return Manifest(files, run=identity.run, settings=identity.settings, metrics_size=size, metrics_sha256=sha256)
+
+    checkpoints.save(
+        run.checkpoints,
+        step,
+        trainer.save,
+        settings.keep,
+        settings.keep_every,
+        run.metrics.best_step(),
+        job.processes,
+        describe,
+        functools.partial(optimizer_state.read_back, config=trainer.config),
+    )
 
 
 def _log_steps(job: Job, pending: Sequence[Pending], console: Console) -> float:
@@ -255,7 +253,7 @@ def _record_nonfinite(job: Job, step: int, lr: float, values: dict[str, float], 
     file = job.run.write(f"nonfinite-{step:06d}.json", entries)
     job.log({"step": step, "lr": lr, "nonfinite": texts})
     message = f"step {step}: {texts}, not finite; its batch is in {file}"
-    skipped = sum("nonfinite" in entry for entry in job.run.metrics())
+    skipped = len(job.run.metrics.nonfinite)
     if skipped > settings.skip_nonfinite:
         raise InputError(
             f"{message}. The run stops; checkpoints saved before are kept. Resume from the newest with --resume "

@@ -4,8 +4,11 @@ gpt_torch writes optimizer.safetensors, with names in the huggingface format. gp
 orbax; without JAX it is read with tensorstore, the library that orbax itself stores arrays with.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,21 +82,59 @@ def read(folder: Path, config: GPTConfig) -> TrainState:
     return TrainState(step, {"parameters": parameters, **moments}, "huggingface")
 
 
+def read_back(folder: Path, config: GPTConfig) -> None:
+    """Read the smallest part of what was just written: names and shapes of the weights, and the optimizer's count.
+
+    Raises:
+        InputError: If the files are not those of a checkpoint of this model, although writing them reported no error.
+    """
+    _, parameters, _ = huggingface.read(folder)
+    weights.check({n: tuple(a.shape) for n, a in parameters.items()}, config, "huggingface", str(folder))
+    if (folder / ORBAX_FOLDER).is_dir():
+        _load_from_orbax(folder / ORBAX_FOLDER, "step")
+        return
+    try:
+        with safe_open(folder / OPTIMIZER_FILE, "numpy") as stored:
+            int(stored.metadata()["step"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / OPTIMIZER_FILE} cannot be read ({error})") from None
+
+
 def _from_orbax(folder: Path, config: GPTConfig) -> TrainState:
+    names = weights.shapes(config, "flax")
+    arrays = {
+        part: {name: _load_from_orbax(folder, f"{part}.{name}") for name in names} for part in ("parameters", *MOMENTS)
+    }
+    return TrainState(int(_load_from_orbax(folder, "step")), arrays, "flax")
+
+
+def _load_from_orbax(folder: Path, name: str) -> np.ndarray:
     try:
         import tensorstore
     except ImportError:
         raise InputError(f"{folder} needs a package to be read: pip install tensorstore") from None
-
-    def load(name: str) -> np.ndarray:
-        # The layout in which orbax stores an array: zarr inside an OCDBT database; test_checkpoints.py pins it.
-        store = {"driver": "ocdbt", "base": folder.absolute().as_uri() + "/", "path": f"{name}/"}
-        try:
+    # The layout in which orbax stores an array: zarr inside an OCDBT database; test_checkpoints.py pins it.
+    try:
+        with plain_path(folder) as plain:
+            store = {"driver": "ocdbt", "base": plain.as_uri() + "/", "path": f"{name}/"}
             array = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True).result()
             return np.asarray(array.read().result())
-        except ValueError as error:
-            raise InputError(f"{folder}: {name} cannot be read ({str(error).splitlines()[0]})") from None
+    except ValueError as error:
+        raise InputError(f"{folder}: {name} cannot be read ({str(error).splitlines()[0]})") from None
 
-    names = weights.shapes(config, "flax")
-    arrays = {part: {name: load(f"{part}.{name}") for name in names} for part in ("parameters", *MOMENTS)}
-    return TrainState(int(load("step")), arrays, "flax")
+
+@contextlib.contextmanager
+def plain_path(folder: Path) -> Iterator[Path]:
+    """Yield the absolute path of a folder, or of a link to it if orbax would take its own path for a pattern.
+
+    Orbax looks for the parts that it merges with a pattern that begins with the path. It finds none if the path itself
+    contains brackets, and reports success. Its store takes a backslash for a separator.
+    """
+    path = folder.absolute()
+    if not re.search(r"[\[\]\\*?]", path.as_posix()):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        link = Path(temporary) / "folder"
+        link.symlink_to(path, target_is_directory=True)
+        yield link

@@ -1,19 +1,27 @@
 """The folder of a run: config.json, env.json, metrics.jsonl, loss.png, samples.txt and checkpoints/."""
 
+import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
+
 from parity.config import GPTConfig
 from parity.errors import InputError
-from parity.figures import new_figure
-from parity.storage.atomic import replace_text
-from parity.training.settings import TrainSettings
+from parity.storage.atomic import named_errors, replace_text
+from parity.training.checkpoints import RunIdentity, intact, newest_intact
+from parity.training.metrics import Metrics
+from parity.training.settings import CHANGEABLE_KEYS, TrainSettings
 
-_SAMPLE_HEADING = re.compile(r"^--- step (\d+) ---\n", re.MULTILINE)
+_SAMPLE_HEADING = re.compile(r"^--- step ([0-9]{1,10}) ---\n", re.MULTILINE)
 # Keys of config.json before version 0.2, and settings that it did not have, with the values that were used.
 _RENAMED = {"initial": "init_scheme", "validation_part": "validation_fraction"}
 _FORMER_VALUES = {"sample_temperature": 0.8, "sample_top_k": 50}
@@ -31,7 +39,15 @@ class RunFolder:
 
     def __init__(self, path: Path, writes: bool = True):
         self.path, self.writes = path, writes
-        self._in_memory = None if writes else self._read_metrics()
+        self._lock: filelock.BaseFileLock | None = None
+        self._created: list[Path] = []
+        if not writes:
+            _ = self.metrics
+
+    @functools.cached_property
+    def metrics(self) -> Metrics:
+        """The metrics, read from metrics.jsonl at the first use."""
+        return Metrics(self.metrics_file, self.writes)
 
     @property
     def checkpoints(self) -> Path:
@@ -50,29 +66,103 @@ class RunFolder:
         return self.path / "samples.txt"
 
     def create(self, entries: Mapping[str, Any]) -> None:
-        """Make the folder with its config.json; raises InputError if it already contains a run."""
-        if self._in_memory is not None:
-            self._in_memory.clear()
+        """Make the folder with its config.json, and lock it.
+
+        Raises:
+            InputError: If the folder contains a run, or a part of one, or cannot be written.
+        """
+        if not self.writes:
+            self.metrics.forget_after(-1)
             return
-        if self.config_file.exists():
-            raise InputError(f"{self.path} already holds a run; continue it with --resume, or name another --run")
+        is_new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            files = (self.config_file, self.metrics_file)
+            leftovers = [file.name for file in files if file.exists() and file.stat().st_size]
+            if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
+                leftovers.append("checkpoints")
+            if leftovers:
+                raise InputError(
+                    f"{self.path} already holds a run ({', '.join(leftovers)}); continue it with --resume, or name "
+                    "another --run"
+                )
+            self._created = [*files, self.path / "env.json"]
+            if is_new:
+                self._created += [self.path / ".lock", self.path]
             self.metrics_file.write_text("")
-            self.write(self.config_file.name, entries)
+            self.write(self.config_file.name, {"id": uuid.uuid4().hex, **entries})
         except OSError as error:
             raise InputError(f"run folder {self.path} cannot be written ({error})") from None
+
+    def discard(self) -> None:
+        """Delete what create() made, and release the lock: the run is refused before its first step."""
+        for path in self._created:
+            with contextlib.suppress(OSError):  # a folder that holds something else by now stays
+                path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+        self._created = []
+        self.unlock()
+
+    def lock(self) -> None:
+        """Lock the folder for this process, until unlock() or the end of the process.
+
+        Raises:
+            InputError: If another process has locked it.
+        """
+        if not self.writes or self._lock is not None:
+            return
+        lock = filelock.FileLock(self.path / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise InputError(
+                f"{self.path} is in use by {self._user()}; wait until it ends, or name another --run"
+            ) from None
+        except NotImplementedError:  # a file system without locks
+            warnings.warn(f"{self.path} cannot be locked; start no second process on this run", stacklevel=2)
+            return
+        self._lock = lock
+
+    def unlock(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _user(self) -> str:
+        try:
+            return f"process {json.loads((self.path / 'env.json').read_bytes())['process']}"
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return "another process"
 
     def config(self) -> dict[str, Any]:
         """Return the entries of config.json, under today's names; raises InputError if the folder contains no run."""
         try:
-            return _with_current_names(json.loads(self.config_file.read_text()))
+            entries = json.loads(self.config_file.read_bytes())
         except FileNotFoundError:
             raise InputError(f"{self.path} holds no run: {self.config_file.name} is missing") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{self.config_file} is not valid JSON ({error})") from None
+        if not isinstance(entries, dict):
+            raise InputError(f"{self.config_file} must hold a JSON object")
+        return _with_current_names(entries)
 
-    def update(self, entries: Mapping[str, Any], changeable: Sequence[str] = ()) -> list[str]:
+    def identity(self) -> RunIdentity:
+        """Return what the checkpoints of this run must record."""
+        entries = self.config()
+        fixed = {key: value for key, value in _flatten(entries) if key != "id" and key not in CHANGEABLE_KEYS}
+        text = json.dumps(fixed, sort_keys=True)
+        return RunIdentity(entries.get("id"), hashlib.sha256(text.encode()).hexdigest())
+
+    def newest_intact(self) -> Path:
+        """Return the newest intact checkpoint of this run; raises InputError if there is none."""
+        return newest_intact(self.checkpoints, self.identity())
+
+    def intact(self, step: int) -> Path:
+        """Return the checkpoint of a step; raises InputError if it is missing, damaged, or of another run."""
+        return intact(self.checkpoints, step, self.identity())
+
+    def update(self, entries: Mapping[str, Any], changeable: Collection[str] = ()) -> list[str]:
         """Replace the entries of config.json when a run is resumed.
 
         Args:
@@ -85,63 +175,52 @@ class RunFolder:
         Raises:
             InputError: If any other value differs; the message lists all of them.
         """
-        saved, new = (dict(_flatten(json.loads(json.dumps(e)))) for e in (self.config(), entries))
+        config = self.config()
+        if "id" in config:
+            entries = {"id": config["id"], **entries}
+        saved, new = (dict(_flatten(json.loads(json.dumps(e)))) for e in (config, entries))
         different = {
-            key: f"{key} is {saved.get(key)!r} there, {new.get(key)!r} here"
+            key: f"{key} was {saved.get(key)!r} and is now {new.get(key)!r}"
             for key in sorted(saved.keys() | new.keys())
             if saved.get(key) != new.get(key)
         }
         if refused := [text for key, text in different.items() if key not in changeable]:
-            raise InputError(f"{self.path} belongs to another configuration: {'; '.join(refused)}")
+            raise InputError(
+                f"{self.path} cannot be resumed with other values: {'; '.join(refused)}. To train on with them, start "
+                f"a new run from its weights: --init-from {self.path}"
+            )
         if different:
             self.write(self.config_file.name, entries)
         return list(different.values())
 
     def log(self, entries: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        if self._in_memory is not None:
-            self._in_memory.append(dict(entries))
-            return
-        with self.metrics_file.open("a") as file:
-            file.write(json.dumps(entries) + "\n")
+        self.metrics.log(entries)
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl."""
-        return self._read_metrics() if self._in_memory is None else list(self._in_memory)
+    def forget_after(self, step: int, saved_metrics: tuple[int, str] | None = None) -> None:
+        """Remove the metrics (see Metrics.forget_after) and samples of later steps; a resumed run writes them again."""
+        self.metrics.forget_after(step, saved_metrics)
+        if self.writes and self.samples_file.exists():
+            kept = [(s, text) for s, text in self._samples() if s <= step]
+            replace_text(self.samples_file, "".join(f"--- step {s} ---\n{text}" for s, text in kept))
 
-    def _read_metrics(self) -> list[dict[str, Any]]:
-        lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
-        metrics = []
-        for line in lines:
-            try:
-                metrics.append(json.loads(line))
-            except ValueError:
-                break  # a crash cut this line; the resumed run writes it again
-        return metrics
+    def has_samples(self, step: int) -> bool:
+        """Whether samples.txt has samples of a step."""
+        return self.samples_file.exists() and any(s == step for s, _ in self._samples())
 
-    def forget_after(self, step: int) -> None:
-        """Remove the metrics and samples of later steps, because a resumed run writes them again."""
-        kept = [entry for entry in self.metrics() if entry["step"] <= step]
-        if self._in_memory is not None:
-            self._in_memory = kept
-            return
-        replace_text(self.metrics_file, "".join(json.dumps(entry) + "\n" for entry in kept))
-        if self.samples_file.exists():
-            text = self.samples_file.read_text(encoding="utf-8", errors="replace")
-            parts = re.split(_SAMPLE_HEADING, text)[1:]  # step, text, step, text, ...
-            kept_parts = [(s, t) for s, t in zip(parts[::2], parts[1::2], strict=True) if int(s) <= step]
-            replace_text(self.samples_file, "".join(f"--- step {s} ---\n{t}" for s, t in kept_parts))
-
-    def best_step(self) -> int | None:
-        """Return the evaluated step with the lowest validation loss; ties go to the earliest step."""
-        evaluated = [(e["validation_loss"], e["step"]) for e in self.metrics() if "validation_loss" in e]
-        return min(evaluated)[1] if evaluated else None
-
-    def add_sample(self, step: int, text: str) -> None:
-        """Append a sample to samples.txt."""
+    def add_samples(self, step: int, texts: Sequence[str]) -> None:
+        """Append the samples of a step to samples.txt."""
         if self.writes:
-            with self.samples_file.open("a", encoding="utf-8") as file:
-                file.write(f"--- step {step} ---\n{text}\n\n")
+            with (
+                named_errors(self.samples_file),
+                self.samples_file.open("a", encoding="utf-8", errors="replace") as file,
+            ):
+                file.write("".join(f"--- step {step} ---\n{text}\n\n" for text in texts))
+
+    def _samples(self) -> list[tuple[int, str]]:
+        text = self.samples_file.read_bytes().decode("utf-8", errors="replace")
+        parts = re.split(_SAMPLE_HEADING, text)[1:]  # step, text, step, text, ...
+        return [(int(s), t) for s, t in zip(parts[::2], parts[1::2], strict=True)]
 
     def write(self, name: str, entries: Mapping[str, Any]) -> Path:
         """Write a JSON file atomically, and return its path."""
@@ -152,7 +231,7 @@ class RunFolder:
     def plot(self, bigram: float | None) -> None:
         """Draw loss.png from the metrics; `bigram` is the baseline's validation loss."""
         if self.writes:
-            plot_metrics(self.path / "loss.png", self.metrics(), bigram)
+            self.metrics.plot(self.path / "loss.png", bigram)
 
 
 class SavedRun(NamedTuple):
@@ -182,33 +261,15 @@ def read_run(run: RunFolder) -> SavedRun:
     saved = run.config()
     try:
         model, settings = GPTConfig(**saved["model"]), TrainSettings(**saved["train"])
-        return SavedRun(saved["preset"], saved["init_from"], model, settings)
+        preset, init_from = saved["preset"], saved["init_from"]
     except (KeyError, TypeError) as error:
         raise InputError(f"{run.config_file} was not written by this version of the scripts ({error})") from None
-
-
-def plot_metrics(target: Path, metrics: Sequence[Mapping[str, Any]], bigram: float | None = None) -> None:
-    """Draw training and validation loss by step.
-
-    Args:
-        target: The PNG file to write.
-        metrics: Lines of metrics.jsonl.
-        bigram: Validation loss of the baseline, drawn as a horizontal line.
-    """
-    figure = new_figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for key, style in (("loss", {"alpha": 0.6}), ("validation_loss", {"marker": "o", "markersize": 3})):
-        points = [(entry["step"], entry[key]) for entry in metrics if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), label="training" if key == "loss" else "validation", **style)
-    if bigram is not None:
-        axes.axhline(bigram, linestyle="--", color="gray", label=f"bigram {bigram:.2f}")
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    part = target.with_suffix(".part.png")
-    figure.savefig(part, dpi=120)
-    part.replace(target)
+    except InputError as error:
+        raise InputError(f"{run.config_file}: {error}") from None
+    for name, value in (("preset", preset), ("init_from", init_from or "")):
+        if not isinstance(value, str):
+            raise InputError(f"{run.config_file}: {name} must be text, got {value!r}")
+    return SavedRun(preset, init_from, model, settings)
 
 
 def _with_current_names(entries: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Training settings that both backends share, and the presets of the training scripts."""
 
 import dataclasses
-from typing import Literal
+import math
+import types
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from parity.config import PRESETS, GPTConfig
 from parity.data.corpora import CORPORA, EMBEDDED
@@ -86,28 +88,63 @@ class TrainSettings:
         return "float64" if self.dtype == "float64" else "float32"
 
     def __post_init__(self) -> None:
-        counts = (
-            "steps", "batch_size", "accumulate", "eval_every", "log_every", "keep", "keep_every", "sample_tokens",
-            "sample_top_k",
-        )  # fmt: skip
-        for name in counts:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "eps", "clip"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("min_lr", "warmup", "weight_decay", "skip_nonfinite", "sample_temperature", "seed"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name, kind in get_type_hints(TrainSettings).items():
+            value = getattr(self, name)
+            if not _has_type(value, kind):
+                raise InputError(f"{name} must be {_describe(kind)}, got {value!r:.80}")
+            low, high = _RANGES.get(name, (-math.inf, math.inf))
+            if isinstance(value, int | float) and not low <= value <= high:
+                hint = "; a clip of 1e9 turns clipping off" if name == "clip" and value > high else ""
+                raise InputError(f"{name} must be between {low} and {high}, got {value!r:.80}{hint}")
         if self.batch_size % self.accumulate:
             raise InputError(f"batch_size={self.batch_size} is not divisible by accumulate={self.accumulate}")
 
 
-# Settings that a resumed run may change: they affect what is kept and shown, but not the losses.
+# {setting: (smallest, largest value)}. The limits keep float32 arithmetic finite, alike in both backends: eps and clip
+# do not become 0, 1 - beta keeps two digits, and steps are an int32 of the compiled step.
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("steps", "eval_every", "log_every", "keep_every"), (1, 2**31 - 1)),
+    **dict.fromkeys(("warmup", "skip_nonfinite"), (0, 2**31 - 1)),
+    **dict.fromkeys(("keep", "stride", "sample_tokens", "sample_top_k"), (1, 2**24)),
+    **dict.fromkeys(("batch_size", "accumulate"), (1, 2**20)),
+    "validation_fraction": (1e-9, 1 - 1e-9),
+    "lr": (1e-30, 1e38),
+    "min_lr": (0, 1e38),
+    "weight_decay": (0, 1e4),
+    "beta1": (0, 0.99999),
+    "beta2": (0, 0.99999),
+    "eps": (1e-30, 1e9),
+    "clip": (1e-30, 1e30),
+    "sample_temperature": (0, 1e9),
+    "seed": (0, 2**32 - 1),
+}
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    """Whether a value, which may come from a config.json, has the type of its field; an int is a float as well."""
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(_has_type(value, part) for part in get_args(kind))
+    return isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)
+
+
+def _describe(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(_describe(part) for part in get_args(kind))
+    return {int: "an integer", float: "a number", str: "text", types.NoneType: "nothing"}[kind]
+
+
+# Settings that a resumed run may change: they affect what is kept and shown, but not the losses. The corpus may have
+# moved; its sha256 may not differ.
 CHANGEABLE = (
     "log_every", "keep", "keep_every", "skip_nonfinite", "sample_prompt", "eval_prompts", "sample_tokens",
-    "sample_temperature", "sample_top_k",
+    "sample_temperature", "sample_top_k", "corpus",
 )  # fmt: skip
+CHANGEABLE_KEYS = frozenset(f"train.{name}" for name in CHANGEABLE)
+"""The same as keys of config.json."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +170,8 @@ _SHAKESPEARE = dataclasses.replace(
     _CPU, corpus="tiny-shakespeare", steps=2000, batch_size=12, lr=1e-3, min_lr=1e-4, warmup=100, eval_every=250,
     sample_prompt="\n",
 )  # fmt: skip
+FINE_TUNING = "fine-tuning"
+"""The preset of runs that start from existing weights, unless another one is given."""
 _BYTES = GPTConfig(n_vocab=257)
 RECIPES: dict[str, Recipe] = {
     # nanoGPT's config/train_gpt2.py: 491,520 tokens per step on OpenWebText; the larger sizes use the same settings.
@@ -160,6 +199,14 @@ RECIPES: dict[str, Recipe] = {
     "tiny": Recipe(
         PRESETS["tiny"],
         dataclasses.replace(_CPU, steps=60, batch_size=8, warmup=5, eval_every=20, sample_tokens=16),
+    ),
+    # The model and the tokenizer are those of --init-from.
+    FINE_TUNING: Recipe(
+        PRESETS["124M"],
+        dataclasses.replace(
+            _CPU, tokenizer="gpt2", steps=500, batch_size=8, lr=3e-5, min_lr=3e-6, warmup=50, eval_every=50,
+            sample_prompt="\n",
+        ),
     ),
     "notebook": Recipe(
         PRESETS["notebook"],

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from parity.config import GPTConfig
 from parity.errors import InputError, printable
+from parity.storage import manifest
 from parity.storage.atomic import replace_text
 from parity.weights import files, names
 from parity.weights.hf_config import config_from_dict, config_to_dict
@@ -62,6 +63,7 @@ def write(
     if lost:
         raise InputError(f"{folder}: config.json cannot hold {', '.join(lost)}")
     files.refuse_other(folder, WEIGHTS_FILE)
+    manifest.forget(folder)
     folder.mkdir(parents=True, exist_ok=True)
     prefix = _PREFIX if format == "huggingface" else ""
     named = {n if n == "lm_head.weight" else prefix + n: a for n, a in arrays.items()}

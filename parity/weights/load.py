@@ -6,6 +6,7 @@ from typing import Any
 
 from parity.config import GPTConfig
 from parity.errors import InputError
+from parity.storage.manifest import check_weights
 from parity.weights import files, huggingface, openai
 from parity.weights.table import check
 
@@ -46,10 +47,12 @@ def read_folder(path: str | Path) -> tuple[GPTConfig, Mapping[str, Any], str]:
         configuration. A tensor is read when it is used.
 
     Raises:
-        InputError: If a file is missing or damaged, the weights do not fit the configuration, or the folder holds
-            weights in neither or both of the formats; the message names the file.
+        InputError: If a file is missing, damaged or not what a manifest of ours says, the weights do not fit the
+            configuration, or the folder holds weights in neither or both of the formats; the message names the file.
     """
     path = find_folder(path)
+    if path.is_dir():
+        check_weights(path)
     bundles = files.tensorflow_files(path) if path.is_dir() else []
     others = files.huggingface_files(path) if path.is_dir() else []
     if bundles and others:

@@ -1,0 +1,63 @@
+"""What the training loop needs of a backend."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from parity.config import GPTConfig
+
+
+class Trainer(Protocol):
+    """A model with its optimizer, as a backend implements it."""
+
+    config: GPTConfig
+
+    def local_slice(self, size: int) -> slice:
+        """Return the slice of a batch of `size` rows that this process computes (all of it in a one-process run)."""
+
+    def to_device(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Any, Any]:
+        """Start the transfer of a batch to the device.
+
+        Called on another thread than the other methods.
+
+        Args:
+            inputs: Token ids int32 [..., B, T] of the rows in local_slice().
+            targets: The token ids to predict, of the same shape; IGNORE_INDEX where there is none.
+        """
+
+    def train_step(self, inputs: Any, targets: Any, lr: float, step: int) -> dict[str, Any]:
+        """Make one optimizer step.
+
+        If the loss or the gradient is not finite, the model and the optimizer stay as they were.
+
+        Args:
+            inputs: What to_device() returned for ids [A, B, T], A micro-batches.
+            targets: The same for the targets.
+            lr: Learning rate of the step.
+            step: Number of the step, from 0; dropout depends on it.
+
+        Returns:
+            "loss", in nats per target, and "grad_norm", before clipping; both may still be on the device.
+        """
+
+    def evaluate_batch(self, inputs: Any, targets: Any) -> Any:
+        """Return the loss in nats, without dropout, summed over the targets of all processes.
+
+        Args:
+            inputs: What to_device() returned for ids [B, T].
+            targets: The same for the targets.
+        """
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
+        """Continue prompts; the options are those of the backend's `generate`."""
+
+    def save(self, folder: Path) -> None:
+        """Write model.safetensors with config.json, and whatever else a resumed run needs.
+
+        All processes call it with the same folder.
+        """
+
+    def restore(self, folder: Path) -> None:
+        """Load what the save() of either backend wrote; raises InputError if it is another model's."""
