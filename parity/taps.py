@@ -26,6 +26,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from parity.config import GPTConfig
 from parity.errors import InputError
 
@@ -95,7 +97,8 @@ def _matches(pattern: str, config: GPTConfig) -> list[str]:
 
 
 Patch = Any
-"""A function from an activation to its replacement, or the replacement: an array that broadcasts to its shape."""
+"""The replacement of an activation, or a function from an activation to it: an array, of any framework, or a number
+that broadcasts to its shape."""
 
 
 def expand_patches(patches: Mapping[str, Patch], config: GPTConfig) -> dict[str, Patch]:
@@ -165,7 +168,7 @@ class Probe:
         self.visited.add(name)
         if name in self.patches:
             patch = self.patches[name]
-            x = patch(x) if callable(patch) else self._replacement(name, patch, x)
+            x = self._replacement(name, patch(x) if callable(patch) else patch, x)
         if name in self.names:
             self.cache[name] = x
         return x
@@ -179,7 +182,9 @@ class Probe:
             )
 
     def _replacement(self, name: str, value: Any, x: Any) -> Any:
-        shape, expected = tuple(value.shape), tuple(x.shape)
+        if value is None:
+            raise InputError(f"patch of {name} is None; a function must return the replacement")
+        shape, expected = tuple(np.shape(value)), tuple(x.shape)
         padded = (1,) * (len(expected) - len(shape)) + shape
         if len(padded) != len(expected) or any(a not in (1, b) for a, b in zip(padded, expected, strict=True)):
             raise InputError(f"patch of {name} has shape {list(shape)}, the activation [{axes(name)}] {list(expected)}")
