@@ -97,8 +97,7 @@ def _matches(pattern: str, config: GPTConfig) -> list[str]:
 
 
 Patch = Any
-"""The replacement of an activation, or a function from an activation to it: an array, of any framework, or a number
-that broadcasts to its shape."""
+"""A number or an array of any framework that broadcasts to the shape of an activation, or a function from it to one."""
 
 
 def expand_patches(patches: Mapping[str, Patch], config: GPTConfig) -> dict[str, Patch]:
@@ -295,9 +294,9 @@ def run(
     """Return (logits, recorded activations) of model(tokens) under a probe: `run_with_cache` of both backends."""
     with probe(model.config, names, patches, convert) as cache:
         if attention(model.attention) != model.attention:
-            warnings.warn(
-                f"the explicit attention runs instead of {model.attention}, which never computes scores and patterns",
-                stacklevel=3,
+            message = (
+                f"the explicit attention runs instead of {model.attention}, which never computes scores and patterns"
             )
+            warnings.warn(message, stacklevel=3)
         logits = model(tokens)
     return logits, cache
