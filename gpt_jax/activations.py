@@ -8,7 +8,9 @@ from flax.nnx.tracers import TraceState
 from jax import Array
 
 from gpt_jax.model import GPTModel
+from gpt_jax.weights import config_of
 from parity import taps
+from parity.arrays import as_numpy
 
 taps.register_tracer(jax.core.Tracer, TraceState)
 
@@ -37,6 +39,7 @@ def run_with_cache(
         InputError: For names that the model does not have, for two patches of one activation, for a patch of the
             wrong shape, and if the model runs in a compiled or transformed function of its own.
     """
+    config_of(model)  # raises for another class
     return taps.run(model, tokens, names, patches, _broadcast)
 
 
@@ -50,4 +53,5 @@ def run_with_patches(model: GPTModel, tokens: Array, patches: Mapping[str, taps.
 
 
 def _broadcast(value: taps.Patch, x: Array) -> Array:
-    return jnp.broadcast_to(jnp.asarray(value, x.dtype), x.shape)
+    array = value if isinstance(value, Array) else as_numpy(value)
+    return jnp.broadcast_to(jnp.asarray(array, x.dtype), x.shape)

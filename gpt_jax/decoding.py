@@ -17,6 +17,7 @@ from flax import nnx
 from jax import Array
 
 from gpt_jax.model import GPTModel, LayerCache, head_logits
+from gpt_jax.weights import config_of
 from parity.errors import InputError
 
 Cache = list[LayerCache]
@@ -32,6 +33,7 @@ class DecodingModel(nnx.Module):
 
     def __init__(self, model: GPTModel, groups: int | None):
         """`groups`: the number of groups that each matrix is split into; None keeps matrices as they are."""
+        model = jax.tree.map(lambda a: a, model)  # modules of its own, if not arrays, also under jax.disable_jit
         self.config = config = model.config
         self.attention = "explicit"
         self.tok_emb: Any = model.tok_emb
@@ -67,9 +69,9 @@ class DecodingModel(nnx.Module):
         Returns:
             (logits [B, V] in float32 at least, the new cache).
         """
-        slots = jnp.arange(cache[0][0].shape[1])  # [S]
-        queries = slot + jnp.arange(tokens.shape[1])  # [T]
-        mask = (slots <= queries[:, None]) & (slots >= pad_lengths[:, None, None])  # [B, T, S]
+        slots = jnp.arange(cache[0][0].shape[1], dtype=jnp.int32)[None, None]  # [1, 1, S]
+        queries = slot + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]  # [1, T]
+        mask = (slots <= queries[..., None]) & (slots >= pad_lengths[:, None, None])  # [B, T, S]
         positions = jnp.clip(queries - pad_lengths[:, None], 0, self.config.n_ctx - 1)  # [B, T]
         x = self.tok_emb(tokens) + self.pos_emb(positions)  # [B, T, D]
         updated = []
@@ -107,7 +109,7 @@ class RowMajorLinear(nnx.Module):
         batch_shape = x.shape[: -self.n_in_axes]
         y = row_major_product(self.weight[...], x.reshape(math.prod(batch_shape), -1))
         y = y.reshape(*batch_shape, *self.out_shape)
-        return y if self.bias is None else y + self.bias[...]
+        return y if self.bias is None else y + self.bias[...][(None,) * len(batch_shape)]
 
 
 class RowMajorEmbedding(nnx.Module):
@@ -142,11 +144,24 @@ def for_decoding(model: GPTModel | DecodingModel) -> DecodingModel:
         model: A GPTModel, which is not changed. A DecodingModel is returned as it is.
 
     Returns:
-        The model with its weights arranged for decoding, in the same dtype and on the same device.
+        The model with its weights arranged for decoding, in the same dtype and on the same device; on one
+        device if the model is replicated over several.
+
+    Raises:
+        InputError: For another class, and for a model without values (traced or abstract).
     """
     if isinstance(model, DecodingModel):
         return model
-    [device] = model.tok_emb.embedding[...].devices()
+    config_of(model)  # raises for another class
+    parameters = jax.tree.leaves(model)
+    if any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in parameters):
+        raise InputError(
+            "generation needs a model with values; this one is traced (by jax.jit, jax.vmap, ...) or abstract"
+        )
+    if all(leaf.is_fully_replicated for leaf in parameters):
+        # One copy is enough; a program of several CPU devices could deadlock.
+        model = jax.tree.map(lambda leaf: leaf.addressable_data(0), model)
+    device = next(iter(model.tok_emb.embedding[...].devices()))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return _convert(model, cores if device.platform == "cpu" else None)
 

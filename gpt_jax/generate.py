@@ -12,6 +12,7 @@ from jax import Array
 from gpt_jax.decoding import Cache, DecodingModel, for_decoding
 from gpt_jax.model import GPTModel
 from gpt_jax.sampling import choose
+from gpt_jax.weights import config_of
 from parity.generation import Request, RowInputs, check_finite, pick_prompts, prepare
 from parity.sampling import ActiveRules, GenerateOptions, integer
 
@@ -54,7 +55,7 @@ def generate(
     """
     ids = pick_prompts(prompts, idx)
     request = prepare(
-        model.config,
+        config_of(model),
         ids,
         max_new_tokens,
         options,
@@ -102,7 +103,7 @@ def stream(
     Raises:
         InputError: As generate(); for bad prompts and options at once, before the first token.
     """
-    request = prepare(model.config, prompts, max_new_tokens, options, as_array=isinstance(prompts, Array))
+    request = prepare(config_of(model), prompts, max_new_tokens, options, as_array=isinstance(prompts, Array))
     steps_per_call = integer({"every": every}, "every", 1, 1, 2**31 - 1)
     return _stream(model, request, steps_per_call)  # a generator of its own, so that bad options raise here
 
@@ -199,7 +200,7 @@ def _start(
     B, P = tokens.shape
     seen = None
     if static.active.repetition_penalty:
-        is_prompt = jnp.arange(P) >= inputs.pad_lengths[:, None]  # [B, P]
+        is_prompt = jnp.arange(P, dtype=jnp.int32)[None] >= inputs.pad_lengths[:, None]  # [B, P]
         seen = jnp.zeros((B, decoder.config.n_vocab), bool).at[jnp.arange(B)[:, None], tokens].max(is_prompt)
     state = State(
         step=jnp.int32(0),
@@ -255,7 +256,7 @@ def _add_token(state: State, logits: Array, cache: Cache, inputs: RowInputs, sta
         chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]  # [B]
         logprobs = logprobs.at[:, step].set((chosen - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32))
     text = state.text.at[:, state.slot].set(token)
-    lengths = state.lengths + ~state.ended
+    lengths = state.lengths + (~state.ended).astype(jnp.int32)
     return State(
         step=step + 1,
         text=text,

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gpt_jax.model import GPTModel, at_least_float32
+from gpt_jax.arrays import at_least_float32, widened
+from gpt_jax.model import GPTModel
 from parity.config import IGNORE_INDEX, is_counted
 
 LARGEST_CHUNK = 2**25
@@ -52,7 +53,8 @@ def calc_loss(model: GPTModel, inputs: Array, targets: Array, key: Array | None 
     """
     if not isinstance(targets, jax.core.Tracer):
         model.config.check_targets(np.asarray(targets))
-    return summed_loss(model, inputs, targets, key) / is_counted(targets).sum()
+    loss = summed_loss(model, inputs, targets, key)
+    return loss / is_counted(targets).sum(dtype=loss.dtype)
 
 
 def head_loss(x: Array, head: Array, targets: Array, largest_chunk: int = LARGEST_CHUNK) -> Array:
@@ -100,21 +102,21 @@ def _chunk(x: Array, head: Array, targets: Array) -> tuple[Array, Array]:
     counted = (targets != IGNORE_INDEX)[:, None]
     target_logits = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)
     loss = jnp.where(counted, jnp.log(total) + largest - target_logits, 0).sum()
-    return loss, (exponentials * (counted / total)).astype(x.dtype)
+    return loss, (exponentials * (counted.astype(total.dtype) / total)).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _head_loss(x: Array, head: Array, targets: Array, chunks: int) -> Array:
     def add_chunk(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
         x, targets = chunk
         return total + _chunk(x, head, targets)[0], None
 
-    zero = jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32))
+    zero = jnp.zeros((), widened(x.dtype))
     return jax.lax.scan(add_chunk, zero, (_cut(x, chunks), _cut(targets, chunks)))[0]
 
 
-def _forward(x: Array, head: Array, targets: Array, chunks: int) -> tuple[Array, tuple[Array, Array]]:
-    accumulated = jnp.promote_types(x.dtype, jnp.float32)
+def _loss_and_gradients(x: Array, head: Array, targets: Array, chunks: int) -> tuple[Array, Array, Array]:
+    accumulated = widened(x.dtype)
 
     def add_chunk(carry: tuple[Array, Array], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
         (total, head_gradient), (x, targets) = carry, chunk
@@ -127,12 +129,20 @@ def _forward(x: Array, head: Array, targets: Array, chunks: int) -> tuple[Array,
 
     start = (jnp.zeros((), accumulated), jnp.zeros(head.shape, accumulated))
     (total, head_gradient), x_gradient = jax.lax.scan(add_chunk, start, (_cut(x, chunks), _cut(targets, chunks)))
-    return total, (_join(x_gradient, x), head_gradient.astype(head.dtype))
+    return total, _join(x_gradient, x), head_gradient.astype(head.dtype)
 
 
-def _backward(chunks: int, gradients: tuple[Array, Array], cotangent: Array) -> tuple[Any, Any, None]:
-    x_gradient, head_gradient = ((g * cotangent).astype(g.dtype) for g in gradients)
-    return x_gradient, head_gradient, None
+@functools.partial(_head_loss.defjvp, symbolic_zeros=True)
+def _head_loss_jvp(chunks: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """The derivative as products with the gradients: linear in the tangents, so that JAX transposes it for jax.grad.
 
-
-_head_loss.defvjp(_forward, _backward)
+    jax.custom_vjp would do the same for jax.grad only, and refuse jax.jvp and jax.jacfwd.
+    """
+    x, head, targets = primals
+    loss, *gradients = _loss_and_gradients(x, head, targets, chunks)
+    products = [
+        (gradient.astype(loss.dtype) * tangent.astype(loss.dtype)).sum()
+        for gradient, tangent in zip(gradients, tangents[:2], strict=True)
+        if not isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+    ]
+    return loss, sum(products, start=jnp.zeros_like(loss))

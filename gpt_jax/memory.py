@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt_jax import sharding
+from gpt_jax.arrays import widened
 from gpt_jax.loss import LARGEST_CHUNK
 from gpt_jax.model import GPTModel, cast
 from gpt_jax.sharding import MeshShape, bytes_per_device, make_mesh
@@ -130,7 +131,7 @@ def compiled_memory(
         InputError: If there are fewer devices than the mesh has.
     """
     optimizer, compute_dtype = make_optimizer(settings, config), jnp.dtype(settings.dtype)
-    param_dtype = jnp.promote_types(compute_dtype, jnp.float32)
+    param_dtype = widened(compute_dtype)
 
     def initial_state() -> TrainState:
         model = cast(GPTModel(config, None, "explicit", unroll, remat), param_dtype)

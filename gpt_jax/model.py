@@ -16,9 +16,11 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from gpt_jax.arrays import add_axes, at_least_float32, dropout, merge_heads, split_key
 from gpt_jax.weights import load_weights
 from parity import taps
 from parity.config import LAYER_NORM_EPS, GPTConfig, as_config
+from parity.errors import InputError
 from parity.taps import tap
 from parity.weights import initial_weights
 
@@ -117,7 +119,8 @@ class LayerNorm(nnx.Module):
         mean = x32.mean(axis=-1, keepdims=True)
         var = jnp.square(x32 - mean).mean(axis=-1, keepdims=True)
         normed = (x32 - mean) * jax.lax.rsqrt(var + self.eps)
-        return (normed * self.scale[...] + self.shift[...]).astype(x.dtype)
+        scale, shift = (add_axes(p[...], x32) for p in (self.scale, self.shift))  # each [..., D]
+        return (normed * scale + shift).astype(x.dtype)
 
 
 class GELU(nnx.Module):
@@ -226,8 +229,8 @@ class GPTModel(nnx.Module):
         check_ids(tokens, self.config)
         embed_key, layers_key = split_key(key, 2)
         slots = jnp.arange(tokens.shape[1])  # [T]
-        mask = slots[None, :] <= slots[:, None]  # [T, S]
-        x = self.tok_emb(tokens) + self.pos_emb(slots)  # [B, T, D]
+        mask = (slots[None, :] <= slots[:, None])[None, None]  # [1, 1, T, S]
+        x = self.tok_emb(tokens) + self.pos_emb(slots[None])  # [B, T, D]
         x = tap("embed", dropout(x, self.config.drop_rate, embed_key))  # [B, T, D]
         x = self._layers(x, mask, layers_key)  # [B, T, D]
         return tap("ln_f", self.final_norm(x))  # [B, T, D]
@@ -265,32 +268,19 @@ def cast(model: GPTModel, dtype: Any) -> GPTModel:
 
     Returns:
         A copy of the model with converted parameters.
+
+    Raises:
+        InputError: For a dtype that is not a floating one, and for float64 without jax_enable_x64.
     """
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise InputError(f"dtype {dtype!r:.60} is unknown; give float32, bfloat16, float16 or float64") from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise InputError(f"dtype {dtype}: a model computes in a floating dtype, such as float32 or bfloat16")
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise InputError(f"dtype {dtype} needs jax_enable_x64; without it JAX would compute in float32")
     return jax.tree.map(lambda a: a.astype(dtype), model)
-
-
-def at_least_float32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def merge_heads(x: Array) -> Array:
-    """[B, T, N, H] -> [BN, T, H]"""
-    return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
-
-
-def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Set elements to zero with probability `rate`, and scale the others up (Srivastava et al. 2014).
-
-    Without a key, x is returned as it is.
-    """
-    if key is None or rate == 0.0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
-
-
-def split_key(key: Array | None, num: int) -> Any:
-    """Split a key into `num` keys; None is split into `num` times None."""
-    return (None,) * num if key is None else jax.random.split(key, num)
 
 
 def check_ids(tokens: Array, config: GPTConfig) -> None:

@@ -113,7 +113,8 @@ def train_model_simple(
     def update(model: GPTModel, opt_state: optax.OptState, step: Array, inputs: Array, targets: Array) -> Any:
         key = jax.random.fold_in(jax.random.key(seed), step)
         gradients = jax.grad(calc_loss)(model, inputs, targets, key)
-        updates, opt_state = optimizer.update(gradients, opt_state, model)
+        with jax.numpy_dtype_promotion("standard"):  # optax does not run in the strict mode
+            updates, opt_state = optimizer.update(gradients, opt_state, model)
         return optax.apply_updates(model, updates), opt_state
 
     opt_state = optimizer.init(model)

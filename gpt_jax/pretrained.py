@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from gpt_jax.model import GPTModel
-from gpt_jax.weights import export_weights, load_weights
+from gpt_jax.weights import config_of, export_weights, load_weights
 from parity import notebook
 from parity.data.tokenizer import Tokenizer
 from parity.hub import write_hub_files
@@ -25,12 +25,12 @@ def load_weights_into_gpt(model: GPTModel, params: dict[str, Any]) -> None:
     Raises:
         InputError: For a model of another shape; the message lists the names that do not fit.
     """
-    load_weights(model, notebook.as_huggingface(params, model.config), origin="params")
+    load_weights(model, notebook.as_huggingface(params, config_of(model)), origin="params")
 
 
 def save_weights(model: GPTModel, folder: str | Path) -> None:
     """Write config.json and model.safetensors: what `save_pretrained` writes, without what a model hub adds."""
-    huggingface.write(Path(folder), model.config, export_weights(model))
+    huggingface.write(Path(folder), config_of(model), export_weights(model))
 
 
 def save_pretrained(model: GPTModel, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
@@ -44,8 +44,8 @@ def save_pretrained(model: GPTModel, folder: str | Path, tokenizer: Tokenizer | 
         tokenizer: The model's tokenizer, whose files are written, too.
     """
     eos_id = None if tokenizer is None else tokenizer.eos_id
-    huggingface.write(Path(folder), model.config, export_weights(model), eos_id=eos_id)
-    write_hub_files(Path(folder), model.config, tokenizer, eos_id)
+    huggingface.write(Path(folder), config_of(model), export_weights(model), eos_id=eos_id)
+    write_hub_files(Path(folder), config_of(model), tokenizer, eos_id)
 
 
 def load_pretrained(path: str | Path, *, device: jax.Device | None = None, **options: Any) -> GPTModel:

@@ -29,7 +29,7 @@ def choose(logits: Array, seen: Array | None, u: Array, options: RowOptions, act
     probs = filtered_probs(logits, options, active)
     kept = probs > 0
     cdf = probs.cumsum(axis=-1)
-    reached = (cdf > u[:, None] * cdf[:, -1:]) & kept
+    reached = (cdf > as_column(u, cdf) * cdf[:, -1:]) & kept
     last_kept = probs.shape[-1] - 1 - kept[:, ::-1].argmax(axis=-1)
     token = jnp.where(reached.any(axis=-1), reached.argmax(axis=-1), last_kept)
     return jnp.where(options.greedy, logits.argmax(axis=-1), token).astype(jnp.int32)
@@ -44,7 +44,7 @@ def filtered_probs(logits: Array, options: RowOptions, active: ActiveRules) -> A
     """Probabilities [B, V] after the temperature, with 0 for the tokens that a filter drops."""
     scaled = (logits - logits.max(axis=-1, keepdims=True)) / as_column(options.temperature, logits)
     if active.top_k:
-        among_k = keep_largest(logits, lambda larger: larger.sum(axis=-1) < options.top_k)
+        among_k = keep_largest(logits, lambda larger: larger.sum(axis=-1, dtype=jnp.int32) < options.top_k)
         scaled = jnp.where(among_k, scaled, -jnp.inf)
     probs = jax.nn.softmax(scaled, axis=-1)  # [B, V]
     most_probable = probs.max(axis=-1, keepdims=True)

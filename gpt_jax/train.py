@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from optax import tree_utils as otu
 
 from gpt_jax import checkpoint, sharding
+from gpt_jax.arrays import widened
 from gpt_jax.generate import generate
 from gpt_jax.loss import summed_loss
 from gpt_jax.model import GPTModel, cast
@@ -113,11 +114,12 @@ def make_train_step(
         if A == 1:
             total = loss_and_grads(state.model, inputs[0], targets[0], None if keys is None else keys[0])
         else:
-            zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.model))
+            zeros = (jnp.zeros((), widened(compute_dtype)), jax.tree.map(jnp.zeros_like, state.model))
             total, _ = jax.lax.scan(micro_batch, zeros, (inputs, targets, keys))
-        loss, grads = jax.tree.map(lambda a: a / is_counted(targets).sum(), total)
+        loss, grads = jax.tree.map(lambda a: a / is_counted(targets).sum(dtype=a.dtype), total)
         grads, norm = clip_by_global_norm(grads, clip)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+        with jax.numpy_dtype_promotion("standard"):  # optax does not run in the strict mode
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
         model = jax.tree.map(lambda p, u: p - lr * u, state.model, updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)  # otherwise nothing changes
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), TrainState(model, opt_state), state)
@@ -157,7 +159,7 @@ class Trainer:
         compute_dtype = jnp.dtype(settings.dtype)
         if compute_dtype == jnp.float64 and jnp.zeros(()).dtype != jnp.float64:
             raise InputError("dtype float64 needs jax_enable_x64")
-        self._param_dtype = jnp.promote_types(compute_dtype, jnp.float32)
+        self._param_dtype = widened(compute_dtype)
         self._optimizer = make_optimizer(settings, config)
         model = GPTModel(config, None, attention, unroll, remat)
         load_weights(model, *initial_arrays(config, settings, init_from))

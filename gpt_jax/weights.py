@@ -1,14 +1,25 @@
 """Copying NumPy arrays into and out of a Flax model, by the table in parity/weights."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from parity import weights
+from parity.config import GPTConfig
 from parity.errors import InputError
+
+
+def config_of(model: Any) -> GPTConfig:
+    """Return the configuration of a GPTModel or DecodingModel; raise InputError for any other object."""
+    config = getattr(model, "config", None)
+    if not isinstance(model, nnx.Module) or not isinstance(config, GPTConfig):
+        raise InputError(f"model: a gpt_jax.GPTModel is needed, got {type(model).__module__}.{type(model).__name__}")
+    return config
 
 
 def parameters(model: nnx.Module) -> dict[str, nnx.Param]:
@@ -35,18 +46,35 @@ def load_weights(
     Raises:
         InputError: For missing and unknown names and wrong shapes; the message lists all of them.
     """
-    config = cast(Any, model).config  # Any, because model.py imports this module
-    dtypes = {name: parameter.get_value().dtype for name, parameter in parameters(model).items()}
+    config = config_of(model)
+    current = {name: parameter.get_value() for name, parameter in parameters(model).items()}
     loaded = {}
     for name, array in weights.convert(arrays, format, "flax", config, origin=origin):
         weights.warn_if_not_finite(name, array, origin)
-        loaded[name] = nnx.Param(jnp.asarray(array, dtype=dtypes[name]).block_until_ready())
+        loaded[name] = nnx.Param(jax.block_until_ready(_like(array, current[name])))
         del array  # a stack of layers is large, so never hold two
     nnx.update(model, nnx.from_flat_state([(tuple(name.split(".")), parameter) for name, parameter in loaded.items()]))
 
 
+def _like(array: np.ndarray, current: Any) -> Any:
+    """The array in the dtype of a parameter, and on its devices if it was put there (committed)."""
+    is_concrete = isinstance(current, Array) and not isinstance(current, jax.core.Tracer)
+    if is_concrete and current.committed:
+        return jax.device_put(np.asarray(array, current.dtype), current.sharding)
+    return jnp.asarray(array, dtype=current.dtype)
+
+
 def export_weights(model: nnx.Module, format: str = "huggingface") -> dict[str, np.ndarray]:
     """Return the parameters of a `GPTModel` as NumPy arrays, in the naming and layout of `format`."""
-    config = cast(Any, model).config  # Any, because model.py imports this module
-    arrays = {name: np.asarray(parameter.get_value()) for name, parameter in parameters(model).items()}
+    config = config_of(model)
+    arrays = {name: _values(name, parameter.get_value()) for name, parameter in parameters(model).items()}
     return dict(weights.convert(arrays, "flax", format, config))
+
+
+def _values(name: str, array: Any) -> np.ndarray:
+    if isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct):
+        raise InputError(
+            f"the model's parameter {name} has no values: it is traced (by jax.jit, jax.vmap, ...) or abstract "
+            "(from jax.eval_shape); export the weights outside of the traced function"
+        )
+    return np.asarray(array)

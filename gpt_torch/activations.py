@@ -2,11 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gpt_torch.model import GPTModel
+from gpt_torch.modes import unwrap
 from parity import taps
+from parity.arrays import as_numpy
 
 
 def run_with_cache(
@@ -18,7 +21,8 @@ def run_with_cache(
     """Run a model, record activations and, with `patches`, replace some.
 
     Args:
-        model: A `GPTModel`, or `torch.compile` of one. Dropout is applied if the model is in training mode.
+        model: A `GPTModel`; if torch.compile or DataParallel wrapped it, the model itself runs. Dropout is applied if
+            the model is in training mode.
         tokens: int [B, T].
         names: Activations to record; `*` matches any text, as in "blocks.*.attn.pattern". All by default. Scores and
             patterns exist in the explicit attention only, which then runs in place of a fused one, with a warning.
@@ -31,7 +35,7 @@ def run_with_cache(
         InputError: For names that the model does not have, for two patches of one activation, and for a patch of
             the wrong shape.
     """
-    return taps.run(model, tokens, names, patches, _broadcast)
+    return taps.run(unwrap(model), tokens, names, patches, _broadcast)
 
 
 def run_with_patches(model: GPTModel, tokens: Tensor, patches: Mapping[str, taps.Patch]) -> Tensor:
@@ -44,4 +48,6 @@ def run_with_patches(model: GPTModel, tokens: Tensor, patches: Mapping[str, taps
 
 
 def _broadcast(value: taps.Patch, x: Tensor) -> Tensor:
-    return torch.as_tensor(value).to(x).expand_as(x)
+    if not isinstance(value, Tensor):
+        value = torch.from_numpy(np.array(as_numpy(value, np.float64 if x.dtype == torch.float64 else np.float32)))
+    return value.to(x).expand_as(x)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gpt_torch.model import GPTModel
+from gpt_torch.modes import eval_mode, require_values, unwrap
 from gpt_torch.sampling import choose
 from parity.generation import Request, RowInputs, check_finite, pick_prompts, prepare
 from parity.sampling import GenerateOptions, RowOptions
@@ -27,7 +28,8 @@ def generate(
     The same weights, options and seed give the same tokens as gpt_jax.generate.
 
     Args:
-        model: A GPTModel. It runs in eval mode, and its mode is restored.
+        model: A GPTModel, which torch.compile or DataParallel may have wrapped. It runs in eval mode, and the mode of
+            each of its modules is restored after each token.
         prompts: A list of prompts, each a list of token ids; their lengths may differ. Or, as in the notebook, an
             array of ids [B, T]: decoding is then greedy unless `temperature` says otherwise, and rows are returned
             as an array.
@@ -51,7 +53,7 @@ def generate(
     """
     ids = pick_prompts(prompts, idx)
     request = prepare(
-        model.config,
+        unwrap(model).config,
         ids,
         max_new_tokens,
         options,
@@ -99,7 +101,7 @@ def stream(
     Raises:
         InputError: As generate(); for bad prompts and options at once, before the first token.
     """
-    request = prepare(model.config, prompts, max_new_tokens, options, as_array=isinstance(prompts, Tensor))
+    request = prepare(unwrap(model).config, prompts, max_new_tokens, options, as_array=isinstance(prompts, Tensor))
     return _stream(model, request)  # a generator of its own, so that bad options raise here
 
 
@@ -122,48 +124,50 @@ class Step(NamedTuple):
 @torch.inference_mode()
 def _steps(model: GPTModel, request: Request) -> Iterator[Step]:
     """The steps until every row has ended."""
-    was_training = model.training
-    model.eval()  # generation has no dropout
-    try:
-        device = model.tok_emb.weight.device
-        inputs = _to_device(request.inputs, device)
-        text = torch.from_numpy(request.tokens).to(device)  # [B, P], and each new token
-        B, P = text.shape
-        C = request.context_size
-        seen = None
-        if request.active.repetition_penalty:
-            is_prompt = torch.arange(P, device=device) >= inputs.pad_lengths[:, None]  # [B, P]
-            seen = torch.zeros((B, model.config.n_vocab), dtype=torch.int32, device=device)
-            seen = seen.scatter_add(1, text.long(), is_prompt.int()) > 0  # [B, V]
-        lengths = torch.zeros(B, dtype=torch.int32, device=device)
-        ended = inputs.max_new_per_row == 0
+    model = unwrap(model)
+    require_values(model)
+
+    def decode(*args: Any) -> Tensor:
+        with eval_mode(model):  # generation has no dropout
+            return model.decode(*args)
+
+    device = model.tok_emb.weight.device
+    inputs = _to_device(request.inputs, device)
+    text = torch.from_numpy(request.tokens).to(device)  # [B, P], and each new token
+    B, P = text.shape
+    C = request.context_size
+    seen = None
+    if request.active.repetition_penalty:
+        is_prompt = torch.arange(P, device=device) >= inputs.pad_lengths[:, None]  # [B, P]
+        seen = torch.zeros((B, model.config.n_vocab), dtype=torch.int32, device=device)
+        seen = seen.scatter_add(1, text.long(), is_prompt.int()) > 0  # [B, V]
+    lengths = torch.zeros(B, dtype=torch.int32, device=device)
+    ended = inputs.max_new_per_row == 0
+    if ended.all():
+        return
+    cache = model.new_cache(B, request.cache_length)
+    logits = decode(text, cache, 0, inputs.pad_lengths)  # [B, V]
+    for number in range(request.max_new_tokens):
+        finite = logits.amax(dim=-1).isfinite() | ended
+        check_finite(-1 if finite.all() else number)
+        token = choose(logits, seen, inputs.uniforms[:, number], inputs.options, request.active)  # [B]
+        logprob = logits.new_zeros(B)
+        if request.return_logprobs:
+            logprob = logits.log_softmax(dim=-1).gather(-1, token[:, None])[:, 0]  # [B]
+        lengths = lengths + (~ended).int()
+        text = torch.cat([text, token[:, None].int()], dim=1)  # [B, P + number + 1]
+        if seen is not None:
+            seen.scatter_(1, token[:, None], True)
+        ended = ended | (lengths >= inputs.max_new_per_row) | _stopped(text, inputs, number + 1)
+        yield Step(token.cpu().numpy(), logprob.double().cpu().numpy(), lengths.cpu().numpy())
         if ended.all():
             return
-        cache = model.new_cache(B, request.cache_length)
-        logits = model.decode(text, cache, 0, inputs.pad_lengths)  # [B, V]
-        for number in range(request.max_new_tokens):
-            finite = logits.amax(dim=-1).isfinite() | ended
-            check_finite(-1 if finite.all() else number)
-            token = choose(logits, seen, inputs.uniforms[:, number], inputs.options, request.active)  # [B]
-            logprob = logits.new_zeros(B)
-            if request.return_logprobs:
-                logprob = logits.log_softmax(dim=-1).gather(-1, token[:, None])[:, 0]  # [B]
-            lengths = lengths + (~ended).int()
-            text = torch.cat([text, token[:, None].int()], dim=1)  # [B, P + number + 1]
-            if seen is not None:
-                seen.scatter_(1, token[:, None], True)
-            ended = ended | (lengths >= inputs.max_new_per_row) | _stopped(text, inputs, number + 1)
-            yield Step(token.cpu().numpy(), logprob.double().cpu().numpy(), lengths.cpu().numpy())
-            if ended.all():
-                return
-            if number < request.n_cached_steps:
-                logits = model.decode(token[:, None], cache, P + number, inputs.pad_lengths)
-            else:  # the context is full: recompute the last C tokens
-                n_cropped = P + number + 1 - C
-                pad_lengths = (inputs.pad_lengths - n_cropped).clamp(min=0)
-                logits = model.decode(text[:, n_cropped:], model.new_cache(B, C), 0, pad_lengths)
-    finally:
-        model.train(was_training)
+        if number < request.n_cached_steps:
+            logits = decode(token[:, None], cache, P + number, inputs.pad_lengths)
+        else:  # the context is full: recompute the last C tokens
+            n_cropped = P + number + 1 - C
+            pad_lengths = (inputs.pad_lengths - n_cropped).clamp(min=0)
+            logits = decode(text[:, n_cropped:], model.new_cache(B, C), 0, pad_lengths)
 
 
 def _to_device(inputs: RowInputs, device: torch.device) -> RowInputs:

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt_torch.model import GPTModel
+from gpt_torch.modes import unwrap, values
 from parity.config import IGNORE_INDEX, is_counted
 
 
@@ -21,10 +22,14 @@ def summed_loss(model: GPTModel, inputs: Tensor, targets: Tensor, compute_dtype:
     Returns:
         A scalar of dtype float32 or float64.
     """
-    cast = {} if compute_dtype is None else {name: p.to(compute_dtype) for name, p in model.named_parameters()}
-    logits = torch.func.functional_call(model, cast, inputs)  # [B, T, V]
+    if compute_dtype is None:
+        logits = model(inputs)  # [B, T, V]
+    else:
+        inner = unwrap(model)
+        cast = {name: p.to(compute_dtype) for name, p in inner.named_parameters()}
+        logits = torch.func.functional_call(inner, cast, inputs)  # [B, T, V]
     counted = is_counted(targets)
-    valid = counted & (targets >= 0) & (targets < model.config.n_vocab)
+    valid = counted & (targets >= 0) & (targets < unwrap(model).config.n_vocab)
     known = torch.where(valid, targets, IGNORE_INDEX)
     loss = F.cross_entropy(logits.flatten(0, 1), known.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     return loss * torch.where((counted & ~valid).any(), torch.nan, 1.0)
@@ -41,6 +46,7 @@ def calc_loss(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:
     Raises:
         InputError: For any other target outside the vocabulary. Under torch.compile the loss is NaN instead.
     """
-    if not torch.compiler.is_compiling():
-        model.config.check_targets(targets)
+    known_targets = values(targets)
+    if known_targets is not None:
+        unwrap(model).config.check_targets(known_targets)
     return summed_loss(model, inputs, targets) / is_counted(targets).sum()

@@ -5,6 +5,7 @@ code (openai/gpt-2, src/model.py). Axis letters: parity/config.py. The model com
 of its parameters, but LayerNorm and softmax in float32 at least; logits are float32 at least.
 """
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gpt_torch.modes import unwrap, values
 from gpt_torch.weights import load_weights
 from parity import taps
 from parity.config import LAYER_NORM_EPS, GPTConfig, as_config
+from parity.errors import InputError
 from parity.taps import tap
 from parity.weights import initial_weights
 
@@ -152,7 +155,7 @@ class GPTModel(nn.Module):
         self.final_norm = LayerNorm(config.n_embd)
         if not config.tied_head:
             self.out_head = nn.Linear(config.n_embd, config.n_vocab, bias=False)
-        if seed is not None:
+        if seed is not None and values(self.tok_emb.weight) is not None:  # torch.device("meta") has no values
             load_weights(self, initial_weights(config, seed))
         self.eval()
 
@@ -221,17 +224,27 @@ def head_logits(model: GPTModel, x: Tensor) -> Tensor:
     return tap("logits", at_least_float32(logits))
 
 
-def cast(model: GPTModel, dtype: torch.dtype | str) -> GPTModel:
+def cast(model: nn.Module, dtype: torch.dtype | str) -> GPTModel:
     """Convert a model to a dtype, in which it then computes.
 
     Args:
-        model: The model; its parameters are converted in place.
+        model: The model; it is not changed (model.to() converts in place).
         dtype: A torch dtype or its name, such as "bfloat16".
 
     Returns:
-        The model.
+        A copy of the model with converted parameters.
+
+    Raises:
+        InputError: For a dtype that is not a floating one.
     """
-    return model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    gpt: GPTModel = unwrap(model)
+    torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
+        raise InputError(f"dtype {dtype!r:.60}: a model computes in a floating dtype, such as float32 or bfloat16")
+    copies: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to(torch_dtype, copy=True), p.requires_grad) for p in gpt.parameters()
+    }
+    return copy.deepcopy(gpt, copies)  # which copies everything but the parameters
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -247,8 +260,8 @@ def update_cache(cache: LayerCache, k: Tensor, v: Tensor, slot: int) -> LayerCac
 
 
 def check_ids(tokens: Tensor, config: GPTConfig) -> None:
-    """Raise InputError for an id outside the vocabulary, except where ids have no values: compiling, or on "meta"."""
-    if tokens.device.type == "meta" or torch.compiler.is_compiling():
-        return
-    low, high = tokens.aminmax()
-    config.check_tokens(tokens.shape, int(low), int(high))
+    """Raise InputError for an id outside the vocabulary, unless ids have no values (see `values`)."""
+    ids = values(tokens)
+    if ids is not None:
+        low, high = ids.aminmax()
+        config.check_tokens(tokens.shape, int(low), int(high))

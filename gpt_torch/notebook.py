@@ -12,6 +12,7 @@ from torch import Tensor
 from gpt_torch.generate import generate_text_simple
 from gpt_torch.loss import calc_loss
 from gpt_torch.model import GPTModel
+from gpt_torch.modes import eval_mode, unwrap
 from parity import notebook
 from parity.notebook import GPTDatasetV1, plot_losses, token_ids_to_text
 
@@ -61,11 +62,8 @@ def evaluate_model(
     eval_iter: int | None = None,
 ) -> tuple[float, float]:
     """Return (training loss, validation loss), over `eval_iter` batches of each or all, without dropout."""
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         losses = [calc_loss_loader(loader, model, device, eval_iter) for loader in (train_loader, val_loader)]
-    model.train(was_training)
     return losses[0], losses[1]
 
 
@@ -117,13 +115,9 @@ def train_model_simple(
 
 def generate_and_print_sample(model: GPTModel, tokenizer: Any, device: Any, start_context: str) -> None:
     """Print a text and 50 tokens that continue it, chosen greedily and without dropout, on one line."""
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        ids = text_to_token_ids(start_context, tokenizer).to(device)
-        ids = generate_text_simple(model, ids, max_new_tokens=50, context_size=model.config.n_ctx)
+    ids = text_to_token_ids(start_context, tokenizer).to(device)
+    ids = generate_text_simple(model, ids, max_new_tokens=50, context_size=unwrap(model).config.n_ctx)
     notebook.print_on_one_line(ids, tokenizer)
-    model.train(was_training)
 
 
 def text_to_token_ids(text: str, tokenizer: Any) -> Tensor:

@@ -1,14 +1,16 @@
 """Copying NumPy arrays into and out of a PyTorch model, by the table in parity/weights."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gpt_torch.modes import require_values, unwrap
 from parity import weights
+from parity.errors import InputError
 
 
 def load_weights(
@@ -17,18 +19,22 @@ def load_weights(
     """Copy arrays into the model's parameters, converted to the parameters' dtype.
 
     Args:
-        model: A `GPTModel`; it is changed in place.
+        model: A `GPTModel`, which is changed in place; torch.compile and DataParallel may have wrapped it.
         arrays: {name: array} in the naming and layout of `format`.
         format: One of `parity.weights.FORMATS`.
         origin: Where the arrays come from, for error messages.
 
     Raises:
-        InputError: For missing and unknown names and wrong shapes; the message lists all of them.
+        InputError: For missing and unknown names and wrong shapes; the message lists all of them. For a model without
+            memory (on the meta device).
     """
-    config = cast(Any, model).config  # Any, because model.py imports this module
-    parameters = dict(model.named_parameters())
+    gpt: Any = unwrap(model)
+    require_values(gpt)
+    parameters = dict(gpt.named_parameters())
+    if not torch.is_inference_mode_enabled() and any(p.is_inference() for p in parameters.values()):
+        raise InputError("a model that was made under torch.inference_mode can be changed only there; make it outside")
     with torch.no_grad():
-        for name, array in weights.convert(arrays, format, "torch", config, origin=origin):
+        for name, array in weights.convert(arrays, format, "torch", gpt.config, origin=origin):
             weights.warn_if_not_finite(name, array, origin)
             if array.dtype == ml_dtypes.bfloat16:  # torch cannot read this NumPy dtype
                 array = array.astype(np.float32)
@@ -37,9 +43,10 @@ def load_weights(
 
 def export_weights(model: nn.Module, format: str = "huggingface") -> dict[str, np.ndarray]:
     """Return the parameters of a `GPTModel` as NumPy arrays, in the naming and layout of `format`."""
-    config = cast(Any, model).config  # Any, because model.py imports this module
-    arrays = {name: to_numpy(parameter) for name, parameter in model.named_parameters()}
-    return dict(weights.convert(arrays, "torch", format, config))
+    gpt: Any = unwrap(model)
+    require_values(gpt)
+    arrays = {name: to_numpy(parameter) for name, parameter in gpt.named_parameters()}
+    return dict(weights.convert(arrays, "torch", format, gpt.config))
 
 
 def to_numpy(x: Tensor) -> np.ndarray:

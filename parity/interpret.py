@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from parity.arrays import as_numpy
 from parity.config import LAYER_NORM_EPS, GPTConfig
 from parity.errors import InputError
 from parity.figures import new_figure
@@ -120,7 +121,7 @@ def patching_sweep(
         for position in range(len(scores)):
             patched = target.copy()
             patched[:, position] = source[:, position]
-            scores[position] = metric(np.asarray(run({name: patched})))
+            scores[position] = metric(as_numpy(run({name: patched})))
         sweep[name] = scores
     return sweep
 
@@ -161,7 +162,8 @@ def plot_attention(path: str | Path, pattern: np.ndarray, labels: Sequence[str] 
     Returns:
         The path.
     """
-    heads, T, S = np.shape(pattern)
+    pattern = as_numpy(pattern, np.float64)
+    heads, T, S = pattern.shape
     columns = min(4, heads)
     rows = -(-heads // columns)
     figure = new_figure(figsize=(3 * columns, 3 * rows + 0.4), layout="constrained")
@@ -170,7 +172,7 @@ def plot_attention(path: str | Path, pattern: np.ndarray, labels: Sequence[str] 
     for head, axes in enumerate(panels.flat):
         axes.set_visible(head < heads)
         if head < heads:
-            axes.imshow(np.asarray(pattern)[head], vmin=0, vmax=1, cmap="viridis")
+            axes.imshow(pattern[head], vmin=0, vmax=1, cmap="viridis")
             axes.set_title(f"head {head}", fontsize=9)
             axes.set_xticks(range(S) if labels else [], labels, rotation=90, fontsize=6, **literally)
             axes.set_yticks(range(T) if labels else [], labels, fontsize=6, **literally)
@@ -182,4 +184,4 @@ def plot_attention(path: str | Path, pattern: np.ndarray, labels: Sequence[str] 
 def _select(cache: Activations, names: Sequence[str], dtype: Any = np.float64) -> dict[str, np.ndarray]:
     if missing := [name for name in names if name not in cache]:
         raise InputError(f"the cache has no {', '.join(missing)}; request them from run_with_cache")
-    return {name: np.asarray(cache[name], dtype) for name in names}
+    return {name: as_numpy(cache[name], dtype) for name in names}

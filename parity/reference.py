@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from parity import taps
+from parity.arrays import as_numpy
 from parity.config import LAYER_NORM_EPS, GPTConfig, is_counted
 from parity.taps import tap
 
@@ -75,6 +76,7 @@ def activations(
 
 def as_float64(array: np.ndarray) -> np.ndarray:
     """Convert to float64, or to complex128 if the array is complex."""
+    array = as_numpy(array)
     return array.astype(np.promote_types(array.dtype, np.float64), copy=False)
 
 

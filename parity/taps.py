@@ -26,6 +26,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from parity.config import GPTConfig
 from parity.errors import InputError
 
@@ -95,7 +97,7 @@ def _matches(pattern: str, config: GPTConfig) -> list[str]:
 
 
 Patch = Any
-"""A function from an activation to its replacement, or the replacement: an array that broadcasts to its shape."""
+"""A number or an array of any framework that broadcasts to the shape of an activation, or a function from it to one."""
 
 
 def expand_patches(patches: Mapping[str, Patch], config: GPTConfig) -> dict[str, Patch]:
@@ -165,7 +167,7 @@ class Probe:
         self.visited.add(name)
         if name in self.patches:
             patch = self.patches[name]
-            x = patch(x) if callable(patch) else self._replacement(name, patch, x)
+            x = self._replacement(name, patch(x) if callable(patch) else patch, x)
         if name in self.names:
             self.cache[name] = x
         return x
@@ -179,7 +181,9 @@ class Probe:
             )
 
     def _replacement(self, name: str, value: Any, x: Any) -> Any:
-        shape, expected = tuple(value.shape), tuple(x.shape)
+        if value is None:
+            raise InputError(f"patch of {name} is None; a function must return the replacement")
+        shape, expected = tuple(np.shape(value)), tuple(x.shape)
         padded = (1,) * (len(expected) - len(shape)) + shape
         if len(padded) != len(expected) or any(a not in (1, b) for a, b in zip(padded, expected, strict=True)):
             raise InputError(f"patch of {name} has shape {list(shape)}, the activation [{axes(name)}] {list(expected)}")
@@ -290,9 +294,9 @@ def run(
     """Return (logits, recorded activations) of model(tokens) under a probe: `run_with_cache` of both backends."""
     with probe(model.config, names, patches, convert) as cache:
         if attention(model.attention) != model.attention:
-            warnings.warn(
-                f"the explicit attention runs instead of {model.attention}, which never computes scores and patterns",
-                stacklevel=3,
+            message = (
+                f"the explicit attention runs instead of {model.attention}, which never computes scores and patterns"
             )
+            warnings.warn(message, stacklevel=3)
         logits = model(tokens)
     return logits, cache

@@ -55,6 +55,11 @@ def test_a_checkpoint_is_resumed_on_another_mesh(runs):
         assert results[name]["losses"] == pytest.approx(results["single"]["losses"][10:], rel=RTOL[dtype]), name
 
 
+def test_models_on_a_mesh_generate(runs):
+    _, shapes, results = runs
+    assert results["same tokens"] == {str(shape): True for shape in shapes}
+
+
 def test_each_device_holds_its_part(runs):
     """Parameters and two moments, and a count of four bytes."""
     dtype, shapes, results = runs

@@ -108,7 +108,7 @@ def test_dropout_is_a_function_of_seed_and_step():
     trainer = Trainer(config, SETTINGS)
     assert float(trainer.evaluate_batch(inputs[0], targets[0])) == float(trainer.evaluate_batch(inputs[0], targets[0]))
     model = gpt_jax.GPTModel(config)
-    dropped = np.asarray(gpt_jax.model.dropout(jnp.ones((200, 200)), 0.3, jax.random.key(0)))
+    dropped = np.asarray(gpt_jax.arrays.dropout(jnp.ones((200, 200)), 0.3, jax.random.key(0)))
     assert set(np.unique(dropped)) == {np.float32(0), np.float32(1 / 0.7)}
     assert dropped.mean() == pytest.approx(1, abs=0.02)
     keys = (model(inputs[0], jax.random.key(k)) for k in (1, 1, 2))

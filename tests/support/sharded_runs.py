@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from gpt_jax import generate
 from gpt_jax.sharding import MeshShape, make_mesh
 from gpt_jax.train import Trainer
 from parity.config import GPTConfig
@@ -58,10 +59,14 @@ def main(dtype, shapes, out):
     settings = dataclasses.replace(SETTINGS, dtype=dtype)
     results = {}
     single = make(settings)
+    single_tokens = single.generate([[1, 2], [3]], 5, temperature=0.0)
+    results["same tokens"] = {}
     results["single"] = {"losses": losses(single, 0, 20), **facts(single)}
     with tempfile.TemporaryDirectory() as folder:
         for shape in shapes:
             trainer = make(settings, shape)
+            tokens = generate(trainer.state.model, [[1, 2], [3]], 5, temperature=0.0)  # not gathered
+            results["same tokens"][str(shape)] = tokens == single_tokens
             first = losses(trainer, 0, 10)
             saved = checkpoints.save(Path(folder) / str(shape), 10, trainer.save, keep=1)
             results[str(shape)] = {"losses": first + losses(trainer, 10, 20), **facts(trainer)}

@@ -1,0 +1,42 @@
+"""Small functions of arrays that the model uses; none of them mixes ranks or dtypes, as JAX's strict modes demand."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+def widened(dtype: Any) -> Any:
+    """The dtype, or float32 if it has fewer bits. jnp.promote_types would refuse to mix dtypes in JAX's strict mode."""
+    return np.promote_types(dtype, np.float32)
+
+
+def at_least_float32(x: Array) -> Array:
+    return x.astype(widened(x.dtype))
+
+
+def add_axes(vector: Array, like: Array) -> Array:
+    """[D] -> [..., D], with as many axes as `like` and its dtype, as JAX's strict modes demand."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape).astype(like.dtype)
+
+
+def merge_heads(x: Array) -> Array:
+    """[B, T, N, H] -> [BN, T, H]"""
+    return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Set elements to zero with probability `rate`, and scale the others up (Srivastava et al. 2014).
+
+    Without a key, x is returned as it is.
+    """
+    if key is None or rate == 0.0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+
+def split_key(key: Array | None, num: int) -> Any:
+    """Split a key into `num` keys; None is split into `num` times None."""
+    return (None,) * num if key is None else jax.random.split(key, num)
