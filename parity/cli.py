@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import os
 import platform
 import re
 import sys
@@ -42,6 +43,7 @@ def parse(
         args: The command line without the program's name; `sys.argv[1:]` by default.
 
     Raises:
+        InputError: For an argument that is not UTF-8 text.
         SystemExit: After `--help` and `--version` with status 0, and after a wrong option with status 2.
         InputError: The one that a class of the options raises for a value that it refuses.
     """
@@ -100,7 +102,16 @@ def versions() -> str:
 
 
 def _current_spellings(cls: type, arguments: Sequence[str], warn: bool = True) -> list[str]:
-    """Replace deprecated options by their current names, and warn of each on standard error."""
+    """Replace deprecated options by their current names, and warn of each on standard error.
+
+    Raises:
+        InputError: For an argument that is not UTF-8 text: it could neither be printed nor written to a file.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"the argument {os.fsencode(argument)!r} is not UTF-8 text") from None
     options = {f"--{field.name.replace('_', '-')}" for _, field, _ in _fields(cls)}
     current = []
     for argument in arguments:

@@ -11,8 +11,7 @@ import dataclasses
 import sys
 from typing import Literal
 
-from rich.console import Console
-
+from parity.console import PlainConsole
 from parity.errors import InputError, exit_with_message
 from parity.training.args import JobArgs, parse_job_args
 from parity.training.job import describe_precision, load_job, start_run
@@ -20,7 +19,7 @@ from parity.training.loop import resume_and_train
 from parity.training.processes import Processes
 
 with exit_with_message():
-    from gpt_torch.devices import choose_device, describe
+    from gpt_torch.devices import check_compile, choose_device, describe
     from gpt_torch.distributed import processes
     from gpt_torch.train import Trainer
 
@@ -42,10 +41,12 @@ def main() -> int:
 
 
 def train(args: Args, these: Processes) -> int:
-    console = Console(quiet=not these.first)
+    console = PlainConsole(quiet=not these.first, lossy=True)
 
     # Device
     device = choose_device(args.device)
+    if args.compile:
+        check_compile(device)
 
     # Model, tokenizer and data
     job = load_job(args, these)
