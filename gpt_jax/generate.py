@@ -62,10 +62,10 @@ def generate(
         as_array=isinstance(ids, Array),
         return_logprobs=return_logprobs,
     )
-    *_, state = _states(model, request, steps_per_call=request.max_new_tokens)
-    new_tokens = np.asarray(state.new_tokens)  # [B, new]
-    logprobs = np.asarray(state.logprobs)  # [B, new]
-    lengths = np.asarray(state.lengths)  # [B]
+    chunks = list(_chunks(model, request, steps_per_call=request.max_new_tokens))
+    new_tokens = np.concatenate([chunk.tokens for chunk in chunks], axis=1)  # [B, new]
+    logprobs = np.concatenate([chunk.logprobs for chunk in chunks], axis=1)  # [B, new]
+    lengths = chunks[-1].lengths  # [B]
     rows = request.rows(new_tokens, lengths)
     if isinstance(ids, Array):
         return jnp.asarray(request.rectangle(rows), ids.dtype)
@@ -108,24 +108,33 @@ def stream(
 
 
 def _stream(model: GPTModel | DecodingModel, request: Request, steps_per_call: int) -> Iterator[list[int | None]]:
-    n_yielded = 0
-    for state in _states(model, request, steps_per_call):
-        new_tokens, lengths, step = np.asarray(state.new_tokens), np.asarray(state.lengths), int(state.step)
-        for number in range(n_yielded, min(step, request.max_new_tokens)):
-            tokens = new_tokens[:, number]
-            yield [int(t) if length > number else None for t, length in zip(tokens, lengths, strict=True)]
-        n_yielded = step
+    number = 0
+    for chunk in _chunks(model, request, steps_per_call):
+        for tokens in chunk.tokens.T:
+            yield [int(t) if length > number else None for t, length in zip(tokens, chunk.lengths, strict=True)]
+            number += 1
+
+
+class Chunk(NamedTuple):
+    """New tokens on the host."""
+
+    tokens: np.ndarray
+    """int32 [B, new]"""
+    logprobs: np.ndarray
+    """float32 [B, new]"""
+    lengths: np.ndarray
+    """int32 [B], number of new tokens of each row so far"""
 
 
 class State(NamedTuple):
     """What the loop carries from token to token."""
 
     step: Array
-    """int32, number of new tokens so far"""
+    """int32, number of new tokens of this segment"""
     text: Array
-    """int32 [B, P + new], the right-aligned prompts, then the new tokens"""
+    """int32 [B, P + new], the right-aligned prompts or the segment before, then the new tokens"""
     lengths: Array
-    """int32 [B], number of new tokens of each row"""
+    """int32 [B], number of new tokens of each row, in all segments"""
     ended: Array
     """bool [B]"""
     seen: Array | None
@@ -133,7 +142,7 @@ class State(NamedTuple):
     logprobs: Array
     """float32 [B, new]"""
     failed_at: Array
-    """int32, the first step whose logits were not finite, or -1"""
+    """int32, the first step of this segment whose logits were not finite, or -1"""
     cache: Cache
 
     @property
@@ -161,34 +170,38 @@ class StaticOptions(NamedTuple):
     return_logprobs: bool
 
 
-def _states(model: GPTModel | DecodingModel, request: Request, steps_per_call: int) -> Iterator[State]:
-    """The state after the first token, and after each further call of the compiled loop, until every row has ended.
-
-    The buffers of a state are donated to the next call, so a state is valid until the next one is asked for.
-    """
+def _chunks(model: GPTModel | DecodingModel, request: Request, steps_per_call: int) -> Iterator[Chunk]:
+    """The first token, and those of each further call of the compiled loop, until every row has ended."""
     decoder = for_decoding(model)
     inputs = request.inputs
     static = StaticOptions(request.active, request.return_logprobs)
     state = _start(decoder, request.tokens, inputs, cache_length=request.cache_length, static=static)
-    n_steps = _check(state)
-    yield state
-    last_cached = min(request.n_cached_steps + 1, request.max_new_tokens)
-    while n_steps < last_cached and state.running:
-        until = np.int32(min(n_steps + steps_per_call, last_cached))
-        state = _cached_loop(decoder, state, inputs, until, static=static)
-        n_steps = _check(state)
-        yield state
-    while n_steps < request.max_new_tokens and state.running:
-        until = np.int32(min(n_steps + steps_per_call, request.max_new_tokens))
-        state = _cropped_loop(decoder, state, inputs, until, static=static, context_size=request.context_size)
-        n_steps = _check(state)
-        yield state
-
-
-def _check(state: State) -> int:
-    """The number of steps so far; raises InputError if logits were not finite."""
-    check_finite(int(state.failed_at))
-    return int(state.step)
+    last_cached = request.n_cached_steps + 1
+    first, done = 0, 0  # numbers of new tokens: before this segment, and in it
+    while True:
+        if (failed_at := int(state.failed_at)) >= 0:
+            check_finite(first + failed_at)
+        step, is_running = int(state.step), bool(state.running)
+        columns = slice(done, min(step, request.max_new_tokens - first))
+        # The buffers of a state are donated to the next call, so these are copies.
+        arrays = (np.array(state.new_tokens)[:, columns], np.array(state.logprobs)[:, columns], np.array(state.lengths))
+        done = step
+        yield Chunk(*arrays)
+        if first + done >= request.max_new_tokens or not is_running:
+            return
+        if done == request.segment:
+            state = _next_segment(state)
+            first, done = first + done, 0
+            inputs = inputs._replace(
+                uniforms=request.uniforms(first), pad_lengths=np.zeros_like(request.inputs.pad_lengths)
+            )
+        end = min(request.segment, request.max_new_tokens - first)
+        if first + done < last_cached:
+            until = np.int32(min(done + steps_per_call, last_cached, end))
+            state = _cached_loop(decoder, state, inputs, until, static=static)
+        else:
+            until = np.int32(min(done + steps_per_call, end))
+            state = _cropped_loop(decoder, state, inputs, until, static=static, context_size=request.context_size)
 
 
 @functools.partial(jax.jit, static_argnames=("cache_length", "static"))
@@ -245,6 +258,17 @@ def _cropped_loop(
     return jax.lax.while_loop(lambda state: state.running & (state.step < until), one_token, state)
 
 
+@jax.jit
+def _next_segment(state: State) -> State:
+    """Make room for further tokens; the cache is full, so none of it is needed any more."""
+    return state._replace(
+        step=jnp.int32(0),
+        text=jnp.concatenate([state.new_tokens, jnp.zeros_like(state.new_tokens)], axis=1),
+        logprobs=jnp.zeros_like(state.logprobs),
+        cache=[],
+    )
+
+
 def _add_token(state: State, logits: Array, cache: Cache, inputs: RowInputs, static: StaticOptions) -> State:
     """Choose a token for each row from logits [B, V], and note which rows it ends."""
     step = state.step
@@ -260,7 +284,7 @@ def _add_token(state: State, logits: Array, cache: Cache, inputs: RowInputs, sta
         step=step + 1,
         text=text,
         lengths=lengths,
-        ended=state.ended | (lengths >= inputs.max_new_per_row) | _stopped(text, state.slot + 1, inputs, step + 1),
+        ended=state.ended | (lengths >= inputs.max_new_per_row) | _stopped(text, state.slot + 1, inputs, lengths),
         seen=None if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True),
         logprobs=logprobs,
         failed_at=jnp.where(finite, state.failed_at, step),
@@ -268,9 +292,9 @@ def _add_token(state: State, logits: Array, cache: Cache, inputs: RowInputs, sta
     )
 
 
-def _stopped(text: Array, end: Array, inputs: RowInputs, n_new: Array) -> Array:
-    """bool [B], true where the last of the `n_new` new tokens, before slot `end`, ends a stop sequence of the row."""
+def _stopped(text: Array, end: Array, inputs: RowInputs, lengths: Array) -> Array:
+    """bool [B], true where the last of a row's new tokens, before slot `end`, ends a stop sequence of the row."""
     width = inputs.stops.shape[2]
     tail = jax.lax.dynamic_slice_in_dim(text, end - width, width, axis=1)[:, None]  # [B, 1, W]
     matches = ((tail == inputs.stops) | (inputs.stops < 0)).all(axis=-1)  # [B, stops]
-    return (matches & (inputs.stop_lengths <= n_new)).any(axis=-1)
+    return (matches & (inputs.stop_lengths <= lengths[:, None])).any(axis=-1)

@@ -59,13 +59,11 @@ def generate(
         as_array=isinstance(ids, Tensor),
         return_logprobs=return_logprobs,
     )
-    new_tokens = np.zeros(request.inputs.uniforms.shape, np.int32)  # [B, new]
-    logprobs = np.zeros(request.inputs.uniforms.shape)  # [B, new]
-    lengths = np.zeros(len(request.prompts), np.int32)  # [B]
-    for number, step in enumerate(_steps(model, request)):
-        new_tokens[:, number] = step.token
-        logprobs[:, number] = step.logprob
-        lengths = step.lengths
+    steps = list(_steps(model, request))
+    B = len(request.prompts)
+    new_tokens = np.array([step.token for step in steps], np.int32).reshape(-1, B).T  # [B, new]
+    logprobs = np.array([step.logprob for step in steps]).reshape(-1, B).T  # [B, new]
+    lengths = steps[-1].lengths if steps else np.zeros(B, np.int32)  # [B]
     rows = request.rows(new_tokens, lengths)
     if isinstance(ids, Tensor):
         return torch.from_numpy(request.rectangle(rows)).to(ids)
@@ -127,9 +125,11 @@ def _steps(model: GPTModel, request: Request) -> Iterator[Step]:
     try:
         device = model.tok_emb.weight.device
         inputs = _to_device(request.inputs, device)
-        text = torch.from_numpy(request.tokens).to(device)  # [B, P], and each new token
+        text = torch.from_numpy(request.tokens).to(device)  # [B, P], and new tokens
         B, P = text.shape
         C = request.context_size
+        n_kept = max(P, C)  # of the text; stop sequences are not longer than P
+        noise = inputs.uniforms  # [B, segment]
         seen = None
         if request.active.repetition_penalty:
             is_prompt = torch.arange(P, device=device) >= inputs.pad_lengths[:, None]  # [B, P]
@@ -144,12 +144,15 @@ def _steps(model: GPTModel, request: Request) -> Iterator[Step]:
         for number in range(request.max_new_tokens):
             finite = logits.amax(dim=-1).isfinite() | ended
             check_finite(-1 if finite.all() else number)
-            token = choose(logits, seen, inputs.uniforms[:, number], inputs.options, request.active)  # [B]
+            if number and number % request.segment == 0:
+                noise = torch.from_numpy(request.uniforms(number)).to(device)
+            u = noise[:, number % request.segment]  # [B]
+            token = choose(logits, seen, u, inputs.options, request.active)  # [B]
             logprob = logits.new_zeros(B)
             if request.return_logprobs:
                 logprob = logits.log_softmax(dim=-1).gather(-1, token[:, None])[:, 0]  # [B]
             lengths = lengths + (~ended).int()
-            text = torch.cat([text, token[:, None].int()], dim=1)  # [B, P + number + 1]
+            text = torch.cat([text, token[:, None].int()], dim=1)[:, -n_kept:]
             if seen is not None:
                 seen.scatter_(1, token[:, None], True)
             ended = ended | (lengths >= inputs.max_new_per_row) | _stopped(text, inputs, number + 1)
@@ -161,7 +164,7 @@ def _steps(model: GPTModel, request: Request) -> Iterator[Step]:
             else:  # the context is full: recompute the last C tokens
                 n_cropped = P + number + 1 - C
                 pad_lengths = (inputs.pad_lengths - n_cropped).clamp(min=0)
-                logits = model.decode(text[:, n_cropped:], model.new_cache(B, C), 0, pad_lengths)
+                logits = model.decode(text[:, -C:], model.new_cache(B, C), 0, pad_lengths)
     finally:
         model.train(was_training)
 

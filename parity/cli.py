@@ -1,6 +1,7 @@
 """Command lines of the scripts: dataclass fields become options, and their docstrings become the help text."""
 
 import dataclasses
+import os
 import platform
 import re
 import sys
@@ -13,6 +14,7 @@ import docstring_parser
 import tyro
 
 import parity
+from parity.errors import InputError
 
 # Old spellings of options. They still work, with a warning, in every script that has the new option.
 DEPRECATED = {"--init": "--init-from", "--initial": "--init-scheme", "--validation-part": "--validation-fraction"}
@@ -39,6 +41,7 @@ def parse(
         args: The command line without the program's name; `sys.argv[1:]` by default.
 
     Raises:
+        InputError: For an argument that is not UTF-8 text.
         SystemExit: After `--help` and `--version` with status 0, and after a wrong option with status 2.
     """
     arguments = _current_spellings(cls, sys.argv[1:] if args is None else args)
@@ -76,7 +79,16 @@ def versions() -> str:
 
 
 def _current_spellings(cls: type, arguments: Sequence[str], warn: bool = True) -> list[str]:
-    """Replace deprecated options by their current names, and warn of each on standard error."""
+    """Replace deprecated options by their current names, and warn of each on standard error.
+
+    Raises:
+        InputError: For an argument that is not UTF-8 text: it could neither be printed nor written to a file.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"the argument {os.fsencode(argument)!r} is not UTF-8 text") from None
     options = {f"--{field.name.replace('_', '-')}" for _, field, _ in _fields(cls)}
     current = []
     for argument in arguments:

@@ -15,8 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
+
+from parity.console import PlainConsole
+from parity.errors import exit_with_message
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "torch", "numpy", "tiktoken", "tensorflow-cpu")
 _CUDNN = ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12")  # the packages that JAX uses; torch reports its own version
@@ -189,7 +191,7 @@ def _examine_torch(gpus: list[str], torch: Mapping[str, Any] | None) -> Iterator
 
 def main() -> int:
     """Print the report, and return the exit status."""
-    console = Console()
+    console = PlainConsole()
     with console.status("querying the frameworks"):
         jax, torch = (ask(program) if installed(name) else None for name, program in _PROGRAMS.items())
         findings = list(examine(nvidia_gpus(), jax, torch, os.environ))
@@ -199,11 +201,12 @@ def main() -> int:
     console.print(table)
     problems = [finding for finding in findings if finding.problem]
     for finding in problems:
-        console.print(f"problem: {finding.name}: {finding.problem}", style="bold red", highlight=False, soft_wrap=True)
+        console.print(f"problem: {finding.name}: {finding.problem}", style="bold red", soft_wrap=True)
     if not problems:
         console.print("no problems found")
     return int(bool(problems))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with exit_with_message():
+        sys.exit(main())

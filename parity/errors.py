@@ -4,6 +4,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from parity.streams import LossyStream, discard_unwritten, prepare_standard_streams
+
 
 class InputError(ValueError):
     """Bad input. The message names the file or option, and says what to do.
@@ -28,6 +30,7 @@ def printable(text: str, most: int) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+_SIGPIPE = 13  # the signal that ends other programs whose reader is gone; Windows does not have it
 # Packages that may be absent, and the extra of this project that installs each.
 _EXTRAS = dict.fromkeys(("jax", "jaxlib", "flax", "optax", "orbax", "tensorstore"), "jax")
 _EXTRAS |= {"torch": "torch", "tensorflow": "tf", "transformers": "test"}
@@ -37,8 +40,9 @@ def report_error(error: BaseException) -> int:
     """Print one line on standard error about an error that a user can correct.
 
     Returns:
-        The exit status: 2 for an InputError, a failure of the file system, or a missing package that an extra of this
-        project installs; 130 for Ctrl-C.
+        The exit status: 2 for an InputError, a failure of the file system, too little memory, or a missing package
+        that an extra of this project installs; 130 for Ctrl-C; 141, without a line, if the reader of standard output
+        is gone.
 
     Raises:
         BaseException: The error itself, if it is of any other kind.
@@ -46,6 +50,8 @@ def report_error(error: BaseException) -> int:
     match error:
         case InputError():
             line, status = f"error: {error}", 2
+        case BrokenPipeError():  # `| head` has read enough
+            line, status = "", 128 + _SIGPIPE
         case OSError():  # a full disk, a folder without permission
             line, status = f"error: {error.filename or 'input or output'}: {error.strerror or error}", 2
         case ModuleNotFoundError(name=str(name)) if extra := _EXTRAS.get(name.partition(".")[0]):
@@ -53,16 +59,37 @@ def report_error(error: BaseException) -> int:
             line, status = f"{line}, or in a clone pip install -e '.[{extra}]'", 2
         case KeyboardInterrupt():
             line, status = "interrupted; checkpoints saved before are intact", 130
+        case _ if _is_out_of_memory(error):
+            reason = (str(error).strip().splitlines() or [""])[0]
+            line, status = f"error: there is not enough memory ({reason:.200}); ask for less at once", 2
         case _:
             raise error
-    sys.stderr.write(f"{line}\n")
+    if line:
+        LossyStream(sys.stderr).write(f"{line}\n")
     return status
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, NumPy, torch or JAX could not allocate memory."""
+    text = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (type(error).__name__ == "OutOfMemoryError" or "allocate memory" in text or "RESOURCE_EXHAUSTED" in text)
+    )
 
 
 @contextlib.contextmanager
 def exit_with_message() -> Iterator[None]:
     """Context of the scripts: an error that `report_error` prints ends the program, with the exit status it returns."""
+    prepare_standard_streams()
     try:
-        yield
-    except (InputError, OSError, ModuleNotFoundError, KeyboardInterrupt) as error:
-        sys.exit(report_error(error))
+        try:
+            yield
+        except SystemExit:  # the end of most programs, and of --help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        status = report_error(error)
+        discard_unwritten(sys.stdout)
+        sys.exit(status)

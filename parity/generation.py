@@ -15,6 +15,7 @@ import numpy as np
 from parity.config import GPTConfig
 from parity.errors import InputError
 from parity.sampling import (
+    MOST_SAMPLES,
     ActiveRules,
     GenerateOptions,
     PromptOptions,
@@ -28,6 +29,9 @@ from parity.sampling import (
 )
 
 SMALLEST_BUCKET = 16
+SMALLEST_COUNT = 4  # of stop sequences
+SMALLEST_SEGMENT = 4096
+"""Number of new tokens that buffers hold, unless a context is longer: memory follows what is generated."""
 NOTEBOOK_ORDER = ("context_size", "temperature", "top_k", "eos_id")
 """Options that the notebook's generate() takes by position, after max_new_tokens."""
 
@@ -36,7 +40,7 @@ class RowInputs(NamedTuple):
     """What the generation loop reads for each row besides its tokens; arrays of NumPy or of a backend."""
 
     uniforms: Any
-    """float32 [B, new], one number for each new token; `new` is a bucket"""
+    """float32 [B, new], one number for each new token of a segment"""
     pad_lengths: Any
     """int32 [B], empty slots before the prompt"""
     max_new_per_row: Any
@@ -63,6 +67,13 @@ class Request:
     context_size: int
     n_cached_steps: int
     """Number of new tokens for which the cache has room in every row; after them the context is recomputed."""
+    segment: int
+    """Number of new tokens for which buffers have room. Longer rows are generated in several segments; the first has
+    room for all n_cached_steps, and each for a context and for the longest stop sequence."""
+    seeds: list[int]
+    """Seed of each row."""
+    noise_rows: list[int]
+    """Row of the random numbers of each row."""
     return_logprobs: bool
 
     @property
@@ -72,6 +83,10 @@ class Request:
     @property
     def cache_length(self) -> int:
         return self.tokens.shape[1] + bucket(self.n_cached_steps)
+
+    def uniforms(self, first: int) -> np.ndarray:
+        """Random numbers float32 [B, segment] of the new tokens from number `first` on."""
+        return uniforms(self.seeds, self.noise_rows, [len(prompt) + first for prompt in self.prompts], self.segment)
 
     def rows(self, new_tokens: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
         """Each prompt followed by the first lengths[b] of its new tokens [B, new]."""
@@ -119,7 +134,7 @@ def prepare(
         InputError: For an empty prompt, an unknown option, and a value out of range; the message names it.
     """
     given = _merge(options, notebook_options)
-    samples = integer(given, "samples", 1, 1, 2**31 - 1)
+    samples = integer(given, "samples", 1, 1, MOST_SAMPLES, "; first_row generates more in parts")
     first_row = integer(given, "first_row", 0, 0, 2**32 - 1)
     context = integer(given, "context_size", config.n_ctx, 1, config.n_ctx, "; the model's context is the limit")
     if given.get("overflow", "crop") not in ("crop", "stop"):
@@ -155,9 +170,9 @@ def prepare(
     tokens = np.zeros((len(cropped), width), np.int32)
     for slots, prompt in zip(tokens, cropped, strict=True):
         slots[width - len(prompt) :] = prompt
-    noise = uniforms(
-        [row["seed"] for row in rows], [row["row"] for row in rows], [len(prompt) for prompt in whole], bucket(max_new)
-    )
+    segment = min(bucket(max_new), bucket(max(SMALLEST_SEGMENT, context, stops.shape[2])))
+    seeds, noise_rows = [row["seed"] for row in rows], [row["row"] for row in rows]
+    noise = uniforms(seeds, noise_rows, [len(prompt) for prompt in whole], segment)
     by_row, active = row_options(rows, config.n_vocab)
     return Request(
         prompts=whole,
@@ -167,6 +182,9 @@ def prepare(
         active=active,
         context_size=context,
         n_cached_steps=min(max_new, context - int(lengths.max())),
+        segment=segment,
+        seeds=seeds,
+        noise_rows=noise_rows,
         return_logprobs=return_logprobs,
     )
 
@@ -238,7 +256,7 @@ def _stop_arrays(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndar
     ends = [row["stop"] + ([] if row["eos_id"] is None else [[row["eos_id"]]]) for row in rows]
     count = max(map(len, ends))
     width = max((len(sequence) for row in ends for sequence in row), default=1)
-    shape = (len(rows), bucket(count, 1) if count else 0, bucket(width, 1))
+    shape = (len(rows), bucket(count, SMALLEST_COUNT), bucket(width))
     stops = np.full(shape, -1, np.int32)
     stop_lengths = np.full(shape[:2], np.iinfo(np.int32).max, np.int32)  # no row ever has so many new tokens
     for i, row in enumerate(ends):

@@ -26,6 +26,8 @@ import numpy as np
 from parity.errors import InputError
 
 _SMALLEST = 2.0**-126  # the smallest normal float32: smaller numbers can become 0 in float32 arithmetic
+MOST_SAMPLES = 2**16
+_NUMBERS_PER_BLOCK = 8  # numbers of 32 bits that Philox makes of one value of its counter
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -69,7 +71,7 @@ class GenerateOptions(SamplingOptions, total=False):
     """When a row fills the context: "crop" (default) continues from its last context_size tokens, all recomputed for
     each new token, as in the notebook; "stop" ends the row."""
     samples: int
-    """Number of continuations of each prompt, at least 1; they are adjacent rows of the result. Default 1."""
+    """Number of continuations of each prompt, in 1..65536; they are adjacent rows of the result. Default 1."""
     first_row: int
     """Row of the random numbers of the first prompt, in 0..2**32-1, to generate a list of prompts in parts. Default 0.
     Continuation j of prompt i has row first_row + i * samples + j."""
@@ -210,7 +212,9 @@ def uniforms(seeds: Sequence[int], rows: Sequence[int], starts: Sequence[int], c
     """
     drawn = np.empty((len(rows), count), np.float32)
     for out, seed, row, start in zip(drawn, seeds, rows, starts, strict=True):
-        generator = np.random.Generator(np.random.Philox(key=np.array([seed, row], np.uint64)))
-        stream = generator.integers(0, 2**24, size=int(start) + count, dtype=np.uint32)
-        out[:] = stream[int(start) :].astype(np.float32) * np.float32(2**-24)
+        philox = np.random.Philox(key=np.array([seed, row], np.uint64))
+        blocks, rest = divmod(int(start), _NUMBERS_PER_BLOCK)
+        philox.advance(blocks)
+        stream = np.random.Generator(philox).integers(0, 2**24, size=rest + count, dtype=np.uint32)
+        out[:] = stream[rest:].astype(np.float32) * np.float32(2**-24)
     return drawn

@@ -26,14 +26,14 @@ from measure import report
 from measure.args import Args
 from measure.benchmarks import ALL, BENCHMARKS
 from measure.report import Measurement
-from rich.console import Console
 
 from parity.cli import parse
+from parity.console import PlainConsole
 from parity.errors import InputError, exit_with_message
 
 
 def main() -> None:
-    args, console = parse(Args, __doc__), Console()
+    args, console = parse(Args, __doc__), PlainConsole(lossy=True)
     if not console.is_terminal:
         console.width = 110
     args = dataclasses.replace(args, threads=args.threads or len(os.sched_getaffinity(0)))
@@ -49,7 +49,7 @@ def main() -> None:
                 measurement.show(console)
                 measurements.append(measurement)
                 report.write(out, command, machine(), measurements)
-    console.print(f"results are in {out}", highlight=False)
+    console.print(f"results are in {out}")
 
 
 def machine() -> str:

@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
 from rich.prompt import Confirm
 from rich.table import Table
 
 from parity.cli import parse
+from parity.console import PlainConsole
 from parity.data.corpora import DOWNLOADS
 from parity.errors import InputError, exit_with_message
 from parity.storage.download import cache_folder
@@ -33,7 +33,7 @@ class Args:
 
 
 def main() -> None:
-    args, console = parse(Args, __doc__), Console(width=None if sys.stdout.isatty() else 200)
+    args, console = parse(Args, __doc__), PlainConsole(width=None if sys.stdout.isatty() else 200)
     caches = cached_paths()
     table = Table("cache", "files", "size", "where")
     for kind, paths in caches.items():

@@ -19,7 +19,6 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Column, Table
 
 from parity import taps
@@ -32,6 +31,7 @@ from parity.comparison.implementation import open_implementation, read_weights
 from parity.comparison.protocol import Compute
 from parity.comparison.sections import SECTIONS, Section, compare_implementations
 from parity.config import as_config
+from parity.console import PlainConsole
 from parity.errors import InputError, exit_with_message
 from parity.training.settings import recipe
 from parity.weights import initial_weights
@@ -80,7 +80,7 @@ class Args:
 
 def main() -> int:
     args = parse(Args, __doc__)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = PlainConsole(width=None if sys.stdout.isatty() else 120)
     start = time.perf_counter()
     case = make_case(args)
     source = None if args.weights in ("sharp", "initial") else args.weights
@@ -90,7 +90,7 @@ def main() -> int:
         f"{case.config.n_embd}, {args.batch} x {args.positions} tokens, {args.dtype}, "
         f"{args.precision} precision of matrix products, {args.device}"
     )
-    console.print(title, highlight=False, soft_wrap=True)
+    console.print(title, soft_wrap=True)
     with console.status("comparing"):
         rows = list(compare_implementations(a, b, case, recipe("small").settings, args.sections))
     for members in report.by_section(rows).values():
@@ -102,8 +102,8 @@ def main() -> int:
     entries = {"title": title, "verdict": verdict, "rows": [row.to_dict() for row in rows]}
     (args.out / "report.json").write_text(json.dumps(entries, indent=1) + "\n")
     (args.out / "report.html").write_text(html_page(title, verdict, rows), encoding="utf-8")
-    console.print(verdict, style="green" if failure is None else "bold red", highlight=False, soft_wrap=True)
-    console.print(f"{args.out / 'report.html'}", highlight=False)
+    console.print(verdict, style="green" if failure is None else "bold red", soft_wrap=True)
+    console.print(f"{args.out / 'report.html'}")
     return int(failure is not None)
 
 

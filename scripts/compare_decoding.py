@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from parity.cli import parse
-from parity.data.tokenizer import encode_prompt
+from parity.console import PlainConsole
+from parity.data.tokenizer import encode_prompt, stream_text
 from parity.errors import InputError, exit_with_message
 from parity.figures import new_figure
 from parity.loading import load_model_and_tokenizer
@@ -101,7 +101,9 @@ def main() -> None:
             raise InputError(f"--prompts {args.prompts} has no line with text")
     ids = [list(encode_prompt(tokenizer, text)) for text in texts]
     figures, examples = {}, {}
-    for name, options in track(STRATEGIES.items(), "generating", transient=True):
+    for name, options in track(
+        STRATEGIES.items(), "generating", transient=True, console=PlainConsole(stderr=True, lossy=True)
+    ):
         samples = 1 if options["temperature"] == 0 else args.samples
         rows, logprobs = backend.generate(
             model,
@@ -115,7 +117,7 @@ def main() -> None:
         )
         new = [row[len(ids[number // samples]) :] for number, row in enumerate(rows)]
         figures[name] = measure(new, logprobs)
-        examples[name] = tokenizer.decode([token for token in new[0] if token != tokenizer.eos_id])
+        examples[name] = "".join(stream_text(tokenizer, (token for token in new[0] if token != tokenizer.eos_id)))
     report(args, f"{folder}, {args.backend} on {devices.describe(device)}", texts, figures, examples)
 
 
@@ -123,7 +125,8 @@ def report(args: Args, origin: str, texts: tuple[str, ...], figures: dict, examp
     table = Table("strategy", *MEASURES)
     for name, values in figures.items():
         table.add_row(name, *(f"{value:.3f}" for value in values.values()))
-    Console().print(table)
+    console = PlainConsole()
+    console.print(table)
 
     args.out.mkdir(parents=True, exist_ok=True)
     figure = new_figure(figsize=(13, 3.2), layout="constrained")
@@ -153,7 +156,7 @@ def report(args: Args, origin: str, texts: tuple[str, ...], figures: dict, examp
         lines += ["", f"**{name}**", "", *("    " + line for line in text.splitlines())]
     (args.out / "decoding.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (args.out / "decoding.json").write_text(json.dumps(figures, indent=2) + "\n")
-    Console().print(f"Wrote decoding.md, decoding.png and decoding.json to {args.out}/", highlight=False)
+    console.print(f"Wrote decoding.md, decoding.png and decoding.json to {args.out}/", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ python scripts/generate.py --model 124M          # asks for prompts; from a pipe
 
 import dataclasses
 import importlib
+import io
 import sys
 import time
 from collections.abc import Iterator
@@ -18,9 +19,11 @@ import tyro
 
 from parity.cli import parse
 from parity.data.tokenizer import Tokenizer, encode_prompt, stream_text
-from parity.errors import InputError, exit_with_message
+from parity.errors import InputError, exit_with_message, report_error
+from parity.generation import prepare
 from parity.loading import load_model_and_tokenizer
 from parity.sampling import GenerateOptions
+from parity.streams import for_display
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,14 +84,26 @@ def prompts(args: Args) -> Iterator[str]:
             yield args.file.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise InputError(f"--file {args.file} is not UTF-8 text") from None
-    elif sys.stdin.isatty():
+    elif is_interactive(args):
         while True:
             try:
                 yield input("prompt> ")
             except EOFError:
                 return
+            except UnicodeDecodeError:
+                sys.stderr.write("error: the prompt is not UTF-8 text\n")
     else:
-        yield sys.stdin.read()
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # like --file, whatever the terminal's encoding
+        try:
+            yield sys.stdin.read()
+        except UnicodeDecodeError:
+            raise InputError("standard input is not UTF-8 text") from None
+
+
+def is_interactive(args: Args) -> bool:
+    """Whether prompts are asked for on the terminal."""
+    return args.prompt is None and args.file is None and sys.stdin.isatty()
 
 
 def generate_options(args: Args, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -98,6 +113,10 @@ def generate_options(args: Args, tokenizer: Tokenizer) -> dict[str, Any]:
         "stop": [tokenizer.encode(text) for text in args.stop],
         "eos_id": tokenizer.eos_id,
     }
+
+
+def write(text: str) -> None:
+    sys.stdout.write(for_display(text, sys.stdout))
 
 
 def continue_prompt(args: Args, backend: Any, model: Any, tokenizer: Tokenizer, prompt: str) -> None:
@@ -116,17 +135,18 @@ def continue_prompt(args: Args, backend: Any, model: Any, tokenizer: Tokenizer, 
                 if token != tokenizer.eos_id:
                     yield token
 
-        sys.stdout.write(prompt)
+        write(prompt)
         for text in stream_text(tokenizer, new_ids()):
-            sys.stdout.write(text)
+            write(text)
             sys.stdout.flush()
-        sys.stdout.write("\n")
+        write("\n")
     else:
         rows = backend.generate(model, [ids], args.max_new_tokens, **options)
         for number, row in enumerate(rows, 1):
             n_new += len(row) - len(ids)
             new = [token for token in row[len(ids) :] if token != tokenizer.eos_id]
-            sys.stdout.write(f"=== sample {number} ===\n{prompt}{tokenizer.decode(new)}\n")
+            write(f"=== sample {number} ===\n{prompt}{''.join(stream_text(tokenizer, new))}\n")
+        sys.stdout.flush()
     seconds = time.perf_counter() - start
     sys.stderr.write(f"[{n_new} tokens in {seconds:.1f} s, {n_new / seconds:.1f} tokens/s including compilation]\n")
 
@@ -143,8 +163,16 @@ def main() -> None:
     model = backend.cast(model, args.dtype)
     if args.backend == "jax":
         model = backend.for_decoding(model)
+    # Bad options are refused before anybody types a prompt.
+    options: Any = generate_options(args, tokenizer)
+    prepare(model.config, [[tokenizer.eos_id]], args.max_new_tokens, options)
     for prompt in prompts(args):
-        continue_prompt(args, backend, model, tokenizer, prompt)
+        try:
+            continue_prompt(args, backend, model, tokenizer, prompt)
+        except InputError as error:  # such as a prompt that is longer than the context
+            if not is_interactive(args):
+                raise
+            report_error(error)
 
 
 if __name__ == "__main__":

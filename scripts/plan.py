@@ -12,11 +12,11 @@ The estimate of memory is fitted to what XLA reports for compiled steps (gpt_jax
 import dataclasses
 from typing import Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from parity.cli import parse
 from parity.config import GPTConfig
+from parity.console import PlainConsole
 from parity.errors import InputError, exit_with_message
 from parity.training.flops import flops_per_token, peak_flops
 from parity.training.settings import recipe
@@ -61,7 +61,7 @@ class Args:
 
 
 def main() -> None:
-    args, console = parse(Args, __doc__), Console()
+    args, console = parse(Args, __doc__), PlainConsole()
     jax.config.update("jax_platforms", "cpu")  # nothing is computed
     preset, shape = recipe(args.preset), MeshShape.parse(args.mesh)
     config, remat = preset.model, args.remat or preset.remat
@@ -85,7 +85,6 @@ def main() -> None:
     console.print(
         f"{micro_size} windows of {config.n_ctx} tokens per micro-batch, {settings.dtype}, {args.attention} attention, "
         f"remat {remat}",
-        highlight=False,
     )
     if estimate.total > 0.9e9 * args.memory_gb:
         console.print(
@@ -117,7 +116,6 @@ def main() -> None:
     console.print(
         f"disk: {checkpoint / 1e9:.1f} GB per checkpoint, of which the newest {settings.keep} and the best are kept; "
         f"{tokens * 2 / 1e9:.1f} GB of uint16 tokens if no token is used twice",
-        highlight=False,
         soft_wrap=True,
     )
 
@@ -128,7 +126,6 @@ def main() -> None:
         console.print(
             f"XLA reports {compiled / 1e9:.2f} GB per device for {shape.size} CPU devices and explicit attention; "
             f"the estimate is {estimate.total / 1e9:.2f} GB",
-            highlight=False,
             soft_wrap=True,
         )
 

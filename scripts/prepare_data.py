@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from parity.cli import parse
+from parity.console import PlainConsole
 from parity.data import shards
 from parity.data.tokenizer import load_tokenizer
 from parity.errors import InputError, exit_with_message
@@ -48,14 +48,14 @@ class Args:
 
 
 def main() -> None:
-    args, console = parse(Args, __doc__), Console()
+    args, console = parse(Args, __doc__), PlainConsole(lossy=True)
     if args.verify is not None:
         console.print(f"{shards.verify(args.verify)} shards of {args.verify} match their sha256")
         return
     if not args.sources or args.out is None:
         raise InputError("name the files to tokenize and, with --out, the folder for the shards")
     tokenizer = load_tokenizer(args.tokenizer, args.vocab_bpe)
-    columns = (SpinnerColumn(), TextColumn("{task.fields[summary]}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.fields[summary]}", markup=False), TimeElapsedColumn())
     begin = time.perf_counter()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", summary="reading")
@@ -79,8 +79,8 @@ def main() -> None:
     for split in shards.SPLITS:
         written = index["splits"][split]["done"]
         count = sum(shard["tokens"] for shard in written)
-        console.print(f"{split:<10} {count:,} tokens in {len(written)} shards", highlight=False)
-    console.print(f"{seconds:.1f} s; train on it with --corpus {args.out}", highlight=False, soft_wrap=True)
+        console.print(f"{split:<10} {count:,} tokens in {len(written)} shards")
+    console.print(f"{seconds:.1f} s; train on it with --corpus {args.out}", soft_wrap=True)
 
 
 if __name__ == "__main__":

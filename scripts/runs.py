@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from parity.cli import parse
+from parity.console import PlainConsole
 from parity.errors import InputError, exit_with_message
 from parity.training.run_list import RunSummary, differences, find_runs, summarize
 
@@ -49,7 +49,7 @@ class Args:
 
 def main() -> None:
     args = parse(Args, __doc__)
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = PlainConsole(width=None if sys.stdout.isatty() else 200)
     folders = find_runs(args.folders)
     if args.compare:
         _compare(folders, args.json, console)
@@ -71,10 +71,10 @@ def main() -> None:
             f"{run.size / 1e6:,.1f} MB",
             f"{datetime.fromtimestamp(run.time):%Y-%m-%d %H:%M}",
         )
-    console.print(table, markup=False)
+    console.print(table)
 
 
-def _compare(folders: list[Path], as_json: bool, console: Console) -> None:
+def _compare(folders: list[Path], as_json: bool, console: PlainConsole) -> None:
     if len(folders) < 2:
         raise InputError(f"--compare needs two or more runs, got {len(folders)}")
     rows = differences(folders)

@@ -10,8 +10,7 @@ import dataclasses
 import sys
 from typing import Literal
 
-from rich.console import Console
-
+from parity.console import PlainConsole
 from parity.errors import InputError, exit_with_message
 from parity.training.args import JobArgs, parse_job_args
 from parity.training.job import describe_precision, load_job, start_run
@@ -61,7 +60,7 @@ def main() -> int:
 
 
 def train(args: Args, these: Processes) -> int:
-    console, dtype = Console(quiet=not these.first), args.settings.dtype
+    console, dtype = PlainConsole(quiet=not these.first, lossy=True), args.settings.dtype
     if args.unroll is not None and args.unroll < 1:
         raise InputError(f"--unroll must be at least 1, got {args.unroll}")
 

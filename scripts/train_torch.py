@@ -11,8 +11,7 @@ import dataclasses
 import sys
 from typing import Literal
 
-from rich.console import Console
-
+from parity.console import PlainConsole
 from parity.errors import InputError, exit_with_message
 from parity.training.args import JobArgs, parse_job_args
 from parity.training.job import describe_precision, load_job, start_run
@@ -42,7 +41,7 @@ def main() -> int:
 
 
 def train(args: Args, these: Processes) -> int:
-    console = Console(quiet=not these.first)
+    console = PlainConsole(quiet=not these.first, lossy=True)
 
     # Device
     device = choose_device(args.device)

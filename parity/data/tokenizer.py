@@ -242,10 +242,15 @@ def load_tokenizer(name: str, vocab_bpe: str | Path | None = None) -> Tokenizer:
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Yield the text of token ids as they arrive, each character as soon as all of its bytes are known."""
+    """Yield the text of a model's token ids as they arrive, each character as soon as all of its bytes are known.
+
+    Ids beyond the tokenizer's vocabulary have no text. Models whose vocabulary is padded, or that were given tokens of
+    their own, may sample them.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for id in ids:
-        yield decoder.decode(tokenizer.token_bytes(id))
+        if id < tokenizer.n_vocab:
+            yield decoder.decode(tokenizer.token_bytes(id))
     yield decoder.decode(b"", final=True)
 
 

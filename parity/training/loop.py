@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from parity.config import GPTConfig
 from parity.data.prefetch import prefetch
+from parity.data.tokenizer import stream_text
 from parity.data.windows import Dataset
 from parity.errors import InputError
 from parity.training import checkpoints
@@ -76,14 +77,21 @@ class Trainer(Protocol):
 
 
 class StopRequest:
-    """Receive SIGINT (Ctrl-C) and SIGTERM: the first one stops the run after a save, a second one stops it at once."""
+    """Receive SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal was closed).
+
+    The first one stops the run after a save, a second one stops it at once. SIGHUP stays ignored if it was, as nohup
+    does it.
+    """
 
     def __init__(self) -> None:
         self.received = 0
         """Number of the first signal, or 0."""
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -157,7 +165,8 @@ def train_loop(trainer: Trainer, job: Job, done: int | None, console: Console) -
     settings = job.settings
     tokens_per_step = settings.batch_size * job.train.n_ctx
     pending: list[Pending] = []
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[summary]}"))
+    summary = TextColumn("{task.fields[summary]}", markup=False)
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), summary)
     progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
     with StopRequest() as stop, progress, contextlib.ExitStack() as stack:
         if done is None:
@@ -219,8 +228,7 @@ def _evaluate_and_save(trainer: Trainer, job: Job, step: int, console: Console) 
         room = min(job.settings.sample_tokens, trainer.config.n_ctx - len(prompt))
         options = {"temperature": job.settings.sample_temperature, "top_k": job.settings.sample_top_k}
         [row] = trainer.generate([prompt], room, seed=job.settings.seed, **options)
-        # A vocabulary may be padded to more ids than the tokenizer has.
-        text = job.tokenizer.decode(id for id in row if id < job.tokenizer.n_vocab)
+        text = "".join(stream_text(job.tokenizer, row))
         job.run.add_sample(step, text)
         console.print(f"             {text!r}", style="dim", markup=False, highlight=False, soft_wrap=True)
     job.run.plot(job.bigram)

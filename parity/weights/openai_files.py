@@ -16,6 +16,7 @@ from rich.progress import (
 )
 
 from parity.config import PRESETS
+from parity.console import PlainConsole
 from parity.errors import InputError
 from parity.storage.download import RemoteFile, cache_folder, fetch
 from parity.weights import n_params
@@ -78,9 +79,9 @@ def download_model(
     if not base_urls:
         own = os.environ.get("GPT_PARITY_BASE_URL")
         base_urls = (own,) if own else MIRRORS
-    columns = (TextColumn("{task.description:32}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn("{task.description:32}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     files = model_files(size)
-    with Progress(*columns, TimeRemainingColumn()) as progress:
+    with Progress(*columns, TimeRemainingColumn(), console=PlainConsole(stderr=True, lossy=True)) as progress:
         for remote in files:
             bar = progress.add_task(remote.name, total=remote.size)
             addresses = [f"{base.rstrip('/')}/{size}/{remote.name}" for base in base_urls]

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from measure.timing import Timings
+from parity.console import PlainConsole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Measurement:
             for number, (name, timings) in enumerate(self.peers.items())
         ]
 
-    def show(self, console: Console) -> None:
+    def show(self, console: PlainConsole) -> None:
         table = Table(Column(self.columns[0], no_wrap=True), *self.columns[1:], title=self.title)
         for row in self.rows:
             table.add_row(*row)
         console.print(table)
         for note in self.notes:
-            console.print(note, highlight=False)
+            console.print(note)
 
     def to_json(self) -> dict[str, Any]:
         first = next(iter(self.peers.values())).median

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from rich.progress import track
 
+from parity.console import PlainConsole
 from parity.errors import InputError
 
 
@@ -107,12 +108,14 @@ def interleave(
     counts = dict.fromkeys(specs, calls)
     if reference is not None:
         specs, counts = {**specs, _REFERENCE: reference}, {**counts, _REFERENCE: _REFERENCE_CALLS}
+    console = PlainConsole(stderr=True, lossy=True)
     with contextlib.ExitStack() as stack:
         peers = [
-            stack.enter_context(Peer(name, spec)) for name, spec in track(specs.items(), "starting", transient=True)
+            stack.enter_context(Peer(name, spec))
+            for name, spec in track(specs.items(), "starting", transient=True, console=console)
         ]
         seconds: dict[str, list[float]] = {name: [] for name in specs}
-        for is_counted in track([False] + [True] * rounds, "measuring", transient=True):
+        for is_counted in track([False] + [True] * rounds, "measuring", transient=True, console=console):
             for peer in peers:
                 new = peer.time_calls(counts[peer.name])
                 if is_counted:
@@ -124,7 +127,8 @@ def interleave(
 def first_calls(specs: Mapping[str, Spec], rounds: int) -> dict[str, Timings]:
     """Time the first call of each peer, in a new process each time; the peers take turns."""
     runs: dict[str, list[Timings]] = {name: [] for name in specs}
-    for _ in track(range(rounds), "measuring", transient=True):
+    console = PlainConsole(stderr=True, lossy=True)
+    for _ in track(range(rounds), "measuring", transient=True, console=console):
         for name, spec in specs.items():
             with Peer(name, spec) as peer:
                 runs[name].append(Timings(peer.time_calls(1), peer.peak(), peer.device))
