@@ -146,7 +146,7 @@ def for_decoding(model: GPTModel | DecodingModel) -> DecodingModel:
     """
     if isinstance(model, DecodingModel):
         return model
-    [device] = model.tok_emb.embedding[...].devices()
+    device = next(iter(model.tok_emb.embedding[...].devices()))  # several if the model is replicated or sharded
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return _convert(model, cores if device.platform == "cpu" else None)
 

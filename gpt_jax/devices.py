@@ -1,5 +1,7 @@
 """The device and the attention implementation of a JAX run: chosen once, printed, and never changed silently."""
 
+import os
+
 import jax
 import jaxlib
 
@@ -23,12 +25,22 @@ def choose_device(name: str) -> jax.Device:
     platform = {"auto": None, "cuda": "gpu"}.get(name, name)
     try:
         return jax.local_devices(backend=platform)[0]
-    except RuntimeError as error:
-        raise InputError(
-            f"--device {name}: jax {jax.__version__} sees only {jax.devices()[0].platform} devices here "
-            f"({str(error).splitlines()[0]}). "
-            "For an NVIDIA GPU, install the extra cuda13 (pip install 'gpt-parity[jax,cuda13]') and check nvidia-smi"
-        ) from None
+    except Exception as error:  # RuntimeError, and an AssertionError without a text if JAX_PLATFORMS names no platform
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise InputError(
+        f"--device {name}: jax {jax.__version__} {_visible()} ({reason:.200}). For an NVIDIA GPU, install the extra "
+        "cuda13 (pip install 'gpt-parity[jax,cuda13]') and check nvidia-smi"
+    )
+
+
+def _visible() -> str:
+    """What JAX sees, or why it sees nothing."""
+    try:
+        return f"sees only {jax.devices()[0].platform} devices here"
+    except Exception:
+        platforms = os.environ.get("JAX_PLATFORMS")
+        limited = f"; JAX_PLATFORMS={platforms} limits it, so correct or unset that" if platforms else ""
+        return f"sees no devices here{limited}"
 
 
 def choose_attention(name: str, device: jax.Device, dtype: str, drop_rate: float) -> str:

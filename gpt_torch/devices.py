@@ -30,6 +30,21 @@ def choose_device(name: str) -> torch.device:
     return torch.device(kind)
 
 
+def check_compile(device: torch.device) -> None:
+    """Raise InputError if torch.compile cannot build programs for a device, for example without a C++ compiler."""
+    import torch._inductor.config as inductor
+
+    try:
+        with inductor.patch(fx_graph_cache=False):  # a program of an earlier run says nothing about the compiler
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # dynamo, inductor and triton each have their own types
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(
+            f"--compile: torch.compile cannot build programs for {device.type} here ({reason:.200}); install a C++ "
+            "compiler such as g++, name one in the environment variable CXX, or leave out --compile"
+        ) from None
+
+
 def describe(device: torch.device) -> str:
     """Return the device's kind and the version of the framework, for logs."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"

@@ -65,7 +65,7 @@ def report_error(error: BaseException) -> int:
         case _:
             raise error
     if line:
-        LossyStream(sys.stderr).write(f"{line}\n")
+        LossyStream(sys.stderr).write(f"{printable(line, 2 * _MOST_CHARACTERS)}\n")
     return status
 
 

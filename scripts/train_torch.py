@@ -19,7 +19,7 @@ from parity.training.loop import resume_and_train
 from parity.training.processes import Processes
 
 with exit_with_message():
-    from gpt_torch.devices import choose_device, describe
+    from gpt_torch.devices import check_compile, choose_device, describe
     from gpt_torch.distributed import processes
     from gpt_torch.train import Trainer
 
@@ -45,6 +45,8 @@ def train(args: Args, these: Processes) -> int:
 
     # Device
     device = choose_device(args.device)
+    if args.compile:
+        check_compile(device)
 
     # Model, tokenizer and data
     job = load_job(args, these)

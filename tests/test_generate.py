@@ -443,7 +443,10 @@ def test_other_values_compile_nothing():
     own = [everything, changed, {"temperature": 0}]
     gpt_jax.generate(model, PROMPTS, 9, per_prompt=own)
     assert (_start._cache_size(), _cached_loop._cache_size()) == before
-    gpt_jax.generate(model, PROMPTS, 9, temperature=0)
+    many = PROMPTS * 5  # a number of rows that no other test has
+    gpt_jax.generate(model, many, 9)
+    before = _start._cache_size(), _cached_loop._cache_size()
+    gpt_jax.generate(model, many, 9, temperature=0)
     assert (_start._cache_size(), _cached_loop._cache_size()) != before  # greedy batches have a program of their own
 
 

@@ -47,6 +47,14 @@ def test_losses_do_not_depend_on_the_mesh(runs):
         assert results[shape]["losses"] == pytest.approx(expected, rel=RTOL[dtype]), shape
 
 
+def test_a_model_on_a_mesh_generates_the_same(runs):
+    """Replicated over all devices, and with its arrays sharded."""
+    _, _, results = runs
+    single, replicated, sharded = results["generated"]
+    assert replicated == sharded == single
+    assert [len(row) for row in single] == [23, 21]
+
+
 def test_a_checkpoint_is_resumed_on_another_mesh(runs):
     dtype, _, results = runs
     restored = [name for name in results if name.startswith("restored")]

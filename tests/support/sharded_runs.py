@@ -9,7 +9,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gpt_jax.generate import generate
+from gpt_jax.model import GPTModel
 from gpt_jax.sharding import MeshShape, make_mesh
 from gpt_jax.train import Trainer
 from parity.config import GPTConfig
@@ -53,12 +56,26 @@ def facts(trainer):
     }
 
 
+def generated():
+    """Rows of one model: on one device, replicated over eight, and with arrays sharded over eight."""
+    model = GPTModel(CONFIG)
+    mesh = Mesh(np.array(jax.devices()), ("d",))
+
+    def put(array, spec):
+        divides = array.ndim and array.shape[0] % len(jax.devices()) == 0
+        return jax.device_put(array, NamedSharding(mesh, spec if divides else PartitionSpec()))
+
+    models = [model, *(jax.tree.map(lambda a, s=s: put(a, s), model) for s in (PartitionSpec(), PartitionSpec("d")))]
+    return [generate(each, [[1, 2, 3], [4]], 20, seed=1) for each in models]
+
+
 def main(dtype, shapes, out):
     jax.config.update("jax_enable_x64", dtype == "float64")
     settings = dataclasses.replace(SETTINGS, dtype=dtype)
     results = {}
     single = make(settings)
     results["single"] = {"losses": losses(single, 0, 20), **facts(single)}
+    results["generated"] = generated()
     with tempfile.TemporaryDirectory() as folder:
         for shape in shapes:
             trainer = make(settings, shape)
