@@ -293,10 +293,9 @@ def run(
 ) -> tuple[Any, dict[str, Any]]:
     """Return (logits, recorded activations) of model(tokens) under a probe: `run_with_cache` of both backends."""
     with probe(model.config, names, patches, convert) as cache:
-        if attention(model.attention) != model.attention:
-            message = (
-                f"the explicit attention runs instead of {model.attention}, which never computes scores and patterns"
+        if attention(fused := model.attention) != fused:
+            warnings.warn(
+                f"the explicit attention runs instead of {fused}, which has no scores or patterns", stacklevel=3
             )
-            warnings.warn(message, stacklevel=3)
         logits = model(tokens)
     return logits, cache
