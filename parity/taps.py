@@ -294,8 +294,6 @@ def run(
     """Return (logits, recorded activations) of model(tokens) under a probe: `run_with_cache` of both backends."""
     with probe(model.config, names, patches, convert) as cache:
         if attention(fused := model.attention) != fused:
-            warnings.warn(
-                f"the explicit attention runs instead of {fused}, which has no scores or patterns", stacklevel=3
-            )
+            warnings.warn(f"explicit attention runs instead of {fused}, which has no scores or patterns", stacklevel=3)
         logits = model(tokens)
     return logits, cache
