@@ -36,8 +36,7 @@ def generate(
             array of ids [B, T]: decoding is then greedy unless `temperature` says otherwise, and rows are returned
             as an array.
         max_new_tokens: Largest number of new tokens per prompt.
-        notebook_options: `context_size`, `temperature`, `top_k` and `eos_id` may also be given by position, in this
-            order.
+        notebook_options: `context_size`, `temperature`, `top_k` and `eos_id`, which may be positional in this order.
         idx: The notebook's name of `prompts`.
         return_logprobs: Whether to return the log-probabilities of the new tokens, too. They are those of the model
             itself, in nats, before the temperature and all filters. Needs prompts in lists.

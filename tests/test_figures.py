@@ -9,7 +9,7 @@ import pytest
 from parity import interpret, notebook
 from parity.comparison.html import html_page
 from parity.comparison.report import Row
-from parity.training.runs import plot_metrics
+from parity.training.metrics import Metrics
 
 PNG = b"\x89PNG"
 
@@ -17,8 +17,10 @@ PNG = b"\x89PNG"
 @pytest.mark.parametrize("name", ["module://matplotlib_inline.backend_inline", "module://no.such.module", "nonsense"])
 def test_a_backend_that_is_not_installed(name, tmp_path):
     program = (
-        "import os, sys; from pathlib import Path; from parity.training.runs import plot_metrics\n"
-        "plot_metrics(Path(sys.argv[1]), [{'step': 1, 'loss': 2.0}])\n"
+        "import os, sys; from pathlib import Path; from parity.training.metrics import Metrics\n"
+        "metrics = Metrics(Path('none'), writes=False)\n"
+        "metrics.log({'step': 1, 'loss': 2.0})\n"
+        "metrics.plot(Path(sys.argv[1]))\n"
         "assert os.environ['MPLBACKEND'] == sys.argv[2]\n"
     )
     target = tmp_path / "loss.png"
@@ -36,7 +38,9 @@ def test_the_callers_backend_and_figures_are_left_alone(tmp_path):
     plt.switch_backend("svg")
     try:
         mine = plt.figure()
-        plot_metrics(tmp_path / "loss.png", [{"step": 1, "loss": 2.0}], bigram=1.5)
+        metrics = Metrics(tmp_path / "metrics.jsonl")
+        metrics.log({"step": 1, "loss": 2.0})
+        metrics.plot(tmp_path / "loss.png", bigram=1.5)
         interpret.plot_attention(tmp_path / "attention.png", np.full((2, 3, 3), 1 / 3))
         notebook.plot_losses([1, 2], [10, 20], [3.0, 2.0], [3.5, 3.0], tmp_path / "losses.pdf")
         html_page("title", "verdict", [Row("section", "name", 1.0, 1.0, None, None, 2.0)])

@@ -81,7 +81,7 @@ def test_the_memory_model_against_xla(preset, mesh, more):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--device", "toaster"), "--device toaster: its peak rate is not known; give --tokens-per-s"),
+        (("--device", "toaster"), "--device toaster: its peak rate is unknown; give --tokens-per-s"),
         (("--mesh", "fsdp=8"), "micro-batches of 12 windows are not divisible by data x fsdp = 8"),
         (("--mfu", "0"), "--mfu must be positive"),
         (("--preset", "9B"), "unknown preset '9B'"),

@@ -16,6 +16,7 @@ from parity.training import checkpoints
 def test_a_run_leaves_its_folder(finished_runs, name):
     folder, output = finished_runs[name]
     assert {p.name for p in folder.iterdir()} == {
+        ".lock",
         "config.json",
         "env.json",
         "metrics.jsonl",
