@@ -4,13 +4,13 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from parity.errors import InputError
 from parity.training import checkpoints
-from parity.training.runs import RunFolder
+from parity.training.runs import RunFolder, flatten
 
 # What reading a damaged file can raise.
 _DAMAGE = (InputError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -75,7 +75,7 @@ def differences(folders: Sequence[Path]) -> dict[str, list[Any]]:
     configs = []
     for folder in folders:
         try:
-            configs.append(dict(_flatten(RunFolder(folder).config())))
+            configs.append(dict(flatten(RunFolder(folder).config())))
         except _DAMAGE as error:
             raise InputError(f"{folder}: its config.json cannot be read ({error})") from None
     keys = dict.fromkeys(key for config in configs for key in config)
@@ -135,11 +135,3 @@ def _metrics(file: Path) -> Iterator[dict[str, Any]]:
                     yield json.loads(line)
     if last:
         yield json.loads(last)
-
-
-def _flatten(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in entries.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

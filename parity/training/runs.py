@@ -150,7 +150,7 @@ class RunFolder:
     def identity(self) -> RunIdentity:
         """Return what the checkpoints of this run must record."""
         entries = self.config()
-        fixed = {key: value for key, value in _flatten(entries) if key != "id" and key not in CHANGEABLE_KEYS}
+        fixed = {key: value for key, value in flatten(entries) if key != "id" and key not in CHANGEABLE_KEYS}
         text = json.dumps(fixed, sort_keys=True)
         return RunIdentity(entries.get("id"), hashlib.sha256(text.encode()).hexdigest())
 
@@ -178,7 +178,7 @@ class RunFolder:
         config = self.config()
         if "id" in config:
             entries = {"id": config["id"], **entries}
-        saved, new = (dict(_flatten(json.loads(json.dumps(e)))) for e in (config, entries))
+        saved, new = (dict(flatten(json.loads(json.dumps(e)))) for e in (config, entries))
         different = {
             key: f"{key} was {saved.get(key)!r} and is now {new.get(key)!r}"
             for key in sorted(saved.keys() | new.keys())
@@ -281,9 +281,10 @@ def _with_current_names(entries: dict[str, Any]) -> dict[str, Any]:
     return entries
 
 
-def _flatten(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the entries of nested mappings as ("outer.inner", value)."""
     for key, value in entries.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
