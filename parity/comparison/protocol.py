@@ -6,17 +6,15 @@ how another implementation, that of Hugging Face transformers, joins a compariso
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from parity.config import GPTConfig
+from parity.reference import Weights
 from parity.training.settings import TrainSettings
-
-Weights = Mapping[str, np.ndarray]
-"""{name: array} in the huggingface format of parity.weights."""
 
 
 @dataclasses.dataclass(frozen=True)
