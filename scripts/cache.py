@@ -21,7 +21,7 @@ from parity.cli import parse
 from parity.console import PlainConsole
 from parity.data.corpora import DOWNLOADS
 from parity.errors import InputError, exit_with_message
-from parity.storage.download import cache_folder
+from parity.storage.paths import cache_folder
 
 
 @dataclasses.dataclass(frozen=True)

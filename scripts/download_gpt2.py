@@ -29,7 +29,7 @@ class Args:
 
 def main() -> None:
     args = parse(Args, __doc__)
-    folder = download_model(args.size, args.folder, args.base_url, args.offline or None)
+    folder = download_model(args.size, args.folder, args.base_url, args.offline or None, recheck=True)
     sys.stdout.write(f"{folder}\n")
 
 

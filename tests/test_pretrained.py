@@ -14,7 +14,7 @@ import gpt_torch
 from gpt_jax.loss import summed_loss
 from parity.data.tokenizer import GPT2Tokenizer
 from parity.data.windows import Windows
-from parity.storage.download import cache_folder
+from parity.storage.paths import cache_folder
 from parity.weights.openai_files import model_files
 
 FOLDER = cache_folder() / "models" / "124M"

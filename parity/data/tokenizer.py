@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from parity.errors import InputError
+from parity.storage.paths import cache_folder
 
 END_OF_TEXT = "<|endoftext|>"
 """The special token of both tokenizers; GPT-2 puts it between documents."""
@@ -229,8 +230,6 @@ def load_tokenizer(name: str, vocab_bpe: str | Path | None = None) -> Tokenizer:
         raise InputError(f"unknown tokenizer {name!r}; choose bytes or gpt2")
     if vocab_bpe is not None:
         return GPT2Tokenizer(vocab_bpe)
-    from parity.storage.download import cache_folder  # here, because it brings an HTTP client
-
     default = cache_folder() / "vocab.bpe"
     for path in [default, *sorted((cache_folder() / "models").glob("*/vocab.bpe"))]:
         if path.is_file():

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from parity.errors import InputError
-from parity.storage.download import is_offline
+from parity.storage.paths import is_offline
 from parity.training.runs import RunFolder
 
 Logger = Callable[[Mapping[str, Any]], None]

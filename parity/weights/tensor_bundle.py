@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -45,6 +45,8 @@ class Entry:
     path: Path
     offset: int
     """In bytes."""
+    size: int
+    """In bytes."""
     shape: tuple[int, ...]
     dtype: np.dtype
     crc: int
@@ -65,17 +67,50 @@ def read_bundle(prefix: Path) -> dict[str, LazyTensor]:
 def _read_tensor(entry: Entry) -> np.ndarray:
     if entry.dtype is _OPAQUE:
         raise InputError(f"{entry.path}: {printable(entry.name, 120)} has a dtype that is not supported")
-    with entry.path.open("rb") as file:
+    return np.frombuffer(_checked_bytes(entry, entry.path), entry.dtype).reshape(entry.shape)
+
+
+def _checked_bytes(entry: Entry, path: Path) -> bytes:
+    with path.open("rb") as file:
         file.seek(entry.offset)
-        content = file.read(math.prod(entry.shape) * entry.dtype.itemsize)
+        content = file.read(entry.size)
     if masked_crc(content) != entry.crc:
-        raise InputError(f"{entry.path}: {entry.name} is damaged (its crc32c differs); download the file again")
-    return np.frombuffer(content, entry.dtype).reshape(entry.shape)
+        raise InputError(f"{path}: {printable(entry.name, 120)} is damaged (its crc32c differs); download it again")
+    return content
+
+
+def check_shard(path: Path, entries: Iterable[Entry]) -> None:
+    """Check every tensor of a shard against its checksum in the index; raises InputError that names the first bad one.
+
+    Args:
+        path: The shard, which may still have another name than the index says.
+        entries: The entries of the index that are in this shard.
+    """
+    for entry in entries:
+        _checked_bytes(entry, path)
 
 
 def read_index(prefix: Path) -> dict[str, Entry]:
     """Return {name: entry} of `prefix`.index, checked against the sizes of the shards; raises InputError."""
     index = prefix.with_name(prefix.name + ".index")
+    entries = parse_index(index, prefix)
+    try:
+        sizes = {path: path.stat().st_size for path in {entry.path for entry in entries.values()}}
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read ({error.strerror})") from None
+    for entry in entries.values():
+        end = entry.offset + entry.size
+        if end > sizes[entry.path]:
+            place = f"{printable(entry.name, 120)} ends at byte {end}"
+            raise _not_intact(index, f"{place}, but {entry.path.name} has {sizes[entry.path]}")
+    return entries
+
+
+def parse_index(index: Path, prefix: Path) -> dict[str, Entry]:
+    """Return {name: entry} of an index, without looking at the shards, which are called `prefix`.data-*.
+
+    Raises InputError that names the index.
+    """
     try:
         size = index.stat().st_size
         if size > _MAX_INDEX_BYTES:
@@ -84,7 +119,11 @@ def read_index(prefix: Path) -> dict[str, Entry]:
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read ({error.strerror})") from None
     except DamageError as error:
-        raise InputError(f"{index} is not an intact tensor bundle: {error}; download the checkpoint again") from None
+        raise _not_intact(index, str(error)) from None
+
+
+def _not_intact(index: Path, problem: str) -> InputError:
+    return InputError(f"{index} is not an intact tensor bundle: {problem}; download the checkpoint again")
 
 
 def write_bundle(prefix: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -115,20 +154,19 @@ def write_bundle(prefix: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def _parse_index(table: list[tuple[bytes, bytes]], prefix: Path) -> dict[str, Entry]:
     if not table or table[0][0] != b"":
         raise DamageError("it has no header")
-    header = _message(table[0][1])
+    header = decode_message(table[0][1])
     shards = _integer(header, 1)
     if _integer(header, 2):
         raise DamageError("it is big-endian")
     if not 1 <= shards <= 99_999:
         raise DamageError(f"it claims {shards} shards")
-    sizes: dict[Path, int] = {}
     entries: dict[str, Entry] = {}
     for key, value in table[1:]:
         try:
             name = key.decode()
         except UnicodeDecodeError:
             raise DamageError(f"the name {key!r} is not UTF-8") from None
-        fields = _message(value)
+        fields = decode_message(value)
         if 7 in fields:
             raise DamageError(f"{name} is partitioned, which GPT-2's variables are not")
         dtype = _DTYPES.get(_integer(fields, 1), _OPAQUE)
@@ -137,16 +175,12 @@ def _parse_index(table: list[tuple[bytes, bytes]], prefix: Path) -> dict[str, En
         if shard >= shards:
             raise DamageError(f"{name} is in shard {shard} of {shards}")
         path = prefix.with_name(f"{prefix.name}.data-{shard:05d}-of-{shards:05d}")
-        if path not in sizes:
-            sizes[path] = path.stat().st_size
         if dtype is not _OPAQUE and size != math.prod(shape) * dtype.itemsize:
             raise DamageError(f"{name} of shape {list(shape)} has {size} bytes")
-        if offset + size > sizes[path]:
-            raise DamageError(f"{name} ends at byte {offset + size}, but {path.name} has {sizes[path]}")
         [crc] = fields.get(6, [None])[-1:]
         if not isinstance(crc, bytes) or len(crc) != 4:
             raise DamageError(f"{name} has no crc32c")
-        entries[name] = Entry(name, path, offset, shape, dtype, struct.unpack("<I", crc)[0])
+        entries[name] = Entry(name, path, offset, size, shape, dtype, struct.unpack("<I", crc)[0])
     return entries
 
 
@@ -156,10 +190,10 @@ def _shape(name: str, fields: dict[int, list[int | bytes]]) -> tuple[int, ...]:
     if not isinstance(encoded, bytes):
         raise DamageError(f"{name} has no shape")
     dims = []
-    for part in _message(encoded).get(2, []):
+    for part in decode_message(encoded).get(2, []):
         if not isinstance(part, bytes):
             raise DamageError(f"{name} has no shape")
-        dims.append(_integer(_message(part), 1))
+        dims.append(_integer(decode_message(part), 1))
     if len(dims) > 8 or any(dim >= 2**40 for dim in dims):
         raise DamageError(f"{name} has the absurd shape {dims}")
     return tuple(dims)
@@ -168,7 +202,7 @@ def _shape(name: str, fields: dict[int, list[int | bytes]]) -> tuple[int, ...]:
 # Protocol buffers
 
 
-def _message(data: bytes) -> dict[int, list[int | bytes]]:
+def decode_message(data: bytes) -> dict[int, list[int | bytes]]:
     """Decode a protocol buffer; return {field number: values}, which are integers for varints, otherwise bytes."""
     fields: dict[int, list[int | bytes]] = {}
     place = 0
