@@ -102,5 +102,5 @@ def train(
 ) -> list[tuple[float, float]]:
     with jax.enable_x64(settings.dtype == "float64"), jax.default_matmul_precision("highest"):
         trainer = Trainer(config, settings)
-        load_weights(trainer.state.model, weights)
-        return train_steps(trainer, lambda: export_weights(trainer.state.model), batches, after_step)
+        load_weights(trainer.model, weights)
+        return train_steps(trainer, lambda: export_weights(trainer.model), batches, after_step)

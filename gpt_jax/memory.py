@@ -130,12 +130,12 @@ def compiled_memory(
     Raises:
         InputError: If there are fewer devices than the mesh has.
     """
-    optimizer, compute_dtype = make_optimizer(settings, config), jnp.dtype(settings.dtype)
+    compute_dtype = jnp.dtype(settings.dtype)
     param_dtype = widened(compute_dtype)
 
     def initial_state() -> TrainState:
         model = cast(GPTModel(config, None, "explicit", unroll, remat), param_dtype)
-        return TrainState(model, optimizer.init(model))
+        return TrainState(model, make_optimizer(model, settings).init(model))
 
     mesh = make_mesh(shape)
     state = jax.eval_shape(initial_state)
@@ -146,6 +146,7 @@ def compiled_memory(
     tokens_shape = (settings.accumulate, settings.batch_size // settings.accumulate, config.n_ctx)
     tokens = jax.ShapeDtypeStruct(tokens_shape, jnp.int32, sharding=by_rows)
     lr, step_number = (jax.ShapeDtypeStruct((), d, sharding=replicated) for d in (param_dtype, jnp.int32))
+    optimizer = make_optimizer(state.model, settings)
     step = make_train_step(optimizer, settings.clip, compute_dtype, None, mesh, (state_sharding, replicated))
     analysis: Any = step.lower(abstract, tokens, tokens, lr, step_number).compile().memory_analysis()
     # The state is donated, so the outputs take no memory of their own.

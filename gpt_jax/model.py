@@ -20,11 +20,12 @@ from gpt_jax.arrays import add_axes, at_least_float32, dropout, merge_heads, spl
 from gpt_jax.weights import load_weights
 from parity import taps
 from parity.config import LAYER_NORM_EPS, GPTConfig, as_config
-from parity.errors import InputError
+from parity.errors import InputError, check_choice
 from parity.taps import tap
 from parity.weights import initial_weights
 
 LayerCache = tuple[Array, Array]  # keys and values of one layer, both [BN, S, H]; see MultiHeadAttention._cached
+ATTENTIONS = ("explicit", "cudnn")
 REMAT_POLICIES = {
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "all": jax.checkpoint_policies.nothing_saveable,
@@ -70,7 +71,7 @@ class MultiHeadAttention(nnx.Module):
         elif taps.attention(self.attention) == "explicit":
             z = self._explicit(q, k, v, mask, key)  # [B, T, N, H]
         else:
-            z = self._cudnn(q, k, v)  # [B, T, N, H]
+            z = self._cudnn(q, k, v, key)  # [B, T, N, H]
         z = tap("attn.z", z)
         return tap("attn.out", self.out_proj(z)), cache  # [B, T, D]
 
@@ -81,7 +82,9 @@ class MultiHeadAttention(nnx.Module):
         pattern = tap("attn.pattern", jax.nn.softmax(scores, axis=-1).astype(v.dtype))
         return jnp.einsum("BNTS,BSNH->BTNH", dropout(pattern, self.drop_rate, key), v)
 
-    def _cudnn(self, q: Array, k: Array, v: Array) -> Array:
+    def _cudnn(self, q: Array, k: Array, v: Array, key: Array | None) -> Array:
+        if self.drop_rate and key is not None:
+            raise InputError('attention "cudnn" has no dropout; use "explicit", or give no key')
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
     def _cached(
@@ -183,7 +186,7 @@ class GPTModel(nnx.Module):
             results of matrix products with weights), or "all".
 
     Raises:
-        InputError: For an unknown preset, and for a configuration that is not valid.
+        InputError: For an unknown preset, attention or remat, and for a configuration or unroll that is not valid.
     """
 
     def __init__(
@@ -194,6 +197,10 @@ class GPTModel(nnx.Module):
         unroll: int = 1,
         remat: str = "none",
     ):
+        check_choice("attention", attention, ATTENTIONS)
+        check_choice("remat", remat, ("none", *REMAT_POLICIES))
+        if not isinstance(unroll, int) or unroll < 1:
+            raise InputError(f"unroll must be a positive integer, got {unroll!r:.60}")
         self.config = config = as_config(config)
         self.attention = attention
         self.unroll = unroll

@@ -21,7 +21,7 @@ from gpt_jax.model import GPTModel, cast
 from gpt_jax.weights import load_weights
 from parity.config import GPTConfig, is_counted
 from parity.errors import InputError
-from parity.training import optimizer_state as train_state
+from parity.training import optimizer_state
 from parity.training.initial import initial_arrays
 from parity.training.settings import TrainSettings
 from parity.weights import rows
@@ -46,9 +46,9 @@ def make_summed_loss(compute_dtype: Any, mesh: Mesh | None = None):
     return cast_and_sum
 
 
-def make_optimizer(settings: TrainSettings, config: GPTConfig) -> optax.GradientTransformation:
+def make_optimizer(model: GPTModel, settings: TrainSettings) -> optax.GradientTransformation:
     """Return AdamW (Loshchilov & Hutter 2019) without the learning rate, by which each step multiplies the update."""
-    decayed = {row.flax for row in rows(config) if row.decayed}
+    decayed = {row.flax for row in rows(model.config) if row.decayed}
 
     def mask(model: GPTModel) -> GPTModel:
         # The table decides, not the number of axes: stacked biases have two.
@@ -155,33 +155,37 @@ class Trainer:
         mesh: Mesh | None = None,
         remat: str = "none",
     ):
-        self.config, self._mesh = config, mesh
+        self.config, self.settings, self._mesh = config, settings, mesh
         compute_dtype = jnp.dtype(settings.dtype)
         if compute_dtype == jnp.float64 and jnp.zeros(()).dtype != jnp.float64:
             raise InputError("dtype float64 needs jax_enable_x64")
         self._param_dtype = widened(compute_dtype)
-        self._optimizer = make_optimizer(settings, config)
         model = GPTModel(config, None, attention, unroll, remat)
         load_weights(model, *initial_arrays(config, settings, init_from))
         model = cast(model, self._param_dtype)
+        self.optimizer = make_optimizer(model, settings)
         self._state_sharding = replicated = out_shardings = None
         if mesh is None:
-            self.state = TrainState(model, self._optimizer.init(model))
+            self.state = TrainState(model, self.optimizer.init(model))
         else:
-            state = jax.eval_shape(lambda: TrainState(model, self._optimizer.init(model)))
+            state = jax.eval_shape(lambda: TrainState(model, self.optimizer.init(model)))
             self._state_sharding = sharding.shardings(state, config, mesh, parameter_name)
             replicated = NamedSharding(mesh, PartitionSpec())
             out_shardings = (self._state_sharding, replicated)
             model = sharding.device_put_tree(model, self._state_sharding.model)
             # The moments are created sharded: no device ever holds all of them.
             self.state = TrainState(
-                model, jax.jit(self._optimizer.init, out_shardings=self._state_sharding.opt_state)(model)
+                model, jax.jit(self.optimizer.init, out_shardings=self._state_sharding.opt_state)(model)
             )
         dropout_seed = settings.seed if config.drop_rate else None
         self._train_step = make_train_step(
-            self._optimizer, settings.clip, compute_dtype, dropout_seed, mesh, out_shardings
+            self.optimizer, settings.clip, compute_dtype, dropout_seed, mesh, out_shardings
         )
         self._summed_loss = jax.jit(make_summed_loss(compute_dtype, mesh), out_shardings=replicated)
+
+    @property
+    def model(self) -> GPTModel:
+        return self.state.model
 
     def local_slice(self, size: int) -> slice:
         return slice(0, size) if self._mesh is None else sharding.local_rows(size, self._mesh)
@@ -197,10 +201,10 @@ class Trainer:
         return self._block_on_cpu(metrics)
 
     def evaluate_batch(self, inputs: Array, targets: Array) -> Array:
-        return self._block_on_cpu(self._summed_loss(self.state.model, inputs, targets))
+        return self._block_on_cpu(self._summed_loss(self.model, inputs, targets))
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
-        return generate(self._gathered(self.state.model), prompts, max_new_tokens, **options)
+        return generate(self._gathered(self.model), prompts, max_new_tokens, **options)
 
     def _to_mesh(self, array: np.ndarray, *spec: Any) -> Array:
         """Copy this process's part of an array to its devices, sharded over the mesh as `spec` says."""
@@ -217,16 +221,16 @@ class Trainer:
         return jax.block_until_ready(result) if may_deadlock else result
 
     def save(self, folder: Path) -> None:
-        checkpoint.save(folder, self._gathered(self.state.model), _to_arrays(self.state))
+        checkpoint.save(folder, self._gathered(self.model), _to_arrays(self.state))
 
     def restore(self, folder: Path) -> None:
         arrays = _to_arrays(self.state)
-        if (folder / train_state.ORBAX_FOLDER).is_dir():
+        if (folder / optimizer_state.ORBAX_FOLDER).is_dir():
             self.state = _from_arrays(self.state, checkpoint.restore(folder, arrays))
             return
-        stored = train_state.read(folder, self.config)
+        stored = optimizer_state.read(folder, self.config)
         restored: dict[str, Any] = {"step": jnp.asarray(stored.step, arrays["step"].dtype)}
-        for part in ("parameters", *train_state.MOMENTS):
+        for part in ("parameters", *optimizer_state.MOMENTS):
             converted = stored.converted(part, "flax", self.config)
             restored |= {f"{part}.{name}": jnp.asarray(array, self._param_dtype) for name, array in converted.items()}
         state = _from_arrays(self.state, restored)
@@ -254,4 +258,4 @@ def _from_arrays(state: TrainState, arrays: dict[str, Array]) -> TrainState:
 
 def _parts(state: TrainState) -> dict[str, GPTModel]:
     moments = (otu.tree_get(state.opt_state, name) for name in ("mu", "nu"))
-    return dict(zip(("parameters", *train_state.MOMENTS), (state.model, *moments), strict=True))
+    return dict(zip(("parameters", *optimizer_state.MOMENTS), (state.model, *moments), strict=True))

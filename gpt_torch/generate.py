@@ -1,7 +1,7 @@
 """Generation in PyTorch: a loop over a key/value cache. parity/sampling.py has the options and the rules."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import numpy as np
 import torch
@@ -10,8 +10,41 @@ from torch import Tensor
 from gpt_torch.model import GPTModel
 from gpt_torch.modes import eval_mode, require_values, unwrap
 from gpt_torch.sampling import choose
-from parity.generation import Request, RowInputs, check_finite, pick_prompts, prepare
+from parity.generation import Request, RowInputs, check_finite, pick_prompts, prepare, running_tokens
 from parity.sampling import GenerateOptions, RowOptions
+
+
+@overload
+def generate(
+    model: GPTModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 50,
+    *notebook_options: Any,
+    return_logprobs: Literal[False] = False,
+    **options: Unpack[GenerateOptions],
+) -> list[list[int]]: ...
+
+
+@overload
+def generate(
+    model: GPTModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 50,
+    *notebook_options: Any,
+    return_logprobs: Literal[True],
+    **options: Unpack[GenerateOptions],
+) -> tuple[list[list[int]], list[list[float]]]: ...
+
+
+@overload
+def generate(
+    model: GPTModel,
+    prompts: Tensor | None = None,
+    max_new_tokens: int = 50,
+    *notebook_options: Any,
+    idx: Tensor | None = None,
+    **options: Unpack[GenerateOptions],
+) -> Tensor: ...
 
 
 def generate(
@@ -65,12 +98,8 @@ def generate(
     new_tokens = np.array([step.token for step in steps], np.int32).reshape(-1, B).T  # [B, new]
     logprobs = np.array([step.logprob for step in steps]).reshape(-1, B).T  # [B, new]
     lengths = steps[-1].lengths if steps else np.zeros(B, np.int32)  # [B]
-    rows = request.rows(new_tokens, lengths)
-    if isinstance(ids, Tensor):
-        return torch.from_numpy(request.rectangle(rows)).to(ids)
-    if return_logprobs:
-        return rows, [row[:length].tolist() for row, length in zip(logprobs, lengths, strict=True)]
-    return rows
+    result = request.result(new_tokens, logprobs, lengths)
+    return torch.from_numpy(result).to(ids) if isinstance(ids, Tensor) else result
 
 
 def generate_text_simple(model: GPTModel, idx: Tensor, max_new_tokens: int, context_size: int) -> Tensor:
@@ -104,7 +133,7 @@ def stream(
 
 def _stream(model: GPTModel, request: Request) -> Iterator[list[int | None]]:
     for number, step in enumerate(_steps(model, request)):
-        yield [int(t) if length > number else None for t, length in zip(step.token, step.lengths, strict=True)]
+        yield running_tokens(step.token, step.lengths, number)
 
 
 class Step(NamedTuple):

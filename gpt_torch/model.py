@@ -18,12 +18,13 @@ from gpt_torch.modes import unwrap, values
 from gpt_torch.weights import load_weights
 from parity import taps
 from parity.config import LAYER_NORM_EPS, GPTConfig, as_config
-from parity.errors import InputError
+from parity.errors import InputError, check_choice
 from parity.taps import tap
 from parity.weights import initial_weights
 
 LayerCache = tuple[Tensor, Tensor]  # keys and values of one layer, both [B, S, N, H]
 Cache = list[LayerCache]  # one entry per layer
+ATTENTIONS = ("explicit", "sdpa")
 
 
 class MultiHeadAttention(nn.Module):
@@ -141,11 +142,12 @@ class GPTModel(nn.Module):
         attention: "explicit" or "sdpa"; see MultiHeadAttention.
 
     Raises:
-        InputError: For an unknown preset, and for a configuration that is not valid.
+        InputError: For an unknown preset or attention, and for a configuration that is not valid.
     """
 
     def __init__(self, config: GPTConfig | Mapping[str, Any] | str, seed: int | None = 0, attention: str = "explicit"):
         super().__init__()
+        check_choice("attention", attention, ATTENTIONS)
         self.config = config = as_config(config)
         self.attention = attention
         self.tok_emb = nn.Embedding(config.n_vocab, config.n_embd)

@@ -22,8 +22,7 @@ from gpt_torch.pretrained import save_weights
 from gpt_torch.weights import load_weights
 from parity import weights
 from parity.config import GPTConfig, is_counted
-from parity.training import checkpoints
-from parity.training import optimizer_state as train_state
+from parity.training import checkpoints, optimizer_state
 from parity.training.initial import initial_arrays
 from parity.training.processes import ALONE, Processes
 from parity.training.settings import TrainSettings
@@ -165,12 +164,12 @@ class Trainer:
         step, moments = self._moments()
         named = {moment: {n: a.cpu().numpy() for n, a in arrays.items()} for moment, arrays in moments.items()}
         converted = {m: dict(weights.convert(a, "torch", "huggingface", self.config)) for m, a in named.items()}
-        train_state.write_optimizer(folder, step, converted)
+        optimizer_state.write_optimizer(folder, step, converted)
 
     def restore(self, folder: Path) -> None:
-        stored = train_state.read(folder, self.config)
+        stored = optimizer_state.read(folder, self.config)
         load_weights(self.model, stored.arrays["parameters"], stored.format, origin=str(folder))
-        moments = {moment: stored.converted(moment, "torch", self.config) for moment in train_state.MOMENTS}
+        moments = {moment: stored.converted(moment, "torch", self.config) for moment in optimizer_state.MOMENTS}
         # The optimizer numbers its parameters across its groups.
         name_of = {parameter: name for name, parameter in self.model.named_parameters()}
         names = [name_of[p] for group in self.optimizer.param_groups for p in group["params"]]
@@ -184,11 +183,11 @@ class Trainer:
 
     def _moments(self) -> tuple[int, dict[str, dict[str, Tensor]]]:
         """Return the number of updates, and {moment: {parameter: tensor}}, with zeros before the first update."""
-        moments: dict[str, Any] = {moment: {} for moment in train_state.MOMENTS}
+        moments: dict[str, Any] = {moment: {} for moment in optimizer_state.MOMENTS}
         step = 0
         for name, parameter in self.model.named_parameters():
             state = self.optimizer.state.get(parameter) or {}
             step = int(state.get("step", 0))
-            for moment in train_state.MOMENTS:
+            for moment in optimizer_state.MOMENTS:
                 moments[moment][name] = state.get(moment, torch.zeros_like(parameter))
         return step, moments

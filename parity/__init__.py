@@ -10,13 +10,17 @@ from parity.errors import InputError
 
 __version__ = "0.1.0"
 
-__all__ = ["PRESETS", "GPTConfig", "InputError", "as_config", "load_tokenizer"]
+__all__ = ["PRESETS", "GPTConfig", "InputError", "as_config", "load_model_and_tokenizer", "load_tokenizer"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load_tokenizer` on first use, so that `import parity` loads the configuration only (PEP 562)."""
+    """Import the loaders on first use, so that `import parity` loads the configuration only (PEP 562)."""
     if name == "load_tokenizer":
         from parity.data.tokenizer import load_tokenizer
 
         return load_tokenizer
+    if name == "load_model_and_tokenizer":
+        from parity.loading import load_model_and_tokenizer
+
+        return load_model_and_tokenizer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

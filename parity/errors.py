@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from parity.streams import LossyStream, discard_unwritten, prepare_standard_streams
 
@@ -28,6 +28,12 @@ def printable(text: str, most: int) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise InputError unless an argument has one of its possible values; the message lists them."""
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r:.60}")
 
 
 _SIGPIPE = 13  # the signal that ends other programs whose reader is gone; Windows does not have it

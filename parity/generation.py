@@ -74,6 +74,7 @@ class Request:
     """Seed of each row."""
     noise_rows: list[int]
     """Row of the random numbers of each row."""
+    as_array: bool
     return_logprobs: bool
 
     @property
@@ -88,12 +89,23 @@ class Request:
         """Random numbers float32 [B, segment] of the new tokens from number `first` on."""
         return uniforms(self.seeds, self.noise_rows, [len(prompt) + first for prompt in self.prompts], self.segment)
 
-    def rows(self, new_tokens: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
-        """Each prompt followed by the first lengths[b] of its new tokens [B, new]."""
-        new_rows = zip(self.prompts, new_tokens.tolist(), lengths.tolist(), strict=True)
-        return [prompt + new[:length] for prompt, new, length in new_rows]
+    def result(self, new_tokens: np.ndarray, logprobs: np.ndarray, lengths: np.ndarray) -> Any:
+        """Return what generate() returns, with a NumPy array in place of the backend's.
 
-    def rectangle(self, rows: list[list[int]]) -> np.ndarray:
+        Args:
+            new_tokens: int [B, new].
+            logprobs: float [B, new], the log-probabilities of the new tokens.
+            lengths: int [B], the number of new tokens of each row.
+        """
+        new_rows = zip(self.prompts, new_tokens.tolist(), lengths.tolist(), strict=True)
+        rows = [prompt + new[:length] for prompt, new, length in new_rows]
+        if self.as_array:
+            return self._rectangle(rows)
+        if self.return_logprobs:
+            return rows, [row[:length].tolist() for row, length in zip(logprobs, lengths, strict=True)]
+        return rows
+
+    def _rectangle(self, rows: list[list[int]]) -> np.ndarray:
         """The rows as the notebook returns them, int64 [B, T]: without the eos_id at the end, but padded with it."""
         cut = [
             row[:-1] if len(row) > len(prompt) and row[-1] == eos_id else row
@@ -185,8 +197,14 @@ def prepare(
         segment=segment,
         seeds=seeds,
         noise_rows=noise_rows,
+        as_array=as_array,
         return_logprobs=return_logprobs,
     )
+
+
+def running_tokens(tokens: np.ndarray, lengths: np.ndarray, number: int) -> list[int | None]:
+    """Return what stream() yields for new token `number` of each row: tokens [B], or None where the row has ended."""
+    return [int(t) if length > number else None for t, length in zip(tokens, lengths, strict=True)]
 
 
 def pick_prompts(prompts: Any, idx: Any) -> Any:

@@ -1,7 +1,9 @@
-"""Load the model and the tokenizer that the options --run and --model name."""
+"""A model with its tokenizer, of a training run or of weights: from Python, and from the options of a script."""
 
+import dataclasses
+import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from parity.data.tokenizer import Tokenizer, load_tokenizer
 from parity.data.tokenizer_files import own_vocabulary
@@ -10,20 +12,66 @@ from parity.training.runs import RunFolder, read_run
 from parity.weights.load import find_folder
 
 
+class Loaded(NamedTuple):
+    """What the options of `ModelArgs` name."""
+
+    backend: Any
+    """The package gpt_torch or gpt_jax."""
+    device_info: str
+    """The device that runs the model, and the version of the framework."""
+    model: Any
+    """A GPTModel of the backend."""
+    tokenizer: Tokenizer
+    folder: Path
+    """Where the weights were read from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelArgs:
+    """Options of the scripts that run a trained model."""
+
+    run: Path | None = None
+    """Run folder of a training script, which has the model and its tokenizer. Give either --run or --model."""
+    checkpoint: str = "newest"
+    """Checkpoint of the run: newest (the newest intact one), best (lowest validation loss), or a step number."""
+    model: str | None = None
+    """Size of one of OpenAI's models, such as 124M (downloaded if necessary), or a folder or file with weights. The
+    tokenizer is GPT-2's; a model of bytes needs --run."""
+    backend: Literal["jax", "torch"] = "jax"
+    """Framework that runs the model; both generate the same text."""
+    device: Literal["auto", "cpu", "gpu", "cuda", "tpu", "mps"] = "auto"
+    """Device that runs the model. auto takes an accelerator if the framework sees one; gpu and cuda are the same."""
+    vocab_bpe: Path | None = None
+    """OpenAI's vocab.bpe for the gpt2 tokenizer. By default the one in the model's folder, or else in the cache."""
+
+    def load(self) -> Loaded:
+        """Load the model onto the device. Only the framework of the backend is imported.
+
+        Raises:
+            InputError: As load_model_and_tokenizer() does, and if the framework sees no such device.
+        """
+        backend = importlib.import_module(f"gpt_{self.backend}")
+        devices = importlib.import_module(f"gpt_{self.backend}.devices")
+        device = devices.choose_device(self.device)
+        loaded = load_model_and_tokenizer(backend, self.run, self.model, self.vocab_bpe, self.checkpoint, device)
+        return Loaded(backend, devices.describe(device), *loaded)
+
+
 def load_model_and_tokenizer(
     backend: Any,
-    run: Path | None = None,
-    model: str | None = None,
+    run: str | Path | None = None,
+    model: str | Path | None = None,
     vocab_bpe: Path | None = None,
     checkpoint: str = "newest",
     device: Any = None,
 ) -> tuple[Any, Tokenizer, Path]:
-    """Load a model of a training run, or of a size or folder, and the tokenizer that it was trained with.
+    """Load a model from a training run, a size or a folder, and the tokenizer that it was trained with.
 
     Args:
         backend: The package gpt_torch or gpt_jax.
         run: Run folder of a training script. Give either `run` or `model`.
-        model: OpenAI's model of a size ("124M"), or a folder with weights.
+        model: Size of one of OpenAI's models ("124M"), which is downloaded into the cache once, or a folder or file
+            with weights.
         vocab_bpe: OpenAI's vocab.bpe, for the gpt2 tokenizer. By default the vocabulary in the model's folder, or that
             in the cache. A tokenizer in the model's folder must be GPT-2's in any case.
         checkpoint: Which checkpoint of the run: "newest" (the newest intact one), "best" (lowest validation loss), or
@@ -38,12 +86,12 @@ def load_model_and_tokenizer(
             tokenizer has more tokens than the model.
     """
     if (run is None) == (model is None):
-        raise InputError("give either --run, a run folder, or --model, a size or a folder with weights")
+        raise InputError("give either a run folder (--run), or a size or a folder with weights (--model)")
     if run is not None:
-        run_folder = RunFolder(run)
+        run_folder = RunFolder(Path(run))
         config = run_folder.config()
         if "train" not in config:
-            raise InputError(f"--run {run}: this is no run of a training script; for a folder with weights use --model")
+            raise InputError(f"--run {run} is not a run of a training script; for a folder with weights use --model")
         tokenizer = load_tokenizer(read_run(run_folder).settings.tokenizer, vocab_bpe)
         folder = _checkpoint(run_folder, checkpoint)
     else:

@@ -5,10 +5,9 @@ python scripts/compare_decoding.py --model 124M --prompts prompts.txt --out repo
 """
 
 import dataclasses
-import importlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.progress import track
@@ -19,7 +18,7 @@ from parity.console import PlainConsole
 from parity.data.tokenizer import encode_prompt, stream_text
 from parity.errors import InputError, exit_with_message
 from parity.figures import new_figure
-from parity.loading import load_model_and_tokenizer
+from parity.loading import ModelArgs
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -41,28 +40,15 @@ MEASURES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
-    run: Path | None = None
-    """Run folder of a training script; give either --run or --model."""
-    checkpoint: str = "newest"
-    """Checkpoint of the run: newest (the newest intact one), best (lowest validation loss), or a step number."""
-    model: str | None = None
-    """Size of OpenAI's model (124M, 355M, 774M or 1558M; downloaded if necessary), or a folder or file with
-    weights. Its tokenizer is gpt2; a model of bytes needs --run."""
+class Args(ModelArgs):
     prompts: Path | None = None
     """A UTF-8 file with one prompt per line. By default a few short prompts."""
-    backend: Literal["jax", "torch"] = "jax"
-    """Framework that runs the model."""
-    device: Literal["auto", "cpu", "gpu", "cuda", "tpu", "mps"] = "auto"
-    """Device that runs the model. auto takes an accelerator if the framework sees one; gpu and cuda are the same."""
     max_new_tokens: int = 100
     """Largest number of tokens per continuation."""
     samples: int = 4
     """Number of continuations of each prompt; greedy decoding has one."""
     seed: int = 0
     """Seed of the random numbers."""
-    vocab_bpe: Path | None = None
-    """OpenAI's vocab.bpe for the gpt2 tokenizer. By default from the model's folder or the cache."""
     out: Path = Path("reports/decoding")
     """Folder for decoding.md, decoding.png and decoding.json."""
 
@@ -88,12 +74,7 @@ def measure(new: list[list[int]], logprobs: list[list[float]]) -> dict[str, floa
 
 def main() -> None:
     args = parse(Args, __doc__)
-    backend = importlib.import_module(f"gpt_{args.backend}")
-    devices = importlib.import_module(f"gpt_{args.backend}.devices")
-    device = devices.choose_device(args.device)
-    model, tokenizer, folder = load_model_and_tokenizer(
-        backend, args.run, args.model, args.vocab_bpe, args.checkpoint, device
-    )
+    backend, device_info, model, tokenizer, folder = args.load()
     texts = PROMPTS
     if args.prompts is not None:
         texts = tuple(line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip())
@@ -118,7 +99,7 @@ def main() -> None:
         new = [row[len(ids[number // samples]) :] for number, row in enumerate(rows)]
         figures[name] = measure(new, logprobs)
         examples[name] = "".join(stream_text(tokenizer, (token for token in new[0] if token != tokenizer.eos_id)))
-    report(args, f"{folder}, {args.backend} on {devices.describe(device)}", texts, figures, examples)
+    report(args, f"{folder}, {args.backend} on {device_info}", texts, figures, examples)
 
 
 def report(args: Args, origin: str, texts: tuple[str, ...], figures: dict, examples: dict) -> None:

@@ -6,18 +6,17 @@ python scripts/download_gpt2.py 124M
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
 from parity.cli import parse
 from parity.errors import exit_with_message
-from parity.weights.openai_files import download_model
+from parity.weights.openai_files import Size, download_model
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    size: tyro.conf.Positional[Literal["124M", "355M", "774M", "1558M"]]
+    size: tyro.conf.Positional[Size]
     """Size of the model, which is its number of parameters."""
     folder: Path | None = None
     """Folder for the files; by default models/SIZE in the cache folder, which GPT_PARITY_CACHE moves."""

@@ -7,7 +7,6 @@ python scripts/generate.py --model 124M          # asks for prompts; from a pipe
 """
 
 import dataclasses
-import importlib
 import io
 import sys
 import time
@@ -21,29 +20,18 @@ from parity.cli import parse
 from parity.data.tokenizer import Tokenizer, encode_prompt, stream_text
 from parity.errors import InputError, exit_with_message, report_error
 from parity.generation import prepare
-from parity.loading import load_model_and_tokenizer
+from parity.loading import ModelArgs
 from parity.sampling import GenerateOptions
 from parity.streams import for_display
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(ModelArgs):
     prompt: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[PROMPT]")] = None
     """Text to continue. Without it and without --file, the script asks for prompts, or, if standard input is a pipe or
     file, reads one prompt from it."""
     file: Path | None = None
     """A UTF-8 file whose whole text is the prompt."""
-    run: Path | None = None
-    """Run folder of a training script, whose model continues the prompt; give either --run or --model."""
-    checkpoint: str = "newest"
-    """Checkpoint of the run: newest (the newest intact one), best (lowest validation loss), or a step number."""
-    model: str | None = None
-    """Size of OpenAI's model (124M, 355M, 774M or 1558M; downloaded if necessary), or a folder or file with
-    weights. Its tokenizer is gpt2; a model of bytes needs --run."""
-    backend: Literal["jax", "torch"] = "jax"
-    """Framework that runs the model; both give the same text."""
-    device: Literal["auto", "cpu", "gpu", "cuda", "tpu", "mps"] = "auto"
-    """Device that runs the model. auto takes an accelerator if the framework sees one; gpu and cuda are the same."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights and of the computation."""
     max_new_tokens: int = 200
@@ -70,8 +58,6 @@ class Args:
     """Largest number of tokens that the model attends to. By default the model's whole context."""
     overflow: Literal["crop", "stop"] = "crop"
     """What to do when the context is full: crop continues from its last tokens (slower), stop ends the text."""
-    vocab_bpe: Path | None = None
-    """OpenAI's vocab.bpe for the gpt2 tokenizer. By default from the model's folder or the cache."""
 
 
 def prompts(args: Args) -> Iterator[str]:
@@ -153,13 +139,8 @@ def continue_prompt(args: Args, backend: Any, model: Any, tokenizer: Tokenizer, 
 
 def main() -> None:
     args = parse(Args, __doc__)
-    backend = importlib.import_module(f"gpt_{args.backend}")  # the other framework is never imported
-    devices = importlib.import_module(f"gpt_{args.backend}.devices")
-    device = devices.choose_device(args.device)
-    model, tokenizer, _ = load_model_and_tokenizer(
-        backend, args.run, args.model, args.vocab_bpe, args.checkpoint, device
-    )
-    sys.stderr.write(f"[{devices.describe(device)}, {args.dtype}]\n")
+    backend, device_info, model, tokenizer, _ = args.load()
+    sys.stderr.write(f"[{device_info}, {args.dtype}]\n")
     model = backend.cast(model, args.dtype)
     if args.backend == "jax":
         model = backend.for_decoding(model)

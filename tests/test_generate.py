@@ -20,7 +20,7 @@ from transformers import (
 
 import gpt_jax
 import gpt_torch
-from gpt_jax.generate import _cached_loop, _start
+from gpt_jax.generation_loop import _cached_loop, _start
 from gpt_jax.loss import calc_loss
 from parity.errors import InputError
 from parity.sampling import RowOptions, check_options, row_options, uniforms

@@ -10,7 +10,7 @@ from support.models import TINY, probing_weights
 
 import gpt_jax
 import gpt_torch
-from gpt_jax.generate import _cached_loop, _start
+from gpt_jax.generation_loop import _cached_loop, _start
 from parity import generation
 from parity.errors import InputError
 from parity.sampling import MOST_SAMPLES, RowOptions, check_options, row_options, uniforms

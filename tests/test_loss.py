@@ -158,7 +158,7 @@ def test_other_targets_are_refused_where_a_function_can_raise(bad):
     targets[1, 3] = bad
     settings = recipe("tiny").settings
     jax_trainer, torch_trainer = gpt_jax.train.Trainer(TINY, settings), gpt_torch.train.Trainer(TINY, settings)
-    jax_model, torch_model = jax_trainer.state.model, torch_trainer.model
+    jax_model, torch_model = jax_trainer.model, torch_trainer.model
     for call in (
         lambda: gpt_jax.loss.calc_loss(jax_model, inputs, targets),
         lambda: gpt_torch.loss.calc_loss(torch_model, *torch_batch(inputs, targets)),

@@ -45,7 +45,7 @@ with processes(False, sys.argv[1], 2, int(sys.argv[2])):
         inputs, _ = trainer.to_device(*[(np.arange(128, dtype=np.int32) % 96).reshape(1, 8, 16)[:, part]] * 2)
         shards = len({str(shard.index) for shard in inputs.addressable_shards})
         rows.append([part.start, part.stop, list(inputs.shape), shards])
-        whole = trainer._gathered(trainer.state.model)
+        whole = trainer._gathered(trainer.model)
         assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(whole))
     pathlib.Path(sys.argv[3]).write_text(json.dumps(rows))  # Gloo writes to standard output
 """

@@ -25,7 +25,7 @@ COMMON = {
     "stream",
 }
 NAMES = {
-    parity: {"PRESETS", "GPTConfig", "InputError", "as_config", "load_tokenizer"},
+    parity: {"PRESETS", "GPTConfig", "InputError", "as_config", "load_model_and_tokenizer", "load_tokenizer"},
     gpt_torch: COMMON,
     gpt_jax: COMMON | {"DecodingModel", "for_decoding"},
 }

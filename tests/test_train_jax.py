@@ -30,9 +30,9 @@ def test_decay_reaches_matrices_only():
     """A huge eps makes the effect of the gradient negligible, so that a step is the decay alone: p - lr * wd * p."""
     settings = dataclasses.replace(SETTINGS, weight_decay=0.5, eps=1e6)
     trainer = Trainer(TINY, settings)
-    before = {n: np.asarray(p.get_value()) for n, p in gpt_jax.weights.parameters(trainer.state.model).items()}
+    before = {n: np.asarray(p.get_value()) for n, p in gpt_jax.weights.parameters(trainer.model).items()}
     trainer.train_step(*batches(1, 2), 0.1, 0)
-    after = {n: np.asarray(p.get_value()) for n, p in gpt_jax.weights.parameters(trainer.state.model).items()}
+    after = {n: np.asarray(p.get_value()) for n, p in gpt_jax.weights.parameters(trainer.model).items()}
     for row in rows(TINY):
         factor = 0.95 if row.decayed else 1.0
         result = compare(row.flax, after[row.flax], before[row.flax] * factor, 1e-6)
@@ -52,7 +52,7 @@ def test_clip_and_adam_by_hand():
     assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
     assert norm > settings.clip
     decayed = {row.flax for row in rows(TINY) if row.decayed}
-    parts = (gpt_jax.weights.parameters(m) for m in (model, gradient, trainer.state.model))
+    parts = (gpt_jax.weights.parameters(m) for m in (model, gradient, trainer.model))
     before, grads, after = ({n: np.asarray(p.get_value(), np.float64) for n, p in part.items()} for part in parts)
     for name, g in grads.items():
         g = g * settings.clip / norm
@@ -65,7 +65,7 @@ def test_clip_and_adam_by_hand():
 
 def test_state_is_donated_and_no_batch_compiles_again():
     trainer = Trainer(TINY, SETTINGS)
-    old = trainer.state.model
+    old = trainer.model
     trainer.train_step(*batches(1, 2), 1e-3, 0)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
     for step in range(1, 4):
@@ -124,7 +124,7 @@ def test_bfloat16_keeps_float32_parameters():
         a, b = (t.train_step(*batches(1, 4, seed=step), 1e-3, step) for t in (trainer, exact))
     assert float(a["loss"]) != float(b["loss"])
     assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=5e-3)
-    assert {leaf.dtype for leaf in jax.tree.leaves(trainer.state.model)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(trainer.model)} == {jnp.dtype("float32")}
 
 
 def test_loss_leaves_out_padding():

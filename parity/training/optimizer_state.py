@@ -27,8 +27,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainState:
-    """Everything of a run that changes from step to step."""
+class StoredState:
+    """The train state of a checkpoint: parameters and moments, and how many updates made them."""
 
     step: int
     """Number of updates made: AdamW's count, which skipped steps do not raise."""
@@ -53,7 +53,7 @@ def write_optimizer(folder: Path, step: int, moments: Mapping[str, Mapping[str, 
     huggingface.save_tensors(folder / OPTIMIZER_FILE, named, {"step": str(step)})
 
 
-def read(folder: Path, config: GPTConfig) -> TrainState:
+def read(folder: Path, config: GPTConfig) -> StoredState:
     """Return the train state in a checkpoint's folder; parameters are read from disk when they are used.
 
     Raises:
@@ -79,7 +79,7 @@ def read(folder: Path, config: GPTConfig) -> TrainState:
         moment: {n.removeprefix(f"{moment}."): array for n, array in arrays.items() if n.startswith(f"{moment}.")}
         for moment in MOMENTS
     }
-    return TrainState(step, {"parameters": parameters, **moments}, "huggingface")
+    return StoredState(step, {"parameters": parameters, **moments}, "huggingface")
 
 
 def read_back(folder: Path, config: GPTConfig) -> None:
@@ -100,12 +100,12 @@ def read_back(folder: Path, config: GPTConfig) -> None:
         raise InputError(f"{folder / OPTIMIZER_FILE} cannot be read ({error})") from None
 
 
-def _from_orbax(folder: Path, config: GPTConfig) -> TrainState:
+def _from_orbax(folder: Path, config: GPTConfig) -> StoredState:
     names = weights.shapes(config, "flax")
     arrays = {
         part: {name: _load_from_orbax(folder, f"{part}.{name}") for name in names} for part in ("parameters", *MOMENTS)
     }
-    return TrainState(int(_load_from_orbax(folder, "step")), arrays, "flax")
+    return StoredState(int(_load_from_orbax(folder, "step")), arrays, "flax")
 
 
 def _load_from_orbax(folder: Path, name: str) -> np.ndarray:

@@ -4,6 +4,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 from rich.progress import (
     BarColumn,
@@ -30,7 +31,8 @@ MIRRORS = (
     "https://openaipublic.blob.core.windows.net/gpt-2/models",
     "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2",
 )
-SIZES = ("124M", "355M", "774M", "1558M")
+Size = Literal["124M", "355M", "774M", "1558M"]
+SIZES: tuple[Size, ...] = get_args(Size)
 DATA = "model.ckpt.data-00000-of-00001"
 
 

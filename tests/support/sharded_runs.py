@@ -81,7 +81,7 @@ def main(dtype, shapes, out):
     with tempfile.TemporaryDirectory() as folder:
         for shape in shapes:
             trainer = make(settings, shape)
-            tokens = generate(trainer.state.model, [[1, 2], [3]], 5, temperature=0.0)  # not gathered
+            tokens = generate(trainer.model, [[1, 2], [3]], 5, temperature=0.0)  # not gathered
             results["same tokens"][str(shape)] = tokens == single_tokens
             first = losses(trainer, 0, 10)
             saved = checkpoints.save(Path(folder) / str(shape), 10, trainer.save, keep=1)

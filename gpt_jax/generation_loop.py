@@ -1,0 +1,206 @@
+"""The loop of generation in JAX: it runs in compiled programs, and its state stays on the device.
+
+The first program reads the prompts and chooses the first token. The second contains the loop over further tokens, for
+as long as the key/value cache has room. The third contains the loop after that, which recomputes the context for each
+token.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from gpt_jax.decoding import Cache, DecodingModel, for_decoding
+from gpt_jax.model import GPTModel
+from gpt_jax.sampling import choose
+from parity.generation import Request, RowInputs, check_finite
+from parity.sampling import ActiveRules
+
+
+class Chunk(NamedTuple):
+    """New tokens on the host."""
+
+    tokens: np.ndarray
+    """int32 [B, new]"""
+    logprobs: np.ndarray
+    """float32 [B, new]"""
+    lengths: np.ndarray
+    """int32 [B], number of new tokens of each row so far"""
+
+
+class State(NamedTuple):
+    """What the loop carries from token to token."""
+
+    step: Array
+    """int32, number of new tokens of this segment"""
+    text: Array
+    """int32 [B, P + new], the right-aligned prompts or the segment before, then the new tokens"""
+    lengths: Array
+    """int32 [B], number of new tokens of each row, in all segments"""
+    ended: Array
+    """bool [B]"""
+    seen: Array | None
+    """bool [B, V], the tokens of the row, if a repetition penalty needs them"""
+    logprobs: Array
+    """float32 [B, new]"""
+    failed_at: Array
+    """int32, the first step of this segment whose logits were not finite, or -1"""
+    cache: Cache
+
+    @property
+    def prompt_width(self) -> int:
+        return self.text.shape[1] - self.logprobs.shape[1]
+
+    @property
+    def new_tokens(self) -> Array:
+        return self.text[:, self.prompt_width :]
+
+    @property
+    def slot(self) -> Array:
+        """The slot of the next token in `text` and in the cache."""
+        return self.prompt_width + self.step
+
+    @property
+    def running(self) -> Array:
+        return ~self.ended.all() & (self.failed_at < 0)
+
+
+class StaticOptions(NamedTuple):
+    """The options that shape the compiled program; the values of all others are among its inputs."""
+
+    active: ActiveRules
+    return_logprobs: bool
+
+
+def run(model: GPTModel | DecodingModel, request: Request, steps_per_call: int) -> Iterator[Chunk]:
+    """Yield the first token, then those of each call of a compiled loop, until every row has ended."""
+    decoder = for_decoding(model)
+    inputs = request.inputs
+    static = StaticOptions(request.active, request.return_logprobs)
+    state = _start(decoder, request.tokens, inputs, cache_length=request.cache_length, static=static)
+    last_cached = request.n_cached_steps + 1
+    first, done = 0, 0  # numbers of new tokens: before this segment, and in it
+    while True:
+        if (failed_at := int(state.failed_at)) >= 0:
+            check_finite(first + failed_at)
+        step, is_running = int(state.step), bool(state.running)
+        columns = slice(done, min(step, request.max_new_tokens - first))
+        # The buffers of a state are donated to the next call, so these are copies.
+        arrays = (np.array(state.new_tokens)[:, columns], np.array(state.logprobs)[:, columns], np.array(state.lengths))
+        done = step
+        yield Chunk(*arrays)
+        if first + done >= request.max_new_tokens or not is_running:
+            return
+        if done == request.segment:
+            state = _next_segment(state)
+            first, done = first + done, 0
+            inputs = inputs._replace(
+                uniforms=request.uniforms(first), pad_lengths=np.zeros_like(request.inputs.pad_lengths)
+            )
+        end = min(request.segment, request.max_new_tokens - first)
+        if first + done < last_cached:
+            until = np.int32(min(done + steps_per_call, last_cached, end))
+            state = _cached_loop(decoder, state, inputs, until, static=static)
+        else:
+            until = np.int32(min(done + steps_per_call, end))
+            state = _cropped_loop(decoder, state, inputs, until, static=static, context_size=request.context_size)
+
+
+@functools.partial(jax.jit, static_argnames=("cache_length", "static"))
+def _start(
+    decoder: DecodingModel, tokens: Array, inputs: RowInputs, *, cache_length: int, static: StaticOptions
+) -> State:
+    """Read the prompts and choose the first token."""
+    B, P = tokens.shape
+    seen = None
+    if static.active.repetition_penalty:
+        is_prompt = jnp.arange(P, dtype=jnp.int32)[None] >= inputs.pad_lengths[:, None]  # [B, P]
+        seen = jnp.zeros((B, decoder.config.n_vocab), bool).at[jnp.arange(B)[:, None], tokens].max(is_prompt)
+    state = State(
+        step=jnp.int32(0),
+        text=jnp.concatenate([tokens, jnp.zeros(inputs.uniforms.shape, jnp.int32)], axis=1),
+        lengths=jnp.zeros(B, jnp.int32),
+        ended=inputs.max_new_per_row == 0,
+        seen=seen,
+        logprobs=jnp.zeros(inputs.uniforms.shape, jnp.float32),
+        failed_at=jnp.int32(-1),
+        cache=[],
+    )
+    logits, cache = decoder.decode(tokens, decoder.new_cache(B, cache_length), 0, inputs.pad_lengths)
+    return _add_token(state, logits, cache, inputs, static)
+
+
+@functools.partial(jax.jit, static_argnames="static", donate_argnums=1)
+def _cached_loop(
+    decoder: DecodingModel, state: State, inputs: RowInputs, until: Array, *, static: StaticOptions
+) -> State:
+    """Generate up to step `until`, while the context has room."""
+
+    def one_token(state: State) -> State:
+        token = jax.lax.dynamic_slice_in_dim(state.text, state.slot - 1, 1, axis=1)  # [B, 1]
+        logits, cache = decoder.decode(token, state.cache, state.slot - 1, inputs.pad_lengths)
+        return _add_token(state, logits, cache, inputs, static)
+
+    return jax.lax.while_loop(lambda state: state.running & (state.step < until), one_token, state)
+
+
+@functools.partial(jax.jit, static_argnames=("static", "context_size"), donate_argnums=1)
+def _cropped_loop(
+    decoder: DecodingModel, state: State, inputs: RowInputs, until: Array, *, static: StaticOptions, context_size: int
+) -> State:
+    """Generate up to step `until`, recomputing the last `context_size` tokens for each token, as in the notebook."""
+
+    def one_token(state: State) -> State:
+        n_cropped = state.slot - context_size
+        window = jax.lax.dynamic_slice_in_dim(state.text, n_cropped, context_size, axis=1)  # [B, context_size]
+        pad_lengths = jnp.maximum(inputs.pad_lengths - n_cropped, 0)
+        logits, _ = decoder.decode(window, decoder.new_cache(len(window), context_size), 0, pad_lengths)
+        return _add_token(state, logits, state.cache, inputs, static)
+
+    return jax.lax.while_loop(lambda state: state.running & (state.step < until), one_token, state)
+
+
+@jax.jit
+def _next_segment(state: State) -> State:
+    """Make room for further tokens; the cache is full, so none of it is needed any more."""
+    return state._replace(
+        step=jnp.int32(0),
+        text=jnp.concatenate([state.new_tokens, jnp.zeros_like(state.new_tokens)], axis=1),
+        logprobs=jnp.zeros_like(state.logprobs),
+        cache=[],
+    )
+
+
+def _add_token(state: State, logits: Array, cache: Cache, inputs: RowInputs, static: StaticOptions) -> State:
+    """Choose a token for each row from logits [B, V], and note which rows it ends."""
+    step = state.step
+    finite = (jnp.isfinite(logits.max(axis=-1)) | state.ended).all()
+    token = choose(logits, state.seen, inputs.uniforms[:, step], inputs.options, static.active)  # [B]
+    logprobs = state.logprobs
+    if static.return_logprobs:
+        chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]  # [B]
+        logprobs = logprobs.at[:, step].set((chosen - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32))
+    text = state.text.at[:, state.slot].set(token)
+    lengths = state.lengths + (~state.ended).astype(jnp.int32)
+    return State(
+        step=step + 1,
+        text=text,
+        lengths=lengths,
+        ended=state.ended | (lengths >= inputs.max_new_per_row) | _stopped(text, state.slot + 1, inputs, lengths),
+        seen=None if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True),
+        logprobs=logprobs,
+        failed_at=jnp.where(finite, state.failed_at, step),
+        cache=cache,
+    )
+
+
+def _stopped(text: Array, end: Array, inputs: RowInputs, lengths: Array) -> Array:
+    """bool [B], true where the last of a row's new tokens, before slot `end`, ends a stop sequence of the row."""
+    width = inputs.stops.shape[2]
+    tail = jax.lax.dynamic_slice_in_dim(text, end - width, width, axis=1)[:, None]  # [B, 1, W]
+    matches = ((tail == inputs.stops) | (inputs.stops < 0)).all(axis=-1)  # [B, stops]
+    return (matches & (inputs.stop_lengths <= lengths[:, None])).any(axis=-1)
