@@ -32,7 +32,7 @@ def build(config: GPTConfig, weights: Weights, compute: Compute = DEFAULT_COMPUT
 
 @contextlib.contextmanager
 def computing(compute: Compute) -> Iterator[None]:
-    """Compute on the device and in the precision of `compute`, with float64 enabled."""
+    """Within this context, compute on the device and in the precision of `compute`, with float64 enabled."""
     device = choose_device(compute.device)
     precision = None if compute.precision == "default" else compute.precision
     with jax.default_device(device), jax.enable_x64(True), jax.default_matmul_precision(precision):

@@ -1,4 +1,4 @@
-"""Small functions of arrays that the model uses; none of them mixes ranks or dtypes, as JAX's strict modes demand."""
+"""Array functions of the model. None of them mixes ranks or dtypes, which JAX's strict modes forbid."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from jax import Array
 
 
 def widened(dtype: Any) -> Any:
-    """The dtype, or float32 if it has fewer bits. jnp.promote_types would refuse to mix dtypes in JAX's strict mode."""
+    """The dtype, or float32 if the dtype has fewer bits. jnp.promote_types raises in JAX's strict mode."""
     return np.promote_types(dtype, np.float32)
 
 
@@ -18,7 +18,7 @@ def at_least_float32(x: Array) -> Array:
 
 
 def add_axes(vector: Array, like: Array) -> Array:
-    """[D] -> [..., D], with as many axes as `like` and its dtype, as JAX's strict modes demand."""
+    """[D] -> [..., D], with as many axes as `like` and its dtype, as JAX's strict modes require."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape).astype(like.dtype)
 
 

@@ -1,9 +1,9 @@
 """A GPT-2 whose weights are arranged for decoding, where each matrix product has one row per prompt.
 
-Such products are limited by the memory traffic of reading every weight. The layers are unstacked, so that the
-decoding loop never slices a stacked array. On a CPU each matrix is also stored transposed, [out, in], split into as
+The memory bandwidth limits the speed of such products, because every weight is read. The layers are unstacked, so that
+the decoding loop never slices a stacked array. On a CPU each matrix is also stored transposed, [out, in], split into as
 many groups of outputs as there are cores, and is the left operand of its product: XLA then reads it on all cores at
-nearly the bandwidth of the memory, for one row as for eight. docs/results/performance.md has the measurements.
+nearly the full memory bandwidth, for one row as well as for eight. docs/results/performance.md has the measurements.
 """
 
 import functools
@@ -32,8 +32,8 @@ class DecodingModel(nnx.Module):
     """
 
     def __init__(self, model: GPTModel, groups: int | None):
-        """`groups`: the number of groups that each matrix is split into; None keeps matrices as they are."""
-        model = jax.tree.map(lambda a: a, model)  # modules of its own, if not arrays, also under jax.disable_jit
+        """`groups`: the number of groups into which each matrix is split; None keeps the matrices as they are."""
+        model = jax.tree.map(lambda a: a, model)  # copies the modules, not the arrays: the caller's must not change
         self.config = config = model.config
         self.attention = "explicit"
         self.tok_emb: Any = model.tok_emb
@@ -82,7 +82,7 @@ class DecodingModel(nnx.Module):
         return head_logits(self, x), updated
 
     def new_cache(self, batch_size: int, length: int) -> Cache:
-        """Return keys and values of zero for each layer, with room for `length` tokens."""
+        """Return zero-filled keys and values for each layer, with room for `length` tokens."""
         dtype = self.tok_emb.embedding[...].dtype
         shape = (batch_size * self.config.n_head, length, self.config.head_width)  # [BN, S, H]
         return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.config.n_layer)]

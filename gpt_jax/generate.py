@@ -62,16 +62,16 @@ def generate(
     The same weights, options and seed give the same tokens as gpt_torch.generate.
 
     Args:
-        model: A GPTModel, or the result of for_decoding(), which is faster to call often.
+        model: A GPTModel, or the result of for_decoding(), which is faster if you generate often.
         prompts: A list of prompts, each a list of token ids; their lengths may differ. Or, as in the notebook, an
             array of ids [B, T]: decoding is then greedy unless `temperature` says otherwise, and rows are returned
             as an array.
-        max_new_tokens: Largest number of new tokens per prompt.
-        notebook_options: `context_size`, `temperature`, `top_k` and `eos_id`, which may be positional in this order.
-        idx: The notebook's name of `prompts`.
-        return_logprobs: Whether to return the log-probabilities of the new tokens, too. They are those of the model
-            itself, in nats, before the temperature and all filters. Needs prompts in lists.
-        options: Each option, its range and its default: parity.sampling.GenerateOptions.
+        max_new_tokens: Maximum number of new tokens per prompt.
+        notebook_options: `context_size`, `temperature`, `top_k` and `eos_id` may be given by position, in this order.
+        idx: The notebook's name for `prompts`.
+        return_logprobs: Whether to return the log-probabilities of the new tokens as well. They are those of the model
+            itself, in nats, before the temperature and all filters. Requires prompts as lists.
+        options: See parity.sampling.GenerateOptions for each option, its range and its default.
 
     Returns:
         One row per prompt and sample: its ids and the new ids, which end with `eos_id` or a stop sequence if one was
@@ -127,11 +127,11 @@ def stream(
         For each step a list with the new token of each row, or None for a row that has ended.
 
     Raises:
-        InputError: As generate(); for bad prompts and options at once, before the first token.
+        InputError: As in generate(). Bad prompts and options raise in the call itself, before the first token.
     """
     request = prepare(config_of(model), prompts, max_new_tokens, options, as_array=isinstance(prompts, Array))
     steps_per_call = integer({"every": every}, "every", 1, 1, 2**31 - 1)
-    return _stream(model, request, steps_per_call)  # a generator of its own, so that bad options raise here
+    return _stream(model, request, steps_per_call)  # a separate generator, so that bad options raise here
 
 
 def _stream(model: GPTModel | DecodingModel, request: Request, steps_per_call: int) -> Iterator[list[int | None]]:

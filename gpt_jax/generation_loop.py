@@ -33,12 +33,12 @@ class Chunk(NamedTuple):
 
 
 class State(NamedTuple):
-    """What the loop carries from token to token."""
+    """The state that the loop carries from token to token."""
 
     step: Array
     """int32, number of new tokens of this segment"""
     text: Array
-    """int32 [B, P + new], the right-aligned prompts or the segment before, then the new tokens"""
+    """int32 [B, P + new], the right-aligned prompts (or the tokens of the previous segment), then the new tokens"""
     lengths: Array
     """int32 [B], number of new tokens of each row, in all segments"""
     ended: Array

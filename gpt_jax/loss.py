@@ -1,4 +1,4 @@
-"""Cross-entropy of the model's logits, computed without ever storing all of them; gpt_torch/loss.py stores them.
+"""Cross-entropy of the model's logits, which are never all in memory; gpt_torch/loss.py computes them at once.
 
 The float32 logits [B, T, V] are the largest array of a training step, and their gradient is as large. Here the
 positions are processed in chunks: the logits of a chunk yield its loss and, immediately, the gradients of x and of
@@ -29,7 +29,7 @@ def summed_loss(model: GPTModel, inputs: Array, targets: Array, key: Array | Non
         model: The model; the loss is computed in the dtype of its parameters.
         inputs: Token ids, integers [B, T].
         targets: The ids to predict, integers [B, T]. Targets -1 and -100 are ignored; any other target outside the
-            vocabulary makes the loss and its gradients NaN, as a compiled function cannot raise.
+            vocabulary makes the loss and its gradients NaN, because a compiled function cannot raise.
         key: Turns dropout on.
 
     Returns:

@@ -22,12 +22,12 @@ from parity.training.settings import TrainSettings
 # Number of activation values saved per token and layer for the backward pass, for each value of the option remat:
 # (multiples of D that are replicated, multiples of D that are sharded by `tensor`, multiples of N T in the explicit
 # attention, which are sharded by `tensor` as well). They are fitted to the memory that XLA reports for steps on meshes
-# and for 48 steps on one device (2 and 12 layers, T 256 and 1024, B 2 and 8, widths of 124M and 1558M); the latter they
-# match within 17 %.
+# and for 48 steps on one device (2 and 12 layers, T 256 and 1024, B 2 and 8, widths of 124M and 1558M); they match the
+# latter within 17 %.
 _SAVED = {"none": (11, 11, 1.8), "products": (4, 7, 0.0), "all": (2, 0, 0.0)}
-# The same for the activations of the layer whose backward pass is being computed, which exist only meanwhile.
+# The same for the activations of the layer whose backward pass is being computed, which exist only during it.
 _WORKING = {"none": (12, 12, 1.9), "products": (12, 19, 1.6), "all": (18, 33, 1.2)}
-_LOSS = 1.4  # memory of the loss, as a multiple of one chunk's logits
+_LOSS = 1.4  # memory of the loss, as a multiple of the logits of a chunk
 _GATHERED = 2  # copies of the head, and of one layer, that fsdp gathers
 
 
@@ -58,7 +58,7 @@ def memory(
     Args:
         config: The model's configuration.
         shape: Number of devices along each axis of the mesh.
-        micro_size: Windows per micro-batch, on all devices together.
+        micro_size: Windows per micro-batch, over all devices.
         dtype: The compute dtype.
         remat: What the backward pass recomputes: "none", "products" or "all" (see GPTModel).
         attention: "explicit" or "cudnn"; only the explicit attention stores its patterns.

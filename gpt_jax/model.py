@@ -1,9 +1,9 @@
-"""GPT-2 in Flax NNX. gpt_torch/model.py is the same in PyTorch, line by line where it can be.
+"""GPT-2 in Flax NNX. gpt_torch/model.py is the same model in PyTorch, line by line where possible.
 
 Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and OpenAI's
 code (openai/gpt-2, src/model.py). Axis letters: parity/config.py. The model computes in the dtype
-of its parameters, but LayerNorm and softmax in float32 at least; logits are float32 at least. Modules are
-plain pytrees: use jax.jit, jax.grad and optax on them directly.
+of its parameters, except that LayerNorm, softmax and logits are computed in float32 at least. Modules
+are plain pytrees: use jax.jit, jax.grad and optax on them directly.
 """
 
 import math
@@ -32,7 +32,7 @@ REMAT_POLICIES = {
 }
 
 
-# Flax would initialize each weight here, from random keys of its own. The initial weights of this project are a
+# Flax would initialize each weight here from random keys. The initial weights of this project are a
 # function of one seed, equal in both backends (parity.weights.initial_weights), so parameters start as zeros.
 def Linear(*args: Any, **options: Any) -> nnx.LinearGeneral:
     return nnx.LinearGeneral(*args, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0), **options)
@@ -231,7 +231,7 @@ class GPTModel(nnx.Module):
         return head_logits(self, self.hidden(tokens, key))
 
     def hidden(self, tokens: Array, key: Array | None = None) -> Array:
-        """Return the input of the output head, [B, T, D]; the arguments and errors are those of a call of the model."""
+        """Return the input of the output head, [B, T, D]. Arguments and errors are those of __call__()."""
         self.config.check_tokens(tokens.shape)
         check_ids(tokens, self.config)
         embed_key, layers_key = split_key(key, 2)
@@ -249,7 +249,7 @@ class GPTModel(nnx.Module):
             return x, None
 
         stacked = self.trf_blocks, None if key is None else jax.random.split(key, self.config.n_layer)
-        if taps.probing():  # a probe needs the number of each layer, and no array that scan or jax.checkpoint traces
+        if taps.probing():  # a probe needs each layer's number, and values that neither scan nor jax.checkpoint traces
             for number in range(self.config.n_layer):
                 taps.layer(number)
                 x, _ = layer(x, jax.tree.map(lambda a, number=number: a[number], stacked))
@@ -267,7 +267,7 @@ def head_logits(model: Any, x: Array) -> Array:
 
 
 def cast(model: GPTModel, dtype: Any) -> GPTModel:
-    """Convert a model to a dtype, in which it then computes.
+    """Return a copy of a model in another dtype, in which the copy computes.
 
     Args:
         model: The model; it is not changed.
@@ -277,21 +277,21 @@ def cast(model: GPTModel, dtype: Any) -> GPTModel:
         A copy of the model with converted parameters.
 
     Raises:
-        InputError: For a dtype that is not a floating one, and for float64 without jax_enable_x64.
+        InputError: If the dtype is not a floating-point dtype, and for float64 without jax_enable_x64.
     """
     try:
         dtype = jnp.dtype(dtype)
     except TypeError:
         raise InputError(f"dtype {dtype!r:.60} is unknown; give float32, bfloat16, float16 or float64") from None
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise InputError(f"dtype {dtype}: a model computes in a floating dtype, such as float32 or bfloat16")
+        raise InputError(f"dtype {dtype}: a model needs a floating-point dtype, such as float32 or bfloat16")
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise InputError(f"dtype {dtype} needs jax_enable_x64; without it JAX would compute in float32")
     return jax.tree.map(lambda a: a.astype(dtype), model)
 
 
 def check_ids(tokens: Array, config: GPTConfig) -> None:
-    """Raise InputError for an id outside the vocabulary, except where ids have no values: in a traced array."""
+    """Raise InputError for an id outside the vocabulary, unless the ids have no values because they are traced."""
     if not isinstance(tokens, jax.core.Tracer):
         ids = np.asarray(tokens)
         config.check_tokens(ids.shape, int(ids.min(initial=0)), int(ids.max(initial=0)))

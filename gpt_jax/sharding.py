@@ -1,7 +1,7 @@
-"""One model over many devices: the mesh, and the mesh axis along which each axis of a parameter is sharded.
+"""A model sharded over many devices: the mesh, and the mesh axis along which each axis of a parameter is sharded.
 
-The rules name axes by letter (parity/config.py) and are applied from outside: the model knows no mesh, and XLA inserts
-the collectives. The axes of the mesh are
+The rules name axes by letter (parity/config.py) and are applied from outside: the model does not know the mesh, and XLA
+inserts the collectives. The axes of the mesh are
 
     data    replicas of the model, each with its shard of the batch
     fsdp    parameters and optimizer state sharded along D and gathered where they are used; also shards the batch
@@ -40,7 +40,7 @@ class MeshShape:
 
     @classmethod
     def parse(cls, text: str) -> "MeshShape":
-        """Read a text like `data=2,fsdp=2,tensor=2`; axes come in any order, and one left out has size 1.
+        """Parse a text such as `data=2,fsdp=2,tensor=2`. Axes may be in any order; an omitted axis has size 1.
 
         Raises:
             InputError: For a text of another form.
@@ -80,7 +80,7 @@ def make_mesh(shape: MeshShape, device_kind: str | None = None) -> Mesh:
 
     Args:
         shape: Number of devices along each axis.
-        device_kind: JAX's name of the platform; by default the one that JAX prefers.
+        device_kind: JAX's name of the platform; by default the platform that JAX prefers.
 
     Raises:
         InputError: If there are too few devices, or if several processes would leave some of theirs unused.
@@ -114,8 +114,8 @@ def shardings(tree: Any, config: GPTConfig, mesh: Mesh, name_of: Callable[[tuple
         tree: The leaves; only their paths matter.
         config: The model's configuration.
         mesh: The mesh.
-        name_of: Returns the dotted name of a leaf's path. A leaf is sharded like the parameter that its name ends
-            with; one without such a parameter, such as the optimizer's count, is replicated.
+        name_of: Returns the dotted name of a leaf's path. A leaf is sharded like the parameter whose
+            name its name ends with; other leaves, such as the optimizer's count, are replicated.
     """
     specs = {row.flax: partition_spec(row, config, mesh) for row in weights.rows(config)}
 
@@ -145,7 +145,7 @@ def shard_activations(mesh: Mesh | None) -> contextlib.AbstractContextManager[No
 
 
 def device_put_tree(tree: Any, tree_sharding: Any) -> Any:
-    """Shard host arrays that every process has completely; each process copies its shards to its devices.
+    """Shard arrays of which every process has a complete copy; each process copies its shards to its devices.
 
     Args:
         tree: Arrays.
@@ -164,7 +164,7 @@ def _identity(tree: Any) -> Any:
 
 
 def gather(tree: Any, mesh: Mesh) -> Any:
-    """Collective: return the unsharded arrays, on one device of this process."""
+    """Return the unsharded arrays, on one device of this process. All processes must call this."""
     replicated = jax.jit(_identity, out_shardings=NamedSharding(mesh, P()))(tree)
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), replicated)
 

@@ -1,4 +1,4 @@
-"""Training in JAX with optax: a pure, jitted step on an explicit, donated state; gpt_torch/train.py is the same."""
+"""Training in JAX with optax: a pure, jitted step on an explicit, donated state. gpt_torch/train.py is its twin."""
 
 import functools
 from collections.abc import Sequence
@@ -66,10 +66,10 @@ def parameter_name(path: tuple) -> str:
 
 
 def clip_by_global_norm(gradients: GPTModel, largest: float) -> tuple[GPTModel, Array]:
-    """Return the gradients scaled to a global norm of at most `largest`, and their norm before that.
+    """Return the gradients scaled to a global norm of at most `largest`, and their norm before scaling.
 
-    Rows are summed first, as in gpt_torch. Without the barrier XLA sums all elements of a matrix at once, which takes
-    1.6 s on a CPU for the transposed gradient of the notebook's head.
+    Rows are summed first, as in gpt_torch. Without the barrier XLA merges both sums, which takes 1.6 s on a CPU for the
+    transposed gradient of the notebook's head.
     """
     row_sums = [jnp.square(g).sum(axis=-1) for g in jax.tree.leaves(gradients)]
     norm = jnp.sqrt(sum(sums.sum() for sums in jax.lax.optimization_barrier(row_sums)))
@@ -92,7 +92,7 @@ def make_train_step(
         clip: Largest global norm of the gradient.
         compute_dtype: Dtype of the computation.
         dropout_seed: Dropout is a function of this seed and the step; None turns it off.
-        mesh: Devices that activations are sharded over.
+        mesh: Devices over which activations are sharded.
         out_shardings: Shardings of the returned state and metrics.
 
     Returns:
@@ -121,7 +121,7 @@ def make_train_step(
         with jax.numpy_dtype_promotion("standard"):  # optax does not run in the strict mode
             updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
         model = jax.tree.map(lambda p, u: p - lr * u, state.model, updates)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)  # otherwise nothing changes
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)  # otherwise the step is skipped
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), TrainState(model, opt_state), state)
         return state, {"loss": loss, "grad_norm": norm}
 
@@ -138,7 +138,7 @@ class Trainer:
             depend on the settings' seed.
         attention: "explicit", the formula as written in the model, or "cudnn", cuDNN's fused kernel.
         unroll: Number of layers per iteration of the compiled loop over layers.
-        mesh: Devices that the model and the batches are sharded over (gpt_jax/sharding.py).
+        mesh: Devices over which the model and the batches are sharded (gpt_jax/sharding.py).
         remat: What the backward pass recomputes: "none", "products" or "all" (see GPTModel).
 
     Raises:

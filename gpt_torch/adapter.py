@@ -31,7 +31,7 @@ def build(config: GPTConfig, weights: Weights, compute: Compute = DEFAULT_COMPUT
 
 @contextlib.contextmanager
 def computing(compute: Compute) -> Iterator[None]:
-    """Compute matrix products on a GPU in the precision of `compute`; the caller's setting is restored."""
+    """Within this context, compute matrix products on a GPU in the precision of `compute`."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32" if compute.precision == "default" else "ieee"

@@ -66,12 +66,12 @@ def generate(
         prompts: A list of prompts, each a list of token ids; their lengths may differ. Or, as in the notebook, an
             array of ids [B, T]: decoding is then greedy unless `temperature` says otherwise, and rows are returned
             as an array.
-        max_new_tokens: Largest number of new tokens per prompt.
-        notebook_options: `context_size`, `temperature`, `top_k` and `eos_id`, which may be positional in this order.
-        idx: The notebook's name of `prompts`.
-        return_logprobs: Whether to return the log-probabilities of the new tokens, too. They are those of the model
-            itself, in nats, before the temperature and all filters. Needs prompts in lists.
-        options: Each option, its range and its default: parity.sampling.GenerateOptions.
+        max_new_tokens: Maximum number of new tokens per prompt.
+        notebook_options: `context_size`, `temperature`, `top_k` and `eos_id` may be given by position, in this order.
+        idx: The notebook's name for `prompts`.
+        return_logprobs: Whether to return the log-probabilities of the new tokens as well. They are those of the model
+            itself, in nats, before the temperature and all filters. Requires prompts as lists.
+        options: See parity.sampling.GenerateOptions for each option, its range and its default.
 
     Returns:
         One row per prompt and sample: its ids and the new ids, which end with `eos_id` or a stop sequence if one was
@@ -125,10 +125,10 @@ def stream(
         For each step a list with the new token of each row, or None for a row that has ended.
 
     Raises:
-        InputError: As generate(); for bad prompts and options at once, before the first token.
+        InputError: As in generate(). Bad prompts and options raise in the call itself, before the first token.
     """
     request = prepare(unwrap(model).config, prompts, max_new_tokens, options, as_array=isinstance(prompts, Tensor))
-    return _stream(model, request)  # a generator of its own, so that bad options raise here
+    return _stream(model, request)  # a separate generator, so that bad options raise here
 
 
 def _stream(model: GPTModel, request: Request) -> Iterator[list[int | None]]:
@@ -142,14 +142,14 @@ class Step(NamedTuple):
     token: np.ndarray
     """int64 [B]"""
     logprob: np.ndarray
-    """float64 [B], zeros unless they were asked for"""
+    """float64 [B], zeros unless they were requested"""
     lengths: np.ndarray
     """int32 [B], number of new tokens of each row so far"""
 
 
 @torch.inference_mode()
 def _steps(model: GPTModel, request: Request) -> Iterator[Step]:
-    """The steps until every row has ended."""
+    """Yield the steps until every row has ended."""
     model = unwrap(model)
     require_values(model)
 
@@ -162,7 +162,7 @@ def _steps(model: GPTModel, request: Request) -> Iterator[Step]:
     text = torch.from_numpy(request.tokens).to(device)  # [B, P], and new tokens
     B, P = text.shape
     C = request.context_size
-    n_kept = max(P, C)  # of the text; stop sequences are not longer than P
+    n_kept = max(P, C)  # number of tokens of the text to keep; stop sequences are not longer than P
     noise = inputs.uniforms  # [B, segment]
     seen = None
     if request.active.repetition_penalty:

@@ -16,8 +16,8 @@ def summed_loss(model: GPTModel, inputs: Tensor, targets: Tensor, compute_dtype:
         model: The model.
         inputs: Token ids, integers [B, T].
         targets: The ids to predict, integers [B, T]. Targets -1 and -100 are ignored; any other target outside the
-            vocabulary makes the loss and its gradients NaN, as in a compiled function.
-        compute_dtype: Compute in this dtype, from a temporary cast of the parameters; by default in their own.
+            vocabulary makes the loss and its gradients NaN, because a compiled function cannot raise.
+        compute_dtype: Dtype of the computation, to which the parameters are cast temporarily; by default their own.
 
     Returns:
         A scalar of dtype float32 or float64.

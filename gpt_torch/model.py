@@ -1,8 +1,8 @@
-"""GPT-2 in PyTorch: the readable reference. gpt_jax/model.py is the same in Flax, line by line where it can be.
+"""GPT-2 in PyTorch. gpt_jax/model.py is the same model in Flax, line by line where possible.
 
 Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and OpenAI's
 code (openai/gpt-2, src/model.py). Axis letters: parity/config.py. The model computes in the dtype
-of its parameters, but LayerNorm and softmax in float32 at least; logits are float32 at least.
+of its parameters, except that LayerNorm, softmax and logits are computed in float32 at least.
 """
 
 import copy
@@ -176,7 +176,7 @@ class GPTModel(nn.Module):
         return head_logits(self, self.hidden(tokens))
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """Return the input of the output head, [B, T, D]; the arguments and errors are those of a call of the model."""
+        """Return the input of the output head, [B, T, D]. Arguments and errors are those of forward()."""
         self.config.check_tokens(tokens.shape)
         check_ids(tokens, self.config)
         slots = torch.arange(tokens.shape[1], device=tokens.device)  # [T]
@@ -213,7 +213,7 @@ class GPTModel(nn.Module):
         return head_logits(self, x)
 
     def new_cache(self, batch_size: int, length: int) -> Cache:
-        """Return keys and values of zero for each layer, with room for `length` tokens."""
+        """Return zero-filled keys and values for each layer, with room for `length` tokens."""
         weight = self.tok_emb.weight
         shape = (batch_size, length, self.config.n_head, self.config.head_width)  # [B, S, N, H]
         return [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.trf_blocks]
@@ -227,7 +227,7 @@ def head_logits(model: GPTModel, x: Tensor) -> Tensor:
 
 
 def cast(model: nn.Module, dtype: torch.dtype | str) -> GPTModel:
-    """Convert a model to a dtype, in which it then computes.
+    """Return a copy of a model in another dtype, in which the copy computes.
 
     Args:
         model: The model; it is not changed (model.to() converts in place).
@@ -237,16 +237,16 @@ def cast(model: nn.Module, dtype: torch.dtype | str) -> GPTModel:
         A copy of the model with converted parameters.
 
     Raises:
-        InputError: For a dtype that is not a floating one.
+        InputError: If the dtype is not a floating-point dtype.
     """
     gpt: GPTModel = unwrap(model)
     torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
-        raise InputError(f"dtype {dtype!r:.60}: a model computes in a floating dtype, such as float32 or bfloat16")
+        raise InputError(f"dtype {dtype!r:.60}: a model needs a floating-point dtype, such as float32 or bfloat16")
     copies: dict[int, Any] = {
         id(p): nn.Parameter(p.detach().to(torch_dtype, copy=True), p.requires_grad) for p in gpt.parameters()
     }
-    return copy.deepcopy(gpt, copies)  # which copies everything but the parameters
+    return copy.deepcopy(gpt, copies)  # takes the parameters from `copies`
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -262,7 +262,7 @@ def update_cache(cache: LayerCache, k: Tensor, v: Tensor, slot: int) -> LayerCac
 
 
 def check_ids(tokens: Tensor, config: GPTConfig) -> None:
-    """Raise InputError for an id outside the vocabulary, unless ids have no values (see `values`)."""
+    """Raise InputError for an id outside the vocabulary, unless the ids have no values (see `values`)."""
     ids = values(tokens)
     if ids is not None:
         low, high = ids.aminmax()

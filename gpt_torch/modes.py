@@ -12,10 +12,10 @@ from parity.errors import InputError
 
 
 def unwrap(model: Any) -> Any:
-    """Return the GPTModel in a model that torch.compile, DataParallel or AveragedModel wrapped, or the model itself.
+    """Return the GPTModel inside the wrappers of torch.compile, DataParallel or AveragedModel; or the model itself.
 
     Raises:
-        InputError: If there is no GPTModel.
+        InputError: If it is not a GPTModel.
     """
     inner: Any = model
     while (wrapped := getattr(inner, "_orig_mod", getattr(inner, "module", None))) is not None:
@@ -28,7 +28,7 @@ def unwrap(model: Any) -> Any:
 def values(tensor: Tensor) -> Tensor | None:
     """Return the tensor without the wrappers of torch.func, or None if it has no values.
 
-    A tensor has none on the meta device, under FakeTensorMode, and while a function is compiled or exported.
+    A tensor has no values on the meta device, under FakeTensorMode, and while a function is compiled or exported.
     """
     if torch.compiler.is_compiling():
         return None
@@ -52,7 +52,7 @@ def require_values(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """In this context nothing is dropped out; afterwards each module is in the mode that it was in before."""
+    """Within this context all modules are in eval mode; afterwards the mode of each is restored."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -1,7 +1,7 @@
-"""Training in PyTorch with torch.optim.AdamW; gpt_jax/train.py makes the same steps.
+"""Training in PyTorch with torch.optim.AdamW; gpt_jax/train.py is its twin.
 
 torch's AdamW and optax's compute the same function of the same hyperparameters, but their defaults differ, so both
-backends set weight decay and eps explicitly. Clipping is our own in both.
+backends set weight decay and eps explicitly, and clip gradients with code of their own.
 """
 
 import contextlib
@@ -43,10 +43,10 @@ def make_optimizer(model: GPTModel, settings: TrainSettings) -> torch.optim.Adam
 
 
 def clip_by_global_norm(gradients: list[Tensor], largest: float) -> Tensor:
-    """Scale gradients in place to a global norm of at most `largest`, and return their norm before that.
+    """Scale gradients in place to a global norm of at most `largest`, and return their norm before scaling.
 
-    torch's own clip_grad_norm_ divides by the norm plus 1e-6. Its norm of tok_emb's gradient, a float32 sum of 38.6
-    million squares, is wrong by 3e-3 on a CPU; computing the norms of the rows first avoids that error.
+    torch's own clip_grad_norm_ divides by the norm plus 1e-6. On a CPU its norm of tok_emb's gradient, a float32 sum
+    of 38.6 million squares, has a relative error of 3e-3; computing the norms of the rows first avoids it.
     """
     row_norms = [torch.linalg.vector_norm(gradient, dim=-1).flatten() for gradient in gradients]
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(norms) for norms in row_norms]))
@@ -137,7 +137,7 @@ class Trainer:
         loss = all_sum(loss)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = clip_by_global_norm(gradients, self.settings.clip)
-        if torch.isfinite(loss) and torch.isfinite(norm):  # otherwise nothing changes
+        if torch.isfinite(loss) and torch.isfinite(norm):  # otherwise the step is skipped
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()

@@ -25,8 +25,8 @@ def load_weights(
         origin: Where the arrays come from, for error messages.
 
     Raises:
-        InputError: For missing and unknown names and wrong shapes; the message lists all of them. For a model without
-            memory (on the meta device).
+        InputError: For missing and unknown names and wrong shapes; the message lists all of them. Also for a model
+            without memory (on the meta device).
     """
     gpt: Any = unwrap(model)
     require_values(gpt)

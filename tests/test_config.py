@@ -1,5 +1,7 @@
+import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -108,3 +110,26 @@ def test_metrics_survive_a_cut_line(tmp_path):
     assert RunFolder(tmp_path).metrics.last_step == 3
     run.forget_after(2)
     assert [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("package", "argument"),
+    [
+        *((package, {"attention": value}) for package in (gpt_torch, gpt_jax) for value in ("flash", "Explicit", None)),
+        (gpt_torch, {"attention": "cudnn"}),  # the other backend's
+        (gpt_jax, {"attention": "sdpa"}),
+        *((gpt_jax, {"remat": value}) for value in ("dots", None)),
+        *((gpt_jax, {"unroll": value}) for value in (0, 1.5)),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_models_refuse_unknown_implementations(package, argument):
+    [(name, value)] = argument.items()
+    with pytest.raises(InputError, match=f"^{name} must be .*, got {value!r}"):
+        package.GPTModel("tiny", **argument)
+
+
+def test_fused_attention_refuses_dropout():
+    model = gpt_jax.GPTModel(dataclasses.replace(TINY, drop_rate=0.1), seed=None, attention="cudnn")
+    with pytest.raises(InputError, match='attention "cudnn" has no dropout'):
+        model(jnp.ones((1, 4), jnp.int32), jax.random.key(0))

@@ -9,6 +9,7 @@ import tyro
 
 from measure.timing import Spec, Workload
 from parity.errors import InputError
+from parity.weights.openai_files import Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Args:
     """For train, compile and options: training preset that gives model and batch; by default the benchmark's own."""
     batch_size: int | None = None
     """For train, compile and options: number of windows per step, in one micro-batch; by default the preset's."""
-    size: Literal["124M", "355M", "774M", "1558M"] = "124M"
+    size: Size = "124M"
     """For generate and load: size of the model."""
     rounds: int = 5
     """Number of rounds, in each of which every peer takes a turn; one more round warms up first and is not counted."""
