@@ -145,7 +145,6 @@ def test_only_floating_point_weights_are_read(tmp_path, dtype):
         ({"attn_pdrop": 0.1}, "attn_pdrop is 0.1, embd_pdrop is 0.0, resid_pdrop is 0.0"),
         ({"resid_pdrop": "0.1"}, "resid_pdrop must be a number"),
         ({"embd_pdrop": None}, "embd_pdrop must be a number"),
-        ({"attn_pdrop": float("nan")}, "attn_pdrop must be a number"),
         ({"attn_pdrop": True}, "attn_pdrop must be a number"),
         ({"resid_pdrop": [0.1]}, "resid_pdrop must be a number"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
@@ -398,5 +397,5 @@ def test_keys_that_hparams_json_does_not_have(finetuned):
     with pytest.raises(InputError, match=r"hparams\.json: attn_scale, precision is not supported"):
         read_folder(finetuned)
     (finetuned / "hparams.json").write_text("[" * 100_000)
-    with pytest.raises(InputError, match=r"hparams\.json is not valid JSON"):
+    with pytest.raises(InputError, match=r"hparams\.json is nested more than 100 levels deep"):
         read_folder(finetuned)

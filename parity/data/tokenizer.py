@@ -2,7 +2,6 @@
 
 import codecs
 import hashlib
-import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -10,6 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from parity.errors import InputError
+from parity.storage.json import LISTING, get_entry, read_object
 from parity.storage.paths import cache_folder
 
 END_OF_TEXT = "<|endoftext|>"
@@ -182,17 +182,17 @@ def merges_text(path: Path) -> bytes:
     Raises:
         InputError: If the file cannot be read, or a tokenizer.json has no merges.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"vocabulary {path} cannot be read ({error.strerror})") from None
     if path.suffix == ".json":
+        merges = get_entry(get_entry(read_object(path, LISTING), "model", dict, str(path)), "merges", list, str(path))
         try:
-            merges = json.loads(data)["model"]["merges"]
             lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except TypeError:
             raise InputError(f"vocabulary {path} is not the tokenizer.json of a BPE tokenizer") from None
     else:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"vocabulary {path} cannot be read ({error.strerror})") from None
         lines = data.decode("utf-8", errors="replace").replace("\r\n", "\n").removesuffix("\n").split("\n")
         lines = lines[1:] if lines[0].startswith("#version") else lines
     return "\n".join(["#version: 0.2", *lines, ""]).encode("utf-8", errors="replace")

@@ -20,13 +20,13 @@ from parity.data.tokenizer import (
     merges_text,
 )
 from parity.errors import InputError, printable
+from parity.storage.json import LISTING, read_object
 
 _MERGES = ("vocab.bpe", "merges.txt", "tokenizer.json")
 _IDS = ("encoder.json", "vocab.json")
 # Files of tokenizers of other kinds.
 _FOREIGN = ("vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "tekken.json")
 _CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
-_MOST_BYTES = 2**26
 _OTHER = (
     "does not belong to GPT-2's tokenizer; encode text with the model's own tokenizer, and call generate() with ids"
 )
@@ -55,7 +55,7 @@ def own_vocabulary(folder: Path) -> Path | None:
             raise InputError(f"{path} {_OTHER}")
     for name in _IDS:
         if (folder / name).is_file():
-            _check_ids(folder / name, _read(folder / name), present)
+            _check_ids(folder / name, read_object(folder / name, LISTING), present)
     added = _check_settings(folder)
     if added:
         names = ", ".join(printable(name, 40) for name in sorted(added)[:5])
@@ -79,7 +79,7 @@ def _check_settings(folder: Path) -> set[str]:
     added: set[str] = set()
     path = folder / "tokenizer_config.json"
     if path.is_file():
-        settings = _read(path)
+        settings = read_object(path)
         if settings.get("tokenizer_class") not in _CLASSES or settings.get("auto_map"):
             raise InputError(f"{path}: the tokenizer {settings.get('tokenizer_class')!s:.80} {_OTHER}")
         for key in ("add_prefix_space", "add_bos_token", "add_eos_token", "do_lower_case"):
@@ -90,7 +90,7 @@ def _check_settings(folder: Path) -> set[str]:
         added |= {str(entry.get("content")) for entry in entries if isinstance(entry, dict)}
     path = folder / "tokenizer.json"
     if path.is_file():
-        entries = _read(path)
+        entries = read_object(path, LISTING)
         before = entries.get("pre_tokenizer")
         before = before if isinstance(before, dict) else {}
         if before.get("type") != "ByteLevel" or before.get("add_prefix_space") or entries.get("normalizer"):
@@ -101,20 +101,8 @@ def _check_settings(folder: Path) -> set[str]:
         added |= {str(t.get("content")) for t in tokens if isinstance(t, dict)} if isinstance(tokens, list) else set()
     path = folder / "added_tokens.json"
     if path.is_file():
-        added |= _read(path).keys()
+        added |= read_object(path, LISTING).keys()
     return added - {END_OF_TEXT}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise InputError(f"{path} is too large for a tokenizer file")
-        entries = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error})") from None
-    if not isinstance(entries, dict):
-        raise InputError(f"{path} must hold a JSON object")
-    return entries
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, n_ctx: int) -> None:

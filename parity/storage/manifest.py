@@ -11,10 +11,10 @@ from typing import Any
 
 from parity.errors import InputError
 from parity.storage.atomic import replace_text
+from parity.storage.json import LISTING, read_object
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
-_LARGEST = 64 * 2**20
 # A file that was changed within this time may change again without a new time stamp; its hash is not remembered.
 _CLOCK_STEP_NS = 2_000_000_000
 
@@ -113,23 +113,13 @@ def forget(folder: Path) -> None:
         (folder / MANIFEST).unlink()
 
 
-def _read_json(folder: Path) -> Any:
+def _read_json(folder: Path) -> dict[str, Any]:
     """Return the content of manifest.json."""
-    file = folder / MANIFEST
-    try:
-        if file.stat().st_size > _LARGEST:
-            raise InputError(f"its {MANIFEST} has more than {_LARGEST // 2**20} MiB")
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"its {MANIFEST} cannot be read ({error})") from None
+    return read_object(folder / MANIFEST, LISTING, f"its {MANIFEST}")
 
 
-def _from_entries(entries: Any) -> Manifest | None:
+def _from_entries(entries: dict[str, Any]) -> Manifest | None:
     """Return None for JSON that is not the manifest of weights."""
-    if not isinstance(entries, dict):
-        return None
     known = {field.name for field in dataclasses.fields(Manifest)}
     if "files" not in entries:  # of version 0.1
         entries = {"files": entries}

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from parity.errors import InputError
 from parity.figures import new_figure
 from parity.storage.atomic import named_errors, sync
+from parity.storage.json import as_object, parse
 
 _MOST_POINTS = 4096
 """Number of points of the training curve that are kept; of a longer run, every second, fourth, ... step is."""
@@ -161,10 +163,10 @@ class Metrics:
 def _parse(line: bytes) -> dict[str, Any] | None:
     """Return the entry of a line, or None if it is damaged."""
     try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
+        entry = as_object(parse(line, "", strict=False), "")
+    except InputError:
         return None
-    if not isinstance(entry, dict) or not _is_number(entry.get("step"), int) or not 0 <= entry["step"] < 2**31:
+    if not _is_number(entry.get("step"), int) or not 0 <= entry["step"] < 2**31:
         return None
     losses = (entry[key] for key in ("loss", "validation_loss") if key in entry)
     return entry if all(_is_number(loss, int | float) and math.isfinite(loss) for loss in losses) else None

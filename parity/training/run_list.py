@@ -1,7 +1,6 @@
 """Summaries of run folders: how far each run got, its best loss, its size, and how runs differ in their settings."""
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from parity.errors import InputError
+from parity.storage.json import as_object, get_entry, parse, read_object
 from parity.training import checkpoints
 from parity.training.runs import RunFolder, flatten
 
@@ -104,7 +104,7 @@ def _read(run: RunFolder, summary: RunSummary) -> None:
     summary.preset, summary.planned_steps = str(config["preset"]), int(config["train"]["steps"])
     environment = run.path / "env.json"
     if environment.exists():
-        summary.backend = str(json.loads(environment.read_text())["backend"])
+        summary.backend = get_entry(read_object(environment), "backend", str, environment.name)
     summary.steps = 0
     for entry in _metrics(run.metrics_file):
         summary.steps = max(summary.steps, int(entry["step"]))
@@ -132,6 +132,6 @@ def _metrics(file: Path) -> Iterator[dict[str, Any]]:
             if line.endswith(b"\n"):  # a crash can leave an incomplete last line
                 last = line
                 if b'"validation_loss"' in line:
-                    yield json.loads(line)
+                    yield as_object(parse(line, file.name, strict=False), file.name)
     if last:
-        yield json.loads(last)
+        yield as_object(parse(last, file.name, strict=False), file.name)

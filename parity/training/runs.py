@@ -17,6 +17,7 @@ import filelock
 from parity.config import GPTConfig
 from parity.errors import InputError
 from parity.storage.atomic import named_errors, replace_text
+from parity.storage.json import get_entry, read_object
 from parity.training.checkpoints import RunIdentity, intact, newest_intact
 from parity.training.metrics import Metrics
 from parity.training.settings import CHANGEABLE_KEYS, TrainSettings
@@ -131,21 +132,15 @@ class RunFolder:
 
     def _user(self) -> str:
         try:
-            return f"process {json.loads((self.path / 'env.json').read_bytes())['process']}"
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return f"process {get_entry(read_object(self.path / 'env.json'), 'process', int, '')}"
+        except InputError:
             return "another process"
 
     def config(self) -> dict[str, Any]:
         """Return the entries of config.json, under today's names; raises InputError if the folder contains no run."""
-        try:
-            entries = json.loads(self.config_file.read_bytes())
-        except FileNotFoundError:
-            raise InputError(f"{self.path} holds no run: {self.config_file.name} is missing") from None
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{self.config_file} is not valid JSON ({error})") from None
-        if not isinstance(entries, dict):
-            raise InputError(f"{self.config_file} must hold a JSON object")
-        return _with_current_names(entries)
+        if not self.config_file.exists():
+            raise InputError(f"{self.path} holds no run: {self.config_file.name} is missing")
+        return _with_current_names(read_object(self.config_file))
 
     def identity(self) -> RunIdentity:
         """Return what the checkpoints of this run must record."""

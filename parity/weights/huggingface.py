@@ -5,7 +5,6 @@ import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -15,6 +14,7 @@ from parity.config import GPTConfig
 from parity.errors import InputError, printable
 from parity.storage import manifest
 from parity.storage.atomic import replace_text
+from parity.storage.json import LISTING, read_object
 from parity.weights import files, names
 from parity.weights.hf_config import config_from_dict, config_to_dict
 from parity.weights.lazy import LazyTensor
@@ -111,7 +111,7 @@ def read(path: str | Path) -> tuple[GPTConfig, dict[str, LazyTensor], str]:
     if not config_path.exists() and not path.is_dir():
         entries, config, given_format = {}, None, None
     else:
-        entries = _read_json(config_path)
+        entries = read_object(config_path, hint=f"give a folder with {CONFIG_FILE}")
         config = config_from_dict(entries, str(config_path))
         given_format = entries.get(_FORMAT)
         if given_format is not None and given_format not in [*FORMATS]:
@@ -156,7 +156,7 @@ def _weight_files(folder: Path) -> list[Path]:
     [file] = present
     if file.suffix != ".json":
         return [file]
-    weight_map = _read_json(file).get("weight_map")
+    weight_map = read_object(file, LISTING).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{file} has no weight_map")
     shards = sorted(set(map(str, weight_map.values())))
@@ -200,15 +200,3 @@ def _tensors(path: Path) -> dict[str, LazyTensor]:
 def _read_tensor(path: Path, name: str) -> np.ndarray:
     with safe_open(path, "numpy") as file:
         return file.get_tensor(name)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        entries = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); give a folder with {CONFIG_FILE}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(entries, dict):
-        raise InputError(f"{path} must hold a JSON object")
-    return entries

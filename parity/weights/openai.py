@@ -12,6 +12,7 @@ import numpy as np
 
 from parity.config import GPTConfig
 from parity.errors import InputError
+from parity.storage.json import read_object
 from parity.weights import files
 from parity.weights.table import check_dtype, enumerate_some, shapes
 from parity.weights.tensor_bundle import read_bundle, write_bundle
@@ -142,13 +143,8 @@ def hparams(config: GPTConfig) -> dict[str, int]:
 
 def read_hparams(path: Path) -> GPTConfig:
     """Read the configuration in OpenAI's hparams.json; raises InputError that names the file."""
-    try:
-        entries = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error})") from None
-    missing = [name for name in _HPARAMS if not isinstance(entries, dict) or name not in entries]
+    entries = read_object(path)
+    missing = [name for name in _HPARAMS if name not in entries]
     if missing:
         raise InputError(f"{path} is not OpenAI's hparams.json: it lacks {', '.join(missing)}")
     if unknown := sorted(entries.keys() - set(_HPARAMS)):  # OpenAI's code refuses them, too

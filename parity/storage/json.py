@@ -1,0 +1,121 @@
+"""JSON that others wrote: every fault of it becomes one InputError that names the file."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from parity.errors import InputError, printable
+
+T = TypeVar("T")
+
+# Largest sizes in bytes, by kind of file.
+SETTINGS = 4 * 2**20
+"""Of config.json, hparams.json and other files of settings."""
+LISTING = 64 * 2**20
+"""Of files with an entry per file or token: manifests, indexes, vocabularies."""
+LINE = 64 * 2**20
+"""Of one line of JSON lines."""
+
+_DEEPEST = 100
+_KINDS: dict[type, str] = {
+    str: "text",
+    int: "an integer",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def read_object(path: Path, limit: int = SETTINGS, origin: str = "", hint: str = "") -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Args:
+        path: The file.
+        limit: Largest size of the file in bytes.
+        origin: What messages call the file; by default its path.
+        hint: What to do about a file that cannot be read, for the message.
+
+    Raises:
+        InputError: If the file is missing, too large, or holds anything else than one object; see `parse`.
+    """
+    origin = origin or str(path)
+    try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+            raise InputError(f"{origin} cannot be read (it is not a file){hint and '; ' + hint}")
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise InputError(f"{origin} cannot be read ({error.strerror}){hint and '; ' + hint}") from None
+    if len(data) > limit:
+        raise InputError(f"{origin} is too large: it has more than {limit:,} bytes")
+    return as_object(parse(data, origin), origin)
+
+
+def parse(data: bytes, origin: str, strict: bool = True) -> Any:
+    """Parse JSON in UTF-8, UTF-16 or UTF-32.
+
+    Args:
+        data: The JSON.
+        origin: What messages call it.
+        strict: Whether to refuse what parsers disagree about: an object with the same key twice, and numbers that are
+            not finite.
+
+    Raises:
+        InputError: If it is not valid JSON, is nested more than 100 levels deep, or is refused by `strict`.
+    """
+    hooks: dict[str, Any] = {}
+    if strict:
+        hooks = {"object_pairs_hook": _unique, "parse_float": _finite, "parse_constant": _finite}
+    try:
+        value = json.loads(data, **hooks)
+    except RecursionError:
+        raise InputError(f"{origin} is nested more than {_DEEPEST} levels deep") from None
+    except ValueError as error:
+        raise InputError(f"{origin} is not valid JSON ({error})") from None
+    _check_depth(value, data, origin)
+    return value
+
+
+def as_object(value: Any, origin: str) -> dict[str, Any]:
+    """Return a parsed value that must be a JSON object; raises InputError otherwise."""
+    if not isinstance(value, dict):
+        raise InputError(f"{origin} must hold a JSON object")
+    return value
+
+
+def get_entry(entries: Mapping[str, Any], key: str, kind: type[T], origin: str) -> T:
+    """Return the value of a key; raises InputError if it is missing or of another type than `kind`."""
+    value = entries.get(key)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        state = f"is {printable(repr(value), 80)}" if key in entries else "is missing"
+        raise InputError(f"{origin}: {key} {state}; it must be {_KINDS[kind]}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in entries if names.count(key) > 1)
+        raise ValueError(f"the key {printable(repr(twice), 80)} occurs twice in one object")
+    return entries
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{printable(text, 80)} is not a finite number")
+    return value
+
+
+def _check_depth(value: Any, data: bytes, origin: str) -> None:
+    """Raise InputError for deep nesting, which would end in a RecursionError wherever the value is used."""
+    level = [value] if data.count(b"[") + data.count(b"{") > _DEEPEST else []
+    for _ in range(_DEEPEST):
+        containers = [item for item in level if isinstance(item, dict | list)]
+        level = [child for item in containers for child in (item.values() if isinstance(item, dict) else item)]
+        if not level:
+            return
+    raise InputError(f"{origin} is nested more than {_DEEPEST} levels deep")
