@@ -1,4 +1,4 @@
-"""Arrays of any framework as NumPy arrays, without importing the framework."""
+"""Conversion of arrays of any framework to NumPy arrays, without importing the framework."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ def as_numpy(array: Any, dtype: Any = None) -> np.ndarray:
     """Return an array of NumPy, PyTorch or JAX, or a number or list, as a NumPy array.
 
     Args:
-        array: A tensor of PyTorch may require gradients, be on any device, and have a dtype that NumPy lacks, such as
-            bfloat16: it then becomes float32, which holds its values exactly.
+        array: The array. A tensor of PyTorch may require gradients and be on any device; a dtype that NumPy lacks,
+            such as bfloat16, becomes float32, which holds the same values exactly.
         dtype: The dtype of the result; by default that of the array.
     """
     if hasattr(array, "detach"):

@@ -43,9 +43,8 @@ def parse(
         args: The command line without the program's name; `sys.argv[1:]` by default.
 
     Raises:
-        InputError: For an argument that is not UTF-8 text.
+        InputError: For an argument that is not UTF-8 text, and for a value that a class of options refuses.
         SystemExit: After `--help` and `--version` with status 0, and after a wrong option with status 2.
-        InputError: The one that a class of the options raises for a value that it refuses.
     """
     arguments = _current_spellings(cls, sys.argv[1:] if args is None else args)
     if "--version" in arguments:
@@ -61,9 +60,9 @@ def parse(
 
 
 def parse_known(cls: type[Options], args: Sequence[str] | None = None) -> Options:
-    """Read only the options of `cls`, and ignore all others: for options that decide the defaults of the rest.
+    """Read only the options of `cls`, on which the defaults of the others depend, and ignore all others.
 
-    `--help` and `--version` are among the ignored ones; the call of `parse` that follows answers them, and warns of
+    `--help` and `--version` are ignored as well; the call of `parse` that follows handles them, and warns about
     deprecated spellings.
     """
     arguments = _current_spellings(cls, sys.argv[1:] if args is None else args, warn=False)
@@ -74,7 +73,7 @@ def parse_known(cls: type[Options], args: Sequence[str] | None = None) -> Option
 
 @contextlib.contextmanager
 def _input_errors() -> Iterator[None]:
-    """Raise the InputError of a class of options itself; tyro would print it in a box and exit."""
+    """Within this context, raise the InputError of a class of options, which tyro would print in a box and exit."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -102,7 +101,7 @@ def versions() -> str:
 
 
 def _current_spellings(cls: type, arguments: Sequence[str], warn: bool = True) -> list[str]:
-    """Replace deprecated options by their current names, and warn of each on standard error.
+    """Replace deprecated options by their current names, and warn about each on standard error.
 
     Raises:
         InputError: For an argument that is not UTF-8 text: it could neither be printed nor written to a file.
@@ -141,7 +140,7 @@ def _add_help(cls: type) -> None:
     tyro's own reader breaks lines wherever the source does, and shows the docstring of a nested class to the user.
     """
     for owner, field, _ in _fields(cls):
-        if field.metadata.get("help"):  # a text made from a table of names, or by an earlier call
+        if field.metadata.get("help"):  # a text that is computed from a table of names, or set by an earlier call
             continue
         texts = (
             parameter.description

@@ -19,7 +19,7 @@ LAYER_NORM_EPS = 1e-5
 """Added to the variance in LayerNorm (openai/gpt-2 src/model.py, `norm`). PyTorch has the same default, Flax 1e-6."""
 
 IGNORE_INDEX = -1
-"""Target of a position that is left out of the loss, such as padding. -100, PyTorch's default, is ignored as well."""
+"""Target of a position that does not count in the loss, such as padding. PyTorch's default, -100, is ignored too."""
 
 _IGNORED_TARGETS = (IGNORE_INDEX, -100)
 
@@ -104,7 +104,7 @@ class GPTConfig:
             high: Largest id.
 
         Raises:
-            InputError: For another number of axes, no tokens, T above n_ctx, or an id outside the vocabulary.
+            InputError: If there are not two axes, no tokens, T above n_ctx, or an id outside the vocabulary.
         """
         if len(shape) != 2:
             raise InputError(f"tokens must have axes [B, T], got shape {list(shape)}")
@@ -140,7 +140,7 @@ class GPTConfig:
 
 
 def is_counted(targets: Any) -> Any:
-    """Return which targets count in a loss.
+    """Return which targets count in the loss.
 
     Args:
         targets: Integers of any shape: an array of NumPy, PyTorch or JAX, which may be traced.

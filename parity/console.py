@@ -1,4 +1,4 @@
-"""The console of the scripts: values that it prints are never read as markup."""
+"""The console of the scripts, which never interprets a value as markup."""
 
 import sys
 from typing import Any
@@ -9,13 +9,13 @@ from parity.streams import LossyStream
 
 
 class PlainConsole(Console):
-    """A console that prints texts as they are: brackets, `:names:` of emoji and numbers have no meaning.
+    """A console that prints texts as they are: brackets, `:names:` of emoji and numbers have no special meaning.
 
     Args:
-        lossy: Whether the program goes on when its output cannot be written. Otherwise BrokenPipeError or another
+        lossy: Whether the program continues if its output cannot be written. Otherwise BrokenPipeError or another
             OSError is raised.
         stderr: Whether to print to standard error instead of standard output.
-        options: Others of rich.console.Console.
+        options: Other arguments of rich.console.Console.
     """
 
     def __init__(self, *, lossy: bool = False, stderr: bool = False, **options: Any):
@@ -23,5 +23,5 @@ class PlainConsole(Console):
         super().__init__(file=file, stderr=stderr, markup=False, emoji=False, highlight=False, **options)  # type: ignore[arg-type]
 
     def on_broken_pipe(self) -> None:
-        """rich would exit with status 1, which check_parity.py has for a difference."""
+        """Raise, where rich would exit with status 1, which means a difference in check_parity.py."""
         raise BrokenPipeError

@@ -8,10 +8,10 @@ from parity.streams import LossyStream, discard_unwritten, prepare_standard_stre
 
 
 class InputError(ValueError):
-    """Bad input. The message names the file or option, and says what to do.
+    """Bad input. The message names the file or option and says what to do.
 
-    Messages contain names and values that others wrote. Whatever these are, the message is short and safe to print:
-    see `printable`.
+    A message may contain names and values from files. Whatever they are, the message is short and safe to print; see
+    `printable`.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -22,7 +22,7 @@ _MOST_CHARACTERS = 2000  # of a message
 
 
 def printable(text: str, most: int) -> str:
-    """Return a text with its control characters escaped, and without its middle if it is longer than `most`."""
+    """Return a text with its control characters escaped, and without its middle if it exceeds `most` characters."""
     if len(text) > most:
         text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
     if text.isprintable():
@@ -36,7 +36,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r:.60}")
 
 
-_SIGPIPE = 13  # the signal that ends other programs whose reader is gone; Windows does not have it
+_SIGPIPE = 13  # the signal that ends other programs when the reader of their output is gone; not on Windows
 # Packages that may be absent, and the extra of this project that installs each.
 _EXTRAS = dict.fromkeys(("jax", "jaxlib", "flax", "optax", "orbax", "tensorstore"), "jax")
 _EXTRAS |= {"torch": "torch", "tensorflow": "tf", "transformers": "test"}
@@ -64,10 +64,13 @@ def report_error(error: BaseException) -> int:
             line = f"error: {name} is not installed; install the extra {extra}: pip install 'gpt-parity[{extra}]'"
             line, status = f"{line}, or in a clone pip install -e '.[{extra}]'", 2
         case KeyboardInterrupt():
-            line, status = "interrupted; checkpoints saved before are intact", 130
+            line, status = "interrupted; the checkpoints saved so far are intact", 130
         case _ if _is_out_of_memory(error):
             reason = (str(error).strip().splitlines() or [""])[0]
-            line, status = f"error: there is not enough memory ({reason:.200}); ask for less at once", 2
+            line, status = (
+                f"error: there is not enough memory ({reason:.200}); reduce the batch or the model",
+                2,
+            )
         case _:
             raise error
     if line:
@@ -86,7 +89,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def exit_with_message() -> Iterator[None]:
-    """Context of the scripts: an error that `report_error` prints ends the program, with the exit status it returns."""
+    """Context of the scripts: if `report_error` prints an error, the program exits with the status that it returns."""
     prepare_standard_streams()
     try:
         try:

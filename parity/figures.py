@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def new_figure(**options: Any) -> "Figure":
-    """Return a figure that needs no backend and does not change the caller's.
+    """Return a figure that needs no backend and leaves the caller's backend unchanged.
 
     Args:
         options: Arguments of matplotlib.figure.Figure.

@@ -1,4 +1,4 @@
-"""A call of generate() or stream(), checked and laid out once for both backends.
+"""Checks the arguments of generate() and stream(), and lays them out as arrays, once for both backends.
 
 A row ends with its eos_id, with the last token of a stop sequence, after max_new_tokens, or, with overflow="stop",
 when the context is full. With overflow="crop" a longer row continues from its last `context_size` tokens, which are
@@ -31,13 +31,13 @@ from parity.sampling import (
 SMALLEST_BUCKET = 16
 SMALLEST_COUNT = 4  # of stop sequences
 SMALLEST_SEGMENT = 4096
-"""Number of new tokens that buffers hold, unless a context is longer: memory follows what is generated."""
+"""Number of new tokens that buffers hold, unless the context is longer, so that memory follows what is generated."""
 NOTEBOOK_ORDER = ("context_size", "temperature", "top_k", "eos_id")
 """Options that the notebook's generate() takes by position, after max_new_tokens."""
 
 
 class RowInputs(NamedTuple):
-    """What the generation loop reads for each row besides its tokens; arrays of NumPy or of a backend."""
+    """The inputs of the generation loop for each row, besides its tokens; arrays of NumPy or of a backend."""
 
     uniforms: Any
     """float32 [B, new], one number for each new token of a segment"""
@@ -117,7 +117,7 @@ class Request:
 
 
 def bucket(length: int, smallest: int = SMALLEST_BUCKET) -> int:
-    """The next power of two, at least `smallest`: one compiled program serves all lengths of a bucket."""
+    """Round up to a power of two, at least `smallest`: one compiled program serves all lengths of a bucket."""
     return max(smallest, 1 << max(0, length - 1).bit_length())
 
 
@@ -131,16 +131,16 @@ def prepare(
     as_array: bool = False,
     return_logprobs: bool = False,
 ) -> Request:
-    """Check a call and lay it out.
+    """Check the arguments of a call, and lay them out as arrays.
 
     Args:
         config: The model's configuration.
         prompts: Sequences of token ids, or an array [B, T].
-        max_new_tokens: Default of each prompt's largest number of new tokens.
+        max_new_tokens: Default of each prompt's maximum number of new tokens.
         options: See GenerateOptions.
         notebook_options: Values of NOTEBOOK_ORDER that were given by position.
         as_array: Whether the call returns an array, which makes greedy decoding the default.
-        return_logprobs: Whether the call returns the log-probabilities of the new tokens, too.
+        return_logprobs: Whether the call also returns the log-probabilities of the new tokens.
 
     Raises:
         InputError: For an empty prompt, an unknown option, and a value out of range; the message names it.
@@ -208,9 +208,9 @@ def running_tokens(tokens: np.ndarray, lengths: np.ndarray, number: int) -> list
 
 
 def pick_prompts(prompts: Any, idx: Any) -> Any:
-    """`prompts`, or `idx`, as the notebook calls them; raises InputError unless just one is given."""
+    """Return `prompts`, or `idx` as the notebook calls them; raise InputError unless exactly one is given."""
     if (prompts is None) == (idx is None):
-        raise InputError("prompts: give at least one, as prompts or, as the notebook calls them, as idx; not as both")
+        raise InputError("prompts: give either prompts or idx (the notebook's name for them), not both")
     return idx if prompts is None else prompts
 
 
@@ -224,9 +224,9 @@ def check_finite(failed_at: int) -> None:
 
 
 def _merge(options: Mapping[str, Any], notebook_options: Sequence[Any]) -> dict[str, Any]:
-    """All options by name, without those that are None."""
+    """Return all options by name, without those that are None."""
     if len(notebook_options) > len(NOTEBOOK_ORDER):
-        raise InputError(f"after max_new_tokens only {', '.join(NOTEBOOK_ORDER)} can be given by position")
+        raise InputError(f"after max_new_tokens, only {', '.join(NOTEBOOK_ORDER)} can be given by position")
     by_position = dict(zip(NOTEBOOK_ORDER, notebook_options, strict=False))
     if twice := sorted(by_position.keys() & options.keys()):
         raise InputError(f"{', '.join(twice)}: given both by position and by name")
@@ -239,13 +239,13 @@ def _without_none(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _token_lists(prompts: Any, config: GPTConfig, context_size: int | None) -> list[list[int]]:
-    """The prompts as lists of ints; those longer than an explicit context_size are cropped later."""
+    """Return the prompts as lists of ints; those longer than an explicit context_size are cropped later."""
     try:
         lists = [[operator.index(token) for token in prompt] for prompt in _as_list(prompts)]
     except TypeError:
         raise InputError(f"prompts must be sequences of token ids (integers), got {prompts!r:.60}") from None
     if not lists:
-        raise InputError("prompts: give at least one")
+        raise InputError("prompts: the list is empty; give at least one prompt")
     for number, prompt in enumerate(lists):
         if not prompt:
             raise InputError(f"prompt {number} is empty; start with the end-of-text token to generate from nothing")
@@ -258,7 +258,7 @@ def _as_list(prompts: Any) -> Any:
 
 
 def _check_array_form(rows: Sequence[Mapping[str, Any]], return_logprobs: bool) -> None:
-    """Raise InputError for what a rectangle of ids cannot express."""
+    """Raise InputError for options whose result an array [B, T] cannot hold."""
     if return_logprobs:
         raise InputError("return_logprobs needs prompts as lists of ids: ids.tolist()")
     lengths_differ = any(row["stop"] for row in rows) or len({row["max_new_tokens"] for row in rows}) > 1

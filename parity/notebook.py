@@ -1,7 +1,7 @@
 """The functions of the notebook "GPT-2 from scratch" that need no framework, so that its code runs unchanged.
 
-Those that need one are in gpt_torch/notebook.py and gpt_jax/notebook.py, on top of the functions here. They keep the
-notebook's simple training: a constant learning rate and no gradient clipping.
+Those that need a framework are in gpt_torch/notebook.py and gpt_jax/notebook.py, and use the functions here. They
+train as simply as the notebook does: a constant learning rate and no gradient clipping.
 """
 
 import itertools
@@ -34,7 +34,7 @@ def download_and_load_gpt2(model_size: str, models_dir: str | Path) -> tuple[dic
     Raises:
         InputError: For an unknown size, a failed download or damaged files.
     """
-    # Imported here because they bring an HTTP client and a progress bar, which `import gpt_torch` should not load.
+    # Imported here because they import an HTTP client and a progress bar, which `import gpt_torch` should not load.
     from parity.weights import openai
     from parity.weights.openai_files import download_model
 
@@ -125,7 +125,7 @@ class GPTDatasetV1:
 class DataLoader:
     """Batches of a dataset: each is (inputs [B, T], targets [B, T]).
 
-    The order of an epoch depends on the seed and on the number of epochs before it only, so it is the same in both
+    The order of an epoch depends only on the seed and on the number of epochs before it, so it is the same in both
     backends.
 
     Args:

@@ -1,8 +1,8 @@
 """GPT-2 in plain NumPy and float64: the reference against which both backends are measured.
 
 Weights are in the huggingface format, of any float or complex dtype. With complex weights the same code computes
-directional derivatives by a complex step (Squire & Trapp 1998), accurate to rounding error. Weights are converted to
-float64 one layer at a time, to need little memory. Sources: as in gpt_torch/model.py.
+directional derivatives by a complex step (Squire & Trapp 1998), accurate to rounding error. To save memory, weights are
+converted to float64 one layer at a time. Sources: as in gpt_torch/model.py.
 """
 
 from collections.abc import Iterable, Mapping
@@ -127,7 +127,7 @@ def loss(config: GPTConfig, weights: Weights, inputs: np.ndarray, targets: np.nd
         config: Configuration of the model.
         weights: Weights in the huggingface format.
         inputs: Token ids, int [B, T].
-        targets: Token ids, int [B, T]; positions with IGNORE_INDEX or -100 are left out.
+        targets: Token ids, int [B, T]; positions with IGNORE_INDEX or -100 do not count.
 
     Returns:
         A float64 or complex128 scalar.

@@ -1,17 +1,17 @@
 """The options of generation, and the rules from logits to a token that both backends follow.
 
-The rules, in this order (tests/support/numpy_oracle.py has them in float64). What each keeps is what Hugging Face's
-logits processors keep; tokens that tie at a limit are all kept:
+The rules apply in this order (tests/support/numpy_oracle.py implements them in float64). Each keeps the tokens that
+Hugging Face's logits processor of that name keeps; of tokens that tie at a limit, all are kept:
 
 1. repetition_penalty (Keskar et al. 2019): the logits of tokens that are already in the row, prompt included, are
    divided by it where positive and multiplied by it where negative.
-2. temperature 0 (greedy): the token with the largest logit, of equal ones the lowest id. Otherwise:
+2. temperature 0 (greedy): the token with the largest logit; ties go to the lowest id. Otherwise:
 3. top_k: keep logits that are not below the k-th largest. Divide by the temperature; softmax.
 4. top_p (Holtzman et al. 2020): of what is left, keep tokens while the more probable ones together have less
    than top_p, so the token that reaches top_p is kept.
 5. min_p (Nguyen et al. 2024): keep tokens at least min_p times as probable as the most probable one.
 6. Inverse CDF over the kept tokens in order of id: the first token whose cumulative mass exceeds u * total, or the
-   last kept token if rounding leaves none. u is the uniform of (seed, row, position); see uniforms().
+   last kept token if rounding leaves none. u is the random number of (seed, row, position); see uniforms().
 """
 
 import hashlib
@@ -27,14 +27,14 @@ from parity.errors import InputError
 
 _SMALLEST = 2.0**-126  # the smallest normal float32: smaller numbers can become 0 in float32 arithmetic
 MOST_SAMPLES = 2**16
-_NUMBERS_PER_BLOCK = 8  # numbers of 32 bits that Philox makes of one value of its counter
+_NUMBERS_PER_BLOCK = 8  # 32-bit numbers that Philox produces per value of its counter
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Options that may be given for all prompts, or for one prompt in `per_prompt`. None means the default."""
+    """Options of all prompts of a call, or of one prompt in `per_prompt`. None means the default."""
 
     temperature: float | None
-    """Divides the logits; 0 is greedy, and a tiny one nearly so. Default 1.0, or 0 if the prompts are an array."""
+    """Divides the logits; 0 is greedy, and a tiny value is nearly greedy. Default 1.0, or 0 for an array of prompts."""
     top_k: int | None
     """Sample from the top_k most probable tokens only, in 1..n_vocab. Default: all tokens."""
     top_p: float | None
@@ -46,7 +46,7 @@ class SamplingOptions(TypedDict, total=False):
     eos_id: int | None
     """Id of the end-of-text token, with which a row ends. Default: no token ends a row."""
     stop: Sequence[Sequence[int]] | None
-    """Sequences of ids. A row ends when its new tokens end with one of them. Default: none."""
+    """Sequences of ids. A row ends when its new tokens end with any of them. Default: none."""
     seed: int | None
     """Seed of the random numbers, in 0..2**64-1. Default 0."""
 
@@ -58,7 +58,7 @@ class PromptOptions(SamplingOptions, total=False):
     """Largest number of new tokens of this prompt, at least 1. Default: that of the call."""
     row: int | str | None
     """Row of the random numbers: a number in 0..2**64-1, or a text such as a request's id, which is hashed (SHA-256)
-    to one. Default: the place in the batch. With a row of its own a prompt gives the same tokens in every batch."""
+    to one. Default: the place in the batch. A prompt with its own row gets the same tokens in every batch."""
 
 
 class GenerateOptions(SamplingOptions, total=False):
@@ -80,7 +80,7 @@ class GenerateOptions(SamplingOptions, total=False):
 
 
 class RowOptions(NamedTuple):
-    """The sampling options of each row, arrays [B]. An option that is off has a value that changes nothing."""
+    """The sampling options of each row, arrays [B]. An option that is off has a value without effect."""
 
     greedy: Any
     """bool"""
@@ -97,7 +97,7 @@ class RowOptions(NamedTuple):
 
 
 class ActiveRules(NamedTuple):
-    """The rules that at least one row uses. A compiled program has only these; their values are its inputs."""
+    """Which rules at least one row uses. A compiled program contains only these; their values are inputs."""
 
     sampled: bool
     top_k: bool
@@ -107,7 +107,7 @@ class ActiveRules(NamedTuple):
 
 
 def check_options(options: Mapping[str, Any], n_vocab: int, where: str = "") -> dict[str, Any]:
-    """Check the options of one prompt, and fill in what is off or not given.
+    """Check the options of one prompt, and fill in those that are off or not given.
 
     Args:
         options: PromptOptions without values that are None.
@@ -118,7 +118,7 @@ def check_options(options: Mapping[str, Any], n_vocab: int, where: str = "") -> 
         The fields of RowOptions for this prompt, and its eos_id (or None), stop, seed, row and max_new_tokens.
 
     Raises:
-        InputError: That names an option whose value is out of range.
+        InputError: For a value that is out of range; the message names the option.
     """
     temperature = number(options, "temperature", 1.0, 0, sys.float_info.max, "0 (greedy) or positive", where)
     top_p = number(options, "top_p", 1.0, math.ulp(0.0), 1, "in (0, 1]", where)
@@ -144,7 +144,7 @@ def check_options(options: Mapping[str, Any], n_vocab: int, where: str = "") -> 
 
 
 def row_options(checked: Sequence[Mapping[str, Any]], n_vocab: int) -> tuple[RowOptions, ActiveRules]:
-    """The results of check_options() for each row as arrays, and the rules that they need."""
+    """Convert the results of check_options() for each row to arrays, and return them with the rules that they need."""
     dtypes = {"greedy": bool, "top_k": np.int32}
     rows = RowOptions(
         *(np.array([row[name] for row in checked], dtypes.get(name, np.float64)) for name in RowOptions._fields)
@@ -169,7 +169,7 @@ def refuse_unknown(options: Mapping[str, Any], known: Any, where: str = "") -> N
 def integer(
     options: Mapping[str, Any], name: str, default: int, low: int, high: int, hint: str = "", where: str = ""
 ) -> int:
-    """options[name] as an int; raises InputError, ending in `hint`, unless it is an integer in low..high."""
+    """Return options[name] as an int. Raise InputError, ending in `hint`, unless it is an integer in low..high."""
     if name not in options:
         return default
     try:
@@ -184,7 +184,7 @@ def integer(
 def number(
     options: Mapping[str, Any], name: str, default: float, low: float, high: float, text: str, where: str = ""
 ) -> float:
-    """options[name] as a float; raises InputError unless it is in low..high, which `text` describes."""
+    """Return options[name] as a float. Raise InputError unless it is in low..high, a range that `text` describes."""
     try:
         value = float(options.get(name, default))
     except (TypeError, ValueError, OverflowError):
@@ -205,10 +205,10 @@ def _check_stop(sequence: Sequence[int], n_vocab: int, where: str) -> list[int]:
 
 
 def uniforms(seeds: Sequence[int], rows: Sequence[int], starts: Sequence[int], count: int) -> np.ndarray:
-    """Uniform random numbers float32 [len(rows), count] in [0, 1), from position starts[i] of row rows[i] on.
+    """Draw uniform random numbers float32 [len(rows), count] in [0, 1), starting at position starts[i] of row rows[i].
 
-    They are multiples of 2**-24, so that float32 and float64 models compare with the same numbers. The number of
-    (seed, row, position) does not depend on the others that are drawn (Philox; Salmon et al. 2011).
+    They are multiples of 2**-24, so that float32 and float64 models compare with the same numbers. The number at
+    (seed, row, position) does not depend on which other numbers are drawn (Philox; Salmon et al. 2011).
     """
     drawn = np.empty((len(rows), count), np.float32)
     for out, seed, row, start in zip(drawn, seeds, rows, starts, strict=True):

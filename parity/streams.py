@@ -1,4 +1,4 @@
-"""Standard streams of the scripts: closed ones, broken pipes, full disks, other encodings and terminals."""
+"""The standard streams of the scripts: closed streams, broken pipes, full disks, other encodings and terminals."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all control character
 def prepare_standard_streams() -> None:
     """Make standard streams usable however the program was started.
 
-    A closed one becomes the null device, and characters that the encoding of standard output lacks become "?".
+    A closed stream becomes the null device, and characters that the encoding of standard output lacks become "?".
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
@@ -24,7 +24,7 @@ def prepare_standard_streams() -> None:
 
 
 def discard_unwritten(stream: TextIO) -> None:
-    """Drop what a stream has buffered but cannot write; Python would try again, at the latest when it exits."""
+    """Drop what a stream has buffered but cannot write; otherwise Python tries again, at the latest when it exits."""
     with contextlib.suppress(OSError, ValueError):  # a stream without a file, or a closed one
         descriptor = stream.fileno()
         saved, null = os.dup(descriptor), os.open(os.devnull, os.O_WRONLY)
@@ -38,7 +38,7 @@ def discard_unwritten(stream: TextIO) -> None:
 
 
 class LossyStream:
-    """A text stream that drops what it cannot write, for programs that must go on when nobody reads them."""
+    """A text stream that drops what it cannot write, for programs that must continue when nobody reads their output."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -61,7 +61,7 @@ class LossyStream:
 
 
 def for_display(text: str, stream: TextIO) -> str:
-    """Return a text that nobody has checked, with its control characters escaped if `stream` is a terminal."""
+    """Return an untrusted text, with its control characters escaped if `stream` is a terminal."""
     if not stream.isatty():
         return text
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)

@@ -12,10 +12,10 @@
     ln_f                                     B T D    input of the head
     logits                                   B T V
 
-A model calls `tap(name, x)` at each of these places. By default that returns x, and a compiled program contains
-nothing of it. Under `probe` the activation is recorded or replaced; under `constraining` it is given a sharding.
-One call serves both because both need exactly the same two facts, the name of an activation and its axes, at the
-same place; two annotations per activation could only disagree.
+A model calls `tap(name, x)` at each of these places. By default that returns x, and leaves no trace in a compiled
+program. Under `probe` the activation is recorded or replaced; under `constraining` it is given a sharding. One call
+serves both purposes because both need the same two facts, the name of an activation and its axes, at the same place;
+two separate annotations could contradict each other.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ AXES = {
 """The axes of each activation, in the order of a forward pass; `{}` stands for the number of a layer."""
 
 ONLY_EXPLICIT = ("attn.scores", "attn.pattern")
-"""Activations that fused attention never materializes."""
+"""Activations that a fused attention kernel never stores."""
 
 
 def activation_names(config: GPTConfig) -> list[str]:
@@ -116,14 +116,14 @@ _tracers: dict[type, Callable[[], Any]] = {}
 
 
 def register_tracer(tracer: type, trace_state: Callable[[], Any]) -> None:
-    """Register the arrays without a value that a framework uses while it traces a function (jit, grad, ...).
+    """Register the class that stands for arrays while a framework traces a function (jit, grad, ...).
 
-    A probe then refuses a tracer of a function that was called under the probe: it would be recorded without a value,
-    and a patch would stay in the compiled function. A backend that traces calls this when it is imported.
+    Such an array has no value. A probe that was opened outside of the traced function raises for it: a patch would
+    become part of the compiled function. A backend that traces functions calls this when it is imported.
 
     Args:
-        tracer: Class of these arrays.
-        trace_state: Returns what identifies the function that is being traced when it is called.
+        tracer: Class of the arrays without a value.
+        trace_state: Returns an object that identifies the function that is being traced.
     """
     _tracers[tracer] = trace_state
 
@@ -139,7 +139,7 @@ class Probe:
         cache: Recorded activations, by name.
         visited: Names in `names` and `patches` that a model has computed.
         layer: Number of the layer that is running; None outside of the layers.
-        trace_states: What was being traced when the probe was opened; see `register_tracer`.
+        trace_states: The traced function, by class of tracer, when the probe was opened; see `register_tracer`.
     """
 
     names: frozenset[str]
@@ -153,7 +153,7 @@ class Probe:
     )
 
     def visit(self, name: str, x: Any) -> Any:
-        """Record or replace the activation x, and return what the model goes on with."""
+        """Record or replace the activation x, and return the value with which the model continues."""
         if self.layer is not None:
             name = f"blocks.{self.layer}.{name}"
         if name not in self.names and name not in self.patches:
@@ -182,11 +182,13 @@ class Probe:
 
     def _replacement(self, name: str, value: Any, x: Any) -> Any:
         if value is None:
-            raise InputError(f"patch of {name} is None; a function must return the replacement")
+            raise InputError(f"the patch of {name} is None; a patch that is a function must return the replacement")
         shape, expected = tuple(np.shape(value)), tuple(x.shape)
         padded = (1,) * (len(expected) - len(shape)) + shape
         if len(padded) != len(expected) or any(a not in (1, b) for a, b in zip(padded, expected, strict=True)):
-            raise InputError(f"patch of {name} has shape {list(shape)}, the activation [{axes(name)}] {list(expected)}")
+            raise InputError(
+                f"patch of {name}: shape {list(shape)} does not broadcast to [{axes(name)}] {list(expected)}"
+            )
         return self.convert(value, x)
 
     @property
@@ -225,7 +227,7 @@ def tap(name: str, x: Any) -> Any:
 
 @contextlib.contextmanager
 def constraining(constrain: Constrain) -> Iterator[None]:
-    """In this context, and on this thread, `tap` returns constrain(axes, x): the same values with a sharding."""
+    """Within this context, on this thread, `tap` returns constrain(axes, x): the same values with a sharding."""
     outer, _active.constrain = _active.constrain, constrain
     try:
         yield
@@ -234,17 +236,17 @@ def constraining(constrain: Constrain) -> Iterator[None]:
 
 
 def probing() -> bool:
-    """Whether a probe is open on this thread. A model then runs its layers one by one, not in a scan."""
+    """Whether a probe is open on this thread. If so, a model runs its layers one by one, not in a scan."""
     return _active.probe is not None
 
 
 def attention(kind: str) -> str:
-    """The attention to run in place of `kind`: the explicit one if a probe requests scores or patterns."""
+    """The attention to run: "explicit" if a probe requests scores or patterns, otherwise `kind`."""
     return "explicit" if _active.probe is not None and _active.probe.needs_explicit_attention else kind
 
 
 def layer(number: int | None) -> None:
-    """Tell the probe which layer runs next, so that it can complete names; None ends the layers."""
+    """Set the layer that runs next, whose number completes the names of its activations; None after the last one."""
     if _active.probe is not None:
         _active.probe.layer = number
 
@@ -258,12 +260,12 @@ def probe(
 ) -> Iterator[dict[str, Any]]:
     """Record and replace activations of the models that run in this context, on this thread.
 
-    Only the innermost of nested probes is active. `run_with_cache` of each backend is the usual way to use one.
+    Only the innermost of nested probes is active. The usual way to use one is `run_with_cache` of a backend.
 
     Args:
         config: Configuration of the models that will run.
-        names: Activations to record, with patterns as in `select`; None records all, () none.
-        patches: Replacements; a pattern as key replaces every activation that it matches.
+        names: Activations to record, with patterns as in `select`; None records all of them, () records none.
+        patches: Replacements by name; a pattern as the name replaces every activation that it matches.
         convert: (value of a patch, activation) -> the value as an array like the activation.
 
     Yields:

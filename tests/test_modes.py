@@ -267,7 +267,7 @@ def test_patches_of_any_kind(package):
         assert np.array_equal(logits(patch), expected)
     with pytest.raises(InputError, match="patch of embed is None"):
         logits(lambda x: None)
-    with pytest.raises(InputError, match=r"patch of embed has shape \[3\]"):
+    with pytest.raises(InputError, match=r"patch of embed: shape \[3\]"):
         logits(lambda x: [0.5] * 3)
 
 

@@ -1,4 +1,4 @@
-"""The case of a comparison: the model, weights, tokens and settings that both implementations are given."""
+"""The input of a comparison: the model, weights, tokens and settings that both implementations get."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from parity.weights import initial_weights
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What both implementations compute."""
+    """The input of both implementations."""
 
     config: GPTConfig
     weights: Weights

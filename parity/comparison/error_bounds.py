@@ -9,7 +9,7 @@ few times: 2u of each element. REDUCTIONS and REDUCTIONS_BACK give n for each ac
 bfloat16, sums are accumulated in float32, and u of bfloat16 applies to storing the result.
 
 Propagation. Random errors of this size are added to every activation of the float64 reference, and the network
-itself propagates them. The amplification by sharp attention or by a small variance is therefore the actual one,
+propagates them. The amplification by sharp attention or by a small variance is therefore the actual one,
 not a product of norms. The bound of an activation is SAFETY times the largest deviation of N_RUNS such runs.
 The bound holds for any order of summation; blocked sums have smaller errors.
 """

@@ -1,4 +1,4 @@
-"""The implementations to compare: opened by name or from a Python file, each with weights of its own if need be."""
+"""The implementations to compare, opened by name or from a Python file, optionally with their own weights."""
 
 import dataclasses
 import importlib
@@ -89,12 +89,12 @@ def open_implementation(
     """Open an implementation by name or file.
 
     Args:
-        spec: "torch", "jax", "numpy", an alias or the path of a Python file; ":WEIGHTS" after it (a size, a
-            run or a folder) gives the implementation weights of its own.
-        config: The configuration of the comparison, which weights of its own must match.
+        spec: "torch", "jax", "numpy", an alias or the path of a Python file. Append ":WEIGHTS" (a size, a run or a
+            folder) to give the implementation its own weights.
+        config: The configuration of the comparison, which an implementation's own weights must match.
         aliases: {name: Python file} of further names.
         source: The size, run or folder that the weights of the comparison come from. An implementation that reads
-            config.json itself (see `Backend.open_folder`) computes what that folder's says, or that of its own weights.
+            config.json itself (see `Backend.open_folder`) follows the file in that folder, or in its own weights'.
 
     Raises:
         InputError: For an unknown name, a framework that is not installed, a file without `activations`, or

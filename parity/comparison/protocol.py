@@ -1,4 +1,4 @@
-"""What an implementation of GPT-2 offers to a comparison: NumPy arrays in, NumPy arrays out.
+"""The interface of an implementation of GPT-2 in a comparison: NumPy arrays in, NumPy arrays out.
 
 An implementation is a module with some or all of the functions of `Backend`. gpt_torch.adapter and
 gpt_jax.adapter have all of them, parity.reference has those of a forward pass, and scripts/parity_hf.py shows
@@ -51,11 +51,11 @@ class Backend(Protocol):
     """The functions that a comparison calls. A section of the report needs only some of them."""
 
     def open_folder(self, folder: Path) -> "Backend":
-        """Return the implementation as the config.json of a folder describes it.
+        """Return an implementation of the model that the config.json of a folder describes.
 
-        For an implementation with a reader of config.json of its own. It is called if the weights of the comparison
-        come from a folder with that file; the configuration of each call, which is our reading of the file, then
-        only gives shapes.
+        Only an implementation that reads config.json itself has this function. It is called if the weights of the
+        comparison come from a folder with that file. The configuration in each call, which is this project's reading
+        of the file, then serves only for its shapes.
         """
 
     def logits(

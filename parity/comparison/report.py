@@ -2,7 +2,7 @@
 
 A row passes if the errors of A and B against the reference are within the bound that rounding allows
 (parity/comparison/error_bounds.py) and A and B differ by at most twice the bound. The first row that fails, in
-the order of the computation, shows where the two implementations part.
+the order of the computation, shows where the two implementations diverge.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Row:
 
     @property
     def share(self) -> float:
-        """The largest error divided by what is allowed. Above 1 the row fails; infinite if an error is not finite."""
+        """The largest error as a fraction of its bound; above 1 the row fails. Infinite if an error is not finite."""
         errors = [self.difference / 2, *(e for e in (self.error_a, self.error_b) if e is not None)]
         if not np.isfinite(errors).all():
             return np.inf
@@ -45,7 +45,7 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        """Whether all errors are within what is allowed."""
+        """Whether all errors are within their bounds."""
         return self.share <= 1
 
     def to_dict(self) -> dict[str, Any]:

@@ -39,12 +39,12 @@ def compare_implementations(
     settings: TrainSettings,
     sections: Sequence[Section] = SECTIONS,
 ) -> Iterator[Row]:
-    """Yield the rows of these sections, as far as both implementations offer what a section needs.
+    """Yield the rows of the sections whose functions both implementations offer.
 
     Args:
         a: The first implementation.
         b: The second implementation.
-        case: What both compute.
+        case: The input of both.
         settings: Settings of the training section.
         sections: The sections to compare.
 
