@@ -186,9 +186,7 @@ class Probe:
         shape, expected = tuple(np.shape(value)), tuple(x.shape)
         padded = (1,) * (len(expected) - len(shape)) + shape
         if len(padded) != len(expected) or any(a not in (1, b) for a, b in zip(padded, expected, strict=True)):
-            raise InputError(
-                f"patch of {name}: shape {list(shape)} does not broadcast to [{axes(name)}] {list(expected)}"
-            )
+            raise InputError(f"patch of {name}: shape {list(shape)} does not fit [{axes(name)}] {list(expected)}")
         return self.convert(value, x)
 
     @property

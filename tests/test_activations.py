@@ -163,7 +163,7 @@ def test_wrong_names_and_shapes_are_refused(package):
     ids = torch.from_numpy(TOKENS) if package is gpt_torch else jnp.asarray(TOKENS)
     with pytest.raises(InputError, match="no activation is called 'ln_2'"):
         package.run_with_cache(model, ids, ["ln_2"])
-    with pytest.raises(InputError, match=r"patch of blocks.1.attn.q: shape \[3, 5\] does not broadcast to \[B T N H\]"):
+    with pytest.raises(InputError, match=r"patch of blocks.1.attn.q: shape \[3, 5\] does not fit \[B T N H\]"):
         package.run_with_patches(model, ids, {"blocks.1.attn.q": np.ones((3, 5))})
     assert not taps.probing()
 
