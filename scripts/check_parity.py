@@ -108,7 +108,7 @@ def main() -> int:
 
 
 def make_case(args: Args) -> Case:
-    """The model, weights and tokens that the options ask for."""
+    """Return the model, weights and tokens that the options select."""
     if args.weights in ("sharp", "initial"):
         config = as_config(args.preset)
         weights = (sharp_weights if args.weights == "sharp" else initial_weights)(config, args.seed)

@@ -1,10 +1,10 @@
-"""Hugging Face's GPT2LMHeadModel in a parity report: the worked example of how another implementation joins.
+"""Hugging Face's GPT2LMHeadModel in a parity report: the worked example of how another implementation joins a comparison.
 
 Each function is one of parity.comparison.protocol.Backend. The report leaves out the sections whose functions
 are missing here.
 
-Beside a folder of Hugging Face's, `open_folder` makes the model from the folder's own config.json, read by transformers
-alone, so that the report also shows what our reading of that file might overlook.
+For a folder with a config.json, `open_folder` builds the model from that file as transformers alone reads it, so that the
+report also shows whatever this project's reading of the file overlooks.
 """
 
 import functools
@@ -25,7 +25,7 @@ from parity.weights import hf_config
 
 
 def open_folder(folder: Path) -> Any:
-    """Return this implementation, computing what a folder's own config.json says."""
+    """Return this implementation for the model that a folder's own config.json describes."""
     functions = (logits, activations, cached_logits, loss_and_gradients)
     return SimpleNamespace(**{f.__name__: functools.partial(f, folder=folder) for f in functions})
 

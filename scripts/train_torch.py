@@ -2,7 +2,7 @@
 
 python scripts/train_torch.py                                     # the preset small, on Python's documentation
 python scripts/train_torch.py --preset 124M --corpus DIR --device cuda --compile
-python scripts/train_torch.py --init-from 124M --tokenizer gpt2 --corpus my.txt --lr 3e-5 --min-lr 3e-6  # fine-tune
+python scripts/train_torch.py --init-from 124M --corpus my.txt --lr 3e-5  # fine-tune OpenAI's model
 python scripts/train_torch.py --run runs/NAME --resume            # a run of either training script
 torchrun --nproc-per-node 8 -- scripts/train_torch.py --preset 124M   # eight GPUs, the same losses
 """
