@@ -1,10 +1,10 @@
-"""Hugging Face's GPT2LMHeadModel in a parity report: the worked example of how another implementation joins a comparison.
+"""Hugging Face's GPT2LMHeadModel in a parity report: a worked example of an implementation to compare with.
 
 Each function is one of parity.comparison.protocol.Backend. The report leaves out the sections whose functions
 are missing here.
 
-For a folder with a config.json, `open_folder` builds the model from that file as transformers alone reads it, so that the
-report also shows whatever this project's reading of the file overlooks.
+For a folder with a config.json, `open_folder` builds the model from that file as transformers alone reads it, so that
+the report also shows whatever this project's reading of the file overlooks.
 """
 
 import functools

@@ -62,7 +62,7 @@ def read(folder: Path) -> Manifest:
     """Read manifest.json of a checkpoint, in today's form or in that of version 0.1, {path: sha256}.
 
     Raises:
-        InputError: If it is missing, is not JSON, or is no manifest of weights.
+        InputError: If it is missing, is not JSON, or is not a manifest of weights.
     """
     if not (folder / MANIFEST).exists():
         raise InputError(f"it has no {MANIFEST}")

@@ -111,7 +111,7 @@ def retain(checkpoints: Path, newest: int, keep: int, keep_every: int | None = N
 
 
 def remove_unfinished(checkpoints: Path) -> None:
-    """Delete what a process left that was killed during a save."""
+    """Delete what a process that was killed during a save left behind."""
     for leftover in checkpoints.glob(f"{_UNFINISHED}*"):
         _remove(leftover)
 

@@ -57,7 +57,7 @@ class Job:
     resumed_step: int | None = None
     """The step of the checkpoint that the run resumes from, once start_run() has verified it."""
     identity: checkpoints.RunIdentity = dataclasses.field(default_factory=checkpoints.RunIdentity)
-    """What the checkpoints of the run record of it."""
+    """What the run's checkpoints record about it."""
 
     @property
     def is_resuming(self) -> bool:
@@ -190,8 +190,8 @@ def _reopen(job: Job, entries: Mapping[str, Any]) -> tuple[int | None, list[str]
         newest = int(run.newest_intact().name)
     elif first and run.metrics.last_step > 0:
         raise InputError(
-            f"{run.path} has metrics up to step {run.metrics.last_step}, but no checkpoint; put its folder checkpoints "
-            "back, or start a new run with another --run"
+            f"{run.path} has metrics up to step {run.metrics.last_step}, but no checkpoint; restore its folder "
+            "checkpoints/, or start a new run with another --run"
         )
     changed = run.update(entries, CHANGEABLE_KEYS)
     newest = job.processes.all_reduce_max(newest + 1) - 1

@@ -27,8 +27,8 @@ from parity.training.trainer import Trainer
 class StopRequest:
     """Receive SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal was closed).
 
-    The first one stops the run after a save, a second one stops it at once. SIGHUP stays ignored if it was, as nohup
-    does it.
+    The first signal stops the run after a save, a second one stops it at once. If SIGHUP was ignored, as under nohup,
+    it stays ignored.
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ def _resume_and_train(trainer: Trainer, job: Job, console: Console) -> int:
     # A run that was killed after a save has not shown that step.
     not_shown = done in job.run.metrics.evaluations and not job.run.has_samples(done or 0)
     if done is not None and job.processes.all_reduce_max(int(job.processes.first and not_shown)):
-        _show(trainer, job, done, console)
+        _sample_and_plot(trainer, job, done, console)
     started = time.perf_counter()
     status = train_loop(trainer, job, done, console)
     evaluated, best = job.run.metrics.evaluations, job.run.metrics.best_step()
@@ -122,7 +122,7 @@ def train_loop(trainer: Trainer, job: Job, done: int | None, console: Console) -
 
     Raises:
         InputError: If more steps than settings.skip_nonfinite have a loss or gradient that is not finite, or a
-            validation loss is not finite. Checkpoints saved before are kept.
+            validation loss is not finite. Earlier checkpoints are kept.
     """
     settings = job.settings
     tokens_per_step = settings.batch_size * job.train.n_ctx
@@ -187,10 +187,10 @@ def _evaluate_and_save(trainer: Trainer, job: Job, step: int, console: Console) 
     job.log({"step": step, "validation_loss": loss, "perplexity": perplexity})
     console.print(f"step {step:>6}  validation loss {loss:.4f}  perplexity {perplexity:.2f}")
     _save(trainer, job, step)
-    _show(trainer, job, step, console)
+    _sample_and_plot(trainer, job, step, console)
 
 
-def _show(trainer: Trainer, job: Job, step: int, console: Console) -> None:
+def _sample_and_plot(trainer: Trainer, job: Job, step: int, console: Console) -> None:
     """Write and print samples, and draw the losses: after the save, and without ending the run if it fails."""
     with _without_ending(job, "the samples were not written", console):
         texts = []
@@ -264,7 +264,7 @@ def _record_nonfinite(job: Job, step: int, lr: float, values: dict[str, float], 
     skipped = len(job.run.metrics.nonfinite)
     if skipped > settings.skip_nonfinite:
         raise InputError(
-            f"{message}. The run stops; checkpoints saved before are kept. Resume from the newest with --resume "
+            f"{message}. The run stops; earlier checkpoints are kept. Resume from the newest with --resume "
             f"--skip-nonfinite {skipped}, or start again with a lower --lr or --dtype float32"
         )
     console.print(f"{message}; the step is skipped ({skipped} of {settings.skip_nonfinite})", style="yellow")

@@ -1,4 +1,4 @@
-"""The files that hold weights in a folder. Only one format may be there, or the older model might be read."""
+"""The files that hold weights in a folder. It may contain one format only, or the older model might be read."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from parity.errors import InputError
 SINGLE = "model.safetensors"
 _PICKLE = "pytorch_model.bin"
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
-"""Of files with weights that may be given in place of a folder."""
+"""Suffixes of files with weights, which may be named in place of a folder."""
 CHECKPOINT = "checkpoint"
 """TensorFlow's text file that names the newest of several bundles."""
 
@@ -15,7 +15,7 @@ CHECKPOINT = "checkpoint"
 def huggingface_files(folder: Path) -> list[Path]:
     """Return the file with the weights, or the index of its shards; an empty list if there is neither.
 
-    Raises InputError if both are there. A pytorch_model.bin beside model.safetensors is the same model in the older
+    Raises InputError if both exist. A pytorch_model.bin beside model.safetensors is the same model in the older
     format, and is ignored, as transformers does.
     """
     for name in (SINGLE, _PICKLE):

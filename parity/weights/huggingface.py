@@ -132,7 +132,7 @@ def read(path: str | Path) -> tuple[GPTConfig, dict[str, LazyTensor], str]:
 def _with_one_head(
     tensors: dict[str, LazyTensor], config: GPTConfig, format: str, origin: str
 ) -> dict[str, LazyTensor]:
-    """The tensors without the head, if it is tied: it may stand for the token embedding, or repeat it."""
+    """Return the tensors without a tied head, which may be stored instead of the token embedding or beside it."""
     [head_row] = [row for row in ROWS if row.huggingface == OUT_HEAD]
     head_name, embedding_name = head_row.name(format), ROWS[0].name(format)
     same_axes = head_row.axes[format] == ROWS[0].axes[format]

@@ -1,7 +1,8 @@
-"""Names of tensors as training programs store them, brought to the names of the table.
+"""Names of tensors as training programs store them, converted to the names of the table.
 
 Wrappers of PyTorch models add to every name (torch.compile `_orig_mod.`, DataParallel `module.`), programs that hold
-a model as an attribute add the attribute's name, and models of the notebook keep query, key and value apart.
+a model as an attribute add the attribute's name, and models of the notebook have separate matrices for query, key and
+value.
 """
 
 import functools
