@@ -11,6 +11,7 @@ from gpt_torch.weights import export_weights, load_weights
 from parity import notebook
 from parity.data.tokenizer import Tokenizer
 from parity.hub import write_hub_files
+from parity.storage.paths import user_path
 from parity.weights import huggingface
 from parity.weights.load import read_folder
 
@@ -30,7 +31,7 @@ def load_weights_into_gpt(model: GPTModel, params: dict[str, Any]) -> None:
 
 def save_weights(model: GPTModel, folder: str | Path) -> None:
     """Write config.json and model.safetensors: what `save_pretrained` writes, without what a model hub adds."""
-    huggingface.write(Path(folder), unwrap(model).config, export_weights(model))
+    huggingface.write(user_path(folder), unwrap(model).config, export_weights(model))
 
 
 def save_pretrained(model: GPTModel, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
@@ -41,11 +42,13 @@ def save_pretrained(model: GPTModel, folder: str | Path, tokenizer: Tokenizer | 
     Args:
         model: The model.
         folder: The folder, which is made if it does not exist. It must not hold a model in another format.
-        tokenizer: The model's tokenizer, whose files are written, too.
+        tokenizer: The model's tokenizer, whose files are written, too. Its end-of-text id is written to config.json
+            unless the files that the model was loaded from state another one.
     """
     eos_id = None if tokenizer is None else tokenizer.eos_id
-    huggingface.write(Path(folder), unwrap(model).config, export_weights(model), eos_id=eos_id)
-    write_hub_files(Path(folder), unwrap(model).config, tokenizer, eos_id)
+    folder, config = user_path(folder), unwrap(model).config
+    huggingface.write(folder, config, export_weights(model), eos_id=eos_id)
+    write_hub_files(folder, config, tokenizer)
 
 
 def load_pretrained(path: str | Path, *, device: torch.device | str | None = None, **options: Any) -> GPTModel:

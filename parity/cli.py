@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -17,9 +18,12 @@ import tyro
 
 import parity
 from parity.errors import InputError
+from parity.storage.paths import user_path
 
 # Old spellings of options. They still work, with a warning, in every script that has the new option.
 DEPRECATED = {"--init": "--init-from", "--initial": "--init-scheme", "--validation-part": "--validation-fraction"}
+# Options whose text is a name or a path.
+_NAMES_OR_PATHS = {"corpus", "eval_prompts", "init_from", "model", "source", "weights"}
 # A line of a module's docstring that shows a command. tyro joins lines that are not indented.
 _EXAMPLE = re.compile(r"^(python|torchrun) ", re.MULTILINE)
 
@@ -55,8 +59,10 @@ def parse(
     text = f"{examples_indented}\n\nThe option --version shows the installed versions."
     with _input_errors():
         if default is None:
-            return tyro.cli(cls, description=text, args=arguments)
-        return tyro.cli(cls, description=text, args=arguments, default=default)
+            options = tyro.cli(cls, description=text, args=arguments)
+        else:
+            options = tyro.cli(cls, description=text, args=arguments, default=default)
+    return _with_home_folder(options)
 
 
 def parse_known(cls: type[Options], args: Sequence[str] | None = None) -> Options:
@@ -68,7 +74,23 @@ def parse_known(cls: type[Options], args: Sequence[str] | None = None) -> Option
     arguments = _current_spellings(cls, sys.argv[1:] if args is None else args, warn=False)
     with _input_errors():
         options, _ = tyro.cli(cls, args=arguments, return_unknown_args=True, add_help=False)
-    return options
+    return _with_home_folder(options)
+
+
+def _with_home_folder(options: Any) -> Any:
+    """Expand a leading `~` in all options that are paths, or may be; see `user_path`."""
+
+    def expand(name: str, value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return _with_home_folder(value)
+        if isinstance(value, tuple):
+            return tuple(expand(name, part) for part in value)
+        is_path = isinstance(value, Path) or (isinstance(value, str) and name in _NAMES_OR_PATHS)
+        return type(value)(user_path(value)) if is_path and str(value).startswith("~") else value
+
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    changed = {name: new for name, value in values.items() if (new := expand(name, value)) is not value}
+    return dataclasses.replace(options, **changed) if changed else options
 
 
 @contextlib.contextmanager

@@ -60,6 +60,9 @@ class GPTConfig:
     """Whether the query, key and value projections have a bias. GPT-2 has one; the notebook's own model has none."""
     tied_head: bool = True
     """Whether the output head shares its matrix with the token embedding, as in GPT-2, or has its own."""
+    eos_id: int | None = dataclasses.field(default=None, compare=False, repr=False)
+    """Id of the end-of-text token that config.json states for other programs, where it is not the tokenizer's. It is no
+    part of the function that the model computes, so it is ignored when configurations are compared."""
 
     def __post_init__(self) -> None:
         for name, limit in _LIMITS.items():
@@ -75,6 +78,8 @@ class GPTConfig:
         for name in ("qkv_bias", "tied_head"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"config: {name} must be true or false, got {getattr(self, name)!r}")
+        if self.eos_id is not None and (type(self.eos_id) is not int or not 0 <= self.eos_id < self.n_vocab):
+            raise InputError(f"config: eos_id must be an integer in 0..{self.n_vocab - 1}, got {self.eos_id!r}")
 
     @property
     def head_width(self) -> int:
@@ -135,8 +140,9 @@ class GPTConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return {field: value}, which GPTConfig(**...) accepts."""
-        return dataclasses.asdict(self)
+        """Return {field: value}, which GPTConfig(**...) accepts; without eos_id if it is None."""
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if name != "eos_id" or value is not None}
 
 
 def is_counted(targets: Any) -> Any:

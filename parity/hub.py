@@ -30,19 +30,15 @@ Describe here which data the model was trained on, what it is for, and under whi
 """
 
 
-def write_hub_files(
-    folder: Path, config: GPTConfig, tokenizer: Tokenizer | None = None, eos_id: int | None = None
-) -> None:
+def write_hub_files(folder: Path, config: GPTConfig, tokenizer: Tokenizer | None = None) -> None:
     """Write generation_config.json, a model card, and the tokenizer's files.
 
     Args:
         folder: The folder with config.json and weights.
         config: The model's configuration.
         tokenizer: The model's tokenizer; None writes none.
-        eos_id: Id of the end-of-text token; see `end_of_text_id` for the default.
     """
-    if eos_id is None:
-        eos_id = end_of_text_id(config.n_vocab)
+    eos_id = end_of_text_id(config, None if tokenizer is None else tokenizer.eos_id)
     ids = dict.fromkeys(("bos_token_id", "eos_token_id"), eos_id)
     (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
     if tokenizer is not None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from parity.config import GPTConfig
+from parity.storage.paths import user_path
 from parity.training import checkpoints
 from parity.training.runs import RunFolder
 from parity.training.settings import TrainSettings
@@ -30,7 +31,8 @@ def weights_folder(init_from: str | Path) -> Path:
     Raises:
         InputError: If there is no such folder, or the run has no intact checkpoint.
     """
-    run = RunFolder(Path(init_from))
+    init_from = user_path(init_from)
+    run = RunFolder(init_from)
     if not run.checkpoints.is_dir():
         return find_folder(init_from)
     return run.newest_intact() if run.config_file.exists() else checkpoints.newest_intact(run.checkpoints)

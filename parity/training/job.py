@@ -225,7 +225,7 @@ def _check_model(args: JobArgs, tokenizer: Tokenizer) -> None:
     if args.init_from is not None and not args.resume:
         given = read_folder(weights_folder(args.init_from))[0].to_dict()
         for name, value in config.to_dict().items():
-            if name != "drop_rate" and value != given[name]:
+            if name not in ("drop_rate", "eos_id") and value != given[name]:
                 option = f"--{name.replace('_', '-')}"
                 raise InputError(f"{option}: the model in --init-from {args.init_from} has {name}={given[name]}")
     if tokenizer.n_vocab > config.n_vocab:

@@ -4,6 +4,7 @@ The keys are those of transformers' GPT2Config, and two of our own: qkv_bias and
 keys that it does not know, and ignores them.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -44,10 +45,8 @@ def config_to_dict(config: GPTConfig, eos_id: int | None = None) -> dict[str, An
 
     Args:
         config: The configuration.
-        eos_id: Id of the end-of-text token; by default that of the tokenizer that the vocabulary's size suggests.
+        eos_id: See `end_of_text_id`.
     """
-    if eos_id is None:
-        eos_id = end_of_text_id(config.n_vocab)
     return {
         "architectures": ["GPT2LMHeadModel"],
         **{key: _REQUIRED[key][0] for key in _WRITTEN},
@@ -55,19 +54,35 @@ def config_to_dict(config: GPTConfig, eos_id: int | None = None) -> dict[str, An
         **{key: getattr(config, field) for key, (field, _) in _SIZES.items()},
         "n_inner": None,
         **dict.fromkeys(_DROPOUTS, config.drop_rate),
-        **dict.fromkeys(("bos_token_id", "eos_token_id"), eos_id),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), end_of_text_id(config, eos_id)),
         "tie_word_embeddings": config.tied_head,
         "qkv_bias": config.qkv_bias,
     }
 
 
-def end_of_text_id(n_vocab: int) -> int | None:
-    """Return the end-of-text id of the tokenizer that a vocabulary's size suggests.
+def end_of_text_id(config: GPTConfig, tokenizers: int | None = None) -> int | None:
+    """Return the end-of-text id to write for a model.
 
-    That is 50256 for GPT-2's vocabulary and for larger ones, which are GPT-2's with padding or added tokens; 256 for
-    the 257 tokens of the bytes tokenizer; and None, which ends no text, for any other.
+    That is the one that its own files state, otherwise the tokenizer's (`tokenizers`), otherwise that of the tokenizer
+    that the vocabulary's size suggests; None, which ends no text, if it suggests none.
     """
+    if config.eos_id is not None:
+        return config.eos_id
+    return _usual_end_of_text_id(config.n_vocab) if tokenizers is None else tokenizers
+
+
+def _usual_end_of_text_id(n_vocab: int) -> int | None:
+    """50256 for GPT-2's vocabulary and for larger ones, which are GPT-2's with padding or added tokens; 256 for the 257
+    tokens of the bytes tokenizer; and None for any other."""
     return 50256 if n_vocab >= 50257 else 256 if n_vocab == 257 else None
+
+
+def _stated_end_of_text_id(entries: Mapping[str, Any], n_vocab: Any) -> int | None:
+    """The id of a config.json, if it is not the usual one, nor the last id, which version 0.1.0 always wrote."""
+    id = entries.get("eos_token_id")
+    written_by_us = "weights_format" in entries and id == n_vocab - 1
+    is_id = type(id) is int and 0 <= id < n_vocab and not written_by_us and id != _usual_end_of_text_id(n_vocab)
+    return id if is_id else None
 
 
 def config_from_dict(entries: Mapping[str, Any], origin: str) -> GPTConfig:
@@ -90,12 +105,13 @@ def config_from_dict(entries: Mapping[str, Any], origin: str) -> GPTConfig:
         n_inner = entries.get("n_inner")
         if n_inner is not None and n_inner != 4 * sizes["n_embd"]:
             raise InputError(f"n_inner is {_shown(n_inner)}, which is not supported; GPT-2 has 4 * n_embd")
-        return GPTConfig(
+        config = GPTConfig(
             **sizes,
             drop_rate=_dropout(entries),
             qkv_bias=entries.get("qkv_bias", True),
             tied_head=entries.get("tie_word_embeddings", True),
         )
+        return dataclasses.replace(config, eos_id=_stated_end_of_text_id(entries, config.n_vocab))
     except InputError as error:
         raise InputError(f"{origin}: {_with_keys(str(error))}") from None
 

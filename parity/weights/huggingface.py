@@ -48,7 +48,7 @@ def write(
         arrays: The weights, in `format`.
         format: The format of the names: "huggingface", which transformers opens, or "torch" or "flax", the names
             of our own models.
-        eos_id: Id of the end-of-text token, for transformers; see `config_to_dict`.
+        eos_id: The tokenizer's end-of-text id; see `parity.weights.hf_config.end_of_text_id`.
 
     Raises:
         InputError: If config.json cannot hold the configuration; the message names what it would lose. Also if the
@@ -58,7 +58,7 @@ def write(
     lost = [
         f"{field.name}={getattr(config, field.name)!r}"
         for field in dataclasses.fields(config)
-        if getattr(restored, field.name, field.default) != getattr(config, field.name)
+        if field.compare and getattr(restored, field.name, field.default) != getattr(config, field.name)
     ]
     if lost:
         raise InputError(f"{folder}: config.json cannot hold {', '.join(lost)}")

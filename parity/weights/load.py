@@ -7,6 +7,7 @@ from typing import Any
 from parity.config import GPTConfig
 from parity.errors import InputError
 from parity.storage.manifest import check_weights
+from parity.storage.paths import user_path
 from parity.weights import files, huggingface, openai
 from parity.weights.table import check
 
@@ -24,7 +25,7 @@ def find_folder(path: str | Path) -> Path:
 
     if str(path) in SIZES:
         return download_model(str(path))
-    path = Path(path)
+    path = user_path(path)
     if not path.is_dir() and not (path.is_file() and path.suffix in files.SUFFIXES):
         raise InputError(
             f"{path} is not a folder with weights; give one, or one of {', '.join(SIZES)}, "

@@ -20,7 +20,7 @@ from parity.weights.tensor_bundle import read_bundle, write_bundle
 PREFIX = "model.ckpt"
 HPARAMS_FILE = "hparams.json"
 _HPARAMS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
-_DROPPED = ("drop_rate",)  # used in training only: the trained model is the same function without it
+_DROPPED = ("drop_rate", "eos_id")  # not used by the trained model, which is the same function without them
 
 
 def read(folder: Path, reader: Literal["native", "tensorflow"] = "native") -> tuple[GPTConfig, dict[str, Any]]:
