@@ -132,7 +132,7 @@ def _examine_jax(
         if environment.get("JAX_PLATFORMS", "") == "cpu":
             problem += "unset JAX_PLATFORMS, which is cpu"
         else:
-            problem += "install its GPU build: make setup EXTRAS=test,dev,tf,cuda13"
+            problem += "install its GPU build: make setup EXTRAS=cuda13"
     yield Finding("jax's devices", "; ".join(jax["devices"]), problem)
     on_gpu = jax["platform"] == "gpu"
     note = ", which is TF32 on this GPU; parity needs highest" if on_gpu and jax["precision"] == "default" else ""

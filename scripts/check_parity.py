@@ -3,7 +3,7 @@
     python scripts/check_parity.py torch jax                              # the tiny preset, in seconds
     python scripts/check_parity.py torch jax --preset 124M --positions 1024
     python scripts/check_parity.py jax hf --weights 124M                  # OpenAI's weights
-    python scripts/check_parity.py torch torch:B --weights A              # do the folders A and B hold the same model?
+    python scripts/check_parity.py torch:A torch:B                        # do the folders A and B hold the same model?
     python scripts/check_parity.py jax my_port.py                         # your own, like scripts/parity_hf.py
 
 Writes report.json and report.html. The exit status is 1 if anything differs by more than rounding allows.
@@ -37,6 +37,7 @@ from parity.training.settings import recipe
 from parity.weights import initial_weights
 
 _ALIASES = {"hf": Path(__file__).parent / "parity_hf.py"}
+_DRAWN = ("sharp", "initial")  # weights that are drawn instead of read
 _MAX_PRINTED = 24  # rows of a section that are all printed; of a longer one, those nearest to their bounds
 
 
@@ -44,15 +45,16 @@ _MAX_PRINTED = 24  # rows of a section that are all printed; of a longer one, th
 class Args:
     a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[A]")] = "torch"
     """First implementation: torch, jax, numpy (the float64 reference), hf (Hugging Face transformers) or the path
-    of a Python file. Append :WEIGHTS (a size, a run, a folder or a file) to give it weights of its own, of the
-    shape of --weights."""
+    of a Python file. Append :WEIGHTS (a size, a run, a folder or a file) to give it weights of its own; both models
+    must have the same shape."""
     b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[B]")] = "jax"
     """Second implementation, in the same form as the first."""
-    weights: str = "sharp"
-    """Weights of both implementations: initial (freshly initialized), sharp (the same with matrices five times as
-    large and random biases, so that attention is sharp), a size such as 124M, a run, a folder or a file."""
+    weights: str | None = None
+    """Weights of the implementations that have none of their own: initial (freshly initialized), sharp (the same with
+    matrices five times as large and random biases, so that attention is sharp), a size such as 124M, a run, a folder
+    or a file. By default those after the name of the other implementation, otherwise sharp."""
     preset: str = "tiny"
-    """Preset that gives the model's shape for --weights initial and sharp; other weights have a shape of their own."""
+    """Preset that gives the shape of initial and sharp weights; all others have a shape of their own."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Dtype that both implementations compute in."""
     device: Literal["cpu", "gpu"] = "cpu"
@@ -83,10 +85,11 @@ def main() -> int:
     console = PlainConsole(width=None if sys.stdout.isatty() else 120)
     start = time.perf_counter()
     case = make_case(args)
-    source = None if args.weights in ("sharp", "initial") else args.weights
+    chosen = chosen_weights(args)
+    source = None if chosen in _DRAWN else chosen
     a, b = (open_implementation(spec, case.config, _ALIASES, source) for spec in (args.a, args.b))
     title = (
-        f"A is {args.a}, B is {args.b}: {args.weights} weights, {case.config.n_layer} layers, width "
+        f"A is {args.a}, B is {args.b}: {chosen} weights, {case.config.n_layer} layers, width "
         f"{case.config.n_embd}, {args.batch} x {args.positions} tokens, {args.dtype}, "
         f"{args.precision} precision of matrix products, {args.device}"
     )
@@ -107,13 +110,20 @@ def main() -> int:
     return int(failure is not None)
 
 
+def chosen_weights(args: Args) -> str:
+    """Return the name of the comparison's weights, whose shape both implementations must have."""
+    own = [origin for _, _, origin in (spec.partition(":") for spec in (args.a, args.b)) if origin]
+    return args.weights or [*own, "sharp"][0]
+
+
 def make_case(args: Args) -> Case:
     """Return the model, weights and tokens that the options select."""
-    if args.weights in ("sharp", "initial"):
+    chosen = chosen_weights(args)
+    if chosen in _DRAWN:
         config = as_config(args.preset)
-        weights = (sharp_weights if args.weights == "sharp" else initial_weights)(config, args.seed)
+        weights = (sharp_weights if chosen == "sharp" else initial_weights)(config, args.seed)
     else:
-        config, weights = read_weights(args.weights)
+        config, weights = read_weights(chosen)
     if not 2 <= args.positions <= config.n_ctx:
         raise InputError(f"--positions must be in 2..{config.n_ctx}, got {args.positions}")
     return Case(

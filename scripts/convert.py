@@ -27,6 +27,7 @@ from parity.config import GPTConfig
 from parity.data.tokenizer import Tokenizer, load_tokenizer
 from parity.errors import InputError, exit_with_message
 from parity.hub import write_hub_files
+from parity.storage.atomic import staged_folder
 from parity.storage.manifest import MANIFEST, file_hashes
 from parity.training.initial import weights_folder
 from parity.training.runs import RunFolder
@@ -44,13 +45,13 @@ class Args:
     """What to convert: a size such as 124M, a run folder (its newest intact checkpoint), a folder with OpenAI's files,
     Hugging Face's files or one checkpoint, or a single file with weights."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Folder to write, which must not exist yet or be empty."""
+    """Folder to write, which must not exist yet or be empty. It appears when it is complete."""
     to: Literal["openai", "huggingface", "torch", "flax"] = "huggingface"
     """Format to write. openai is a TensorFlow checkpoint, as OpenAI published it. The others are safetensors files:
     huggingface with transformers' names, torch and flax with those of gpt_torch's and gpt_jax's parameters."""
     verify: bool = False
-    """Compare the logits of random tokens afterwards: those of OUT by gpt_torch with those of SOURCE. If SOURCE has
-    Hugging Face's config.json and transformers is installed, it computes the latter, as that file says."""
+    """Before OUT appears, compare the logits of random tokens: those of OUT by gpt_torch with those of SOURCE. If
+    SOURCE has Hugging Face's config.json and transformers is installed, it computes the latter, as that file says."""
 
 
 def main() -> None:
@@ -67,18 +68,19 @@ def main() -> None:
     for name, array in arrays.items():
         weights.warn_if_not_finite(name, array, args.source)
     converted = dict(weights.convert(arrays, "huggingface", args.to, config))
-    tokenizer, eos_id = run_tokenizer(Path(args.source)), stated_eos_id(source)
-    if args.to == "openai":
-        openai.write(args.out, config, converted)
-    else:
-        huggingface.write(args.out, config, converted, args.to, eos_id)
-    copy_vocabulary(source, from_format, args.out, args.to)
-    if args.to == "huggingface":
-        write_hub_files(args.out, config, tokenizer, eos_id)
-    write_manifest(args.out, args.to, config, converted)
+    tokenizer = run_tokenizer(Path(args.source))
+    with staged_folder(args.out) as folder:
+        if args.to == "openai":
+            openai.write(folder, config, converted)
+        else:
+            huggingface.write(folder, config, converted, args.to, None if tokenizer is None else tokenizer.eos_id)
+        copy_vocabulary(source, from_format, folder, args.to)
+        if args.to == "huggingface":
+            write_hub_files(folder, config, tokenizer)
+        write_manifest(folder, args.to, config, converted)
+        if args.verify:
+            verify(source, folder, args.out)
     sys.stdout.write(f"{args.out}: {len(converted)} tensors, {weights.n_params(config):,} parameters\n")
-    if args.verify:
-        verify(source, args.out)
 
 
 def with_bias(config: GPTConfig) -> dict[str, tuple[int, ...]]:
@@ -105,6 +107,7 @@ def write_manifest(folder: Path, format: str, config: GPTConfig, arrays: dict[st
 
 def copy_vocabulary(source: Path, from_format: str, out: Path, to_format: str) -> None:
     """Copy the tokenizer's files, if the source has them, under the names that the target format gives them."""
+    source = source if source.is_dir() else source.parent
     if from_format != "openai" and to_format != "openai":
         for name in _TRANSFORMERS_ONLY:
             if (source / name).is_file():
@@ -113,15 +116,6 @@ def copy_vocabulary(source: Path, from_format: str, out: Path, to_format: str) -
     for from_name, to_name in zip(*names, strict=True):
         if (source / from_name).is_file():
             shutil.copyfile(source / from_name, out / to_name)
-
-
-def stated_eos_id(source: Path) -> int | None:
-    """The end-of-text id in the source's config.json, except the last id that version 0.1.0 always wrote."""
-    file = source / "config.json"
-    entries = json.loads(file.read_bytes()) if file.is_file() else {}
-    id = entries.get("eos_token_id")
-    written_by_us = "weights_format" in entries and id == entries.get("vocab_size", 0) - 1
-    return id if isinstance(id, int) and not written_by_us else None
 
 
 def run_tokenizer(source: Path) -> Tokenizer | None:
@@ -151,8 +145,8 @@ def transformers_logits(source: Path, config: GPTConfig, tokens: np.ndarray) -> 
     return parity_hf.logits(config, arrays, tokens, folder=source)
 
 
-def verify(source: Path, out: Path) -> None:
-    """Raise InputError unless both folders compute the same logits."""
+def verify(source: Path, written: Path, out: Path) -> None:
+    """Raise InputError unless the source and the folder that was written for `out` compute the same logits."""
     try:
         import torch
 
@@ -162,7 +156,7 @@ def verify(source: Path, out: Path) -> None:
             f"--verify needs {error.name}, which is not installed: pip install 'gpt-parity[torch]'"
         ) from None
 
-    before, after = (gpt_torch.load_pretrained(folder) for folder in (source, out))
+    before, after = (gpt_torch.load_pretrained(folder) for folder in (source, written))
     config = before.config
     tokens = np.random.default_rng(0).integers(0, config.n_vocab, (1, min(64, config.n_ctx)))
     with torch.inference_mode():

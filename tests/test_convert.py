@@ -3,19 +3,24 @@
 import dataclasses
 import hashlib
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import convert as convert_script
 import numpy as np
 import pytest
 import transformers
 from support.models import CONFIGS, TINY, probing_weights
 
+import gpt_jax
+import gpt_torch
 from parity import weights as table
 from parity.comparison.implementation import read_weights
 from parity.data.tokenizer import ByteTokenizer
+from parity.errors import InputError
 from parity.training import checkpoints
 from parity.weights import hf_config, huggingface, openai
 
@@ -131,7 +136,45 @@ def test_verify_computes_what_the_sources_own_configuration_says(convert, tmp_pa
     monkeypatch.delitem(hf_config._REQUIRED, "scale_attn_by_inverse_layer_idx")
     result = convert(tmp_path / "in", tmp_path / "out", "--verify")
     assert result.returncode == 2
-    assert "does not compute the same function" in result.stderr
+    assert f"{tmp_path / 'out'} does not compute the same function" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_conversion_that_fails_leaves_nothing(convert, source, tmp_path, monkeypatch, existing):
+    """A failure while the last file is written: the weights are already there."""
+    if existing:
+        (tmp_path / "out").mkdir()
+
+    def fail(folder, *_):
+        raise InputError(f"{folder}: no manifest")
+
+    monkeypatch.setattr(convert_script, "write_manifest", fail)
+    monkeypatch.setattr(convert_script.sys, "argv", ["convert.py", str(source), str(tmp_path / "out")])
+    with pytest.raises(InputError, match=rf"^{re.escape(str(tmp_path / 'out'))}: no manifest$"):
+        convert_script.main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["in", "out"] if existing else ["in"])
+    assert not existing or not any((tmp_path / "out").iterdir())
+
+
+def test_an_empty_folder_is_filled(convert, source, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    assert convert(source, ".", "--to", "openai").returncode == 0
+    assert "manifest.json" in {path.name for path in Path.cwd().iterdir()}
+    assert openai.read(Path.cwd())[0] == TINY
+
+
+@pytest.mark.parametrize("package", [gpt_torch, gpt_jax])
+@pytest.mark.parametrize(("stated", "written"), [(0, 0), (5, 5), (None, None), ([1, 2], None), (97, None)])
+def test_loading_and_saving_keeps_the_end_of_text(tmp_path, package, stated, written):
+    huggingface.write(tmp_path / "in", TINY, probing_weights(TINY, np.float32))
+    path = tmp_path / "in" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": stated}))
+    package.save_pretrained(package.load_pretrained(tmp_path / "in"), tmp_path / "out")
+    package.save_pretrained(package.load_pretrained(tmp_path / "out"), tmp_path / "again")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "again" / name).read_text())["eos_token_id"] == written
 
 
 @pytest.mark.parametrize(("stated", "written"), [(0, 0), (96, None), (50, 50)])

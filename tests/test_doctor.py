@@ -46,7 +46,7 @@ def test_healthy_machines():
 
 def test_gpu_present_but_cpu_used_is_reported():
     _, wrong = findings(GPU, JAX_CPU, TORCH_CPU)
-    assert "cuda13" in wrong["jax's devices"]
+    assert wrong["jax's devices"].endswith("install its GPU build: make setup EXTRAS=cuda13")
     assert "build with CUDA" in wrong["torch's devices"]
     _, wrong = findings(GPU, JAX_CPU, TORCH_GPU, JAX_PLATFORMS="cpu")
     assert wrong == {

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import sys
 
 import numpy as np
@@ -399,3 +400,20 @@ def test_keys_that_hparams_json_does_not_have(finetuned):
     (finetuned / "hparams.json").write_text("[" * 100_000)
     with pytest.raises(InputError, match=r"hparams\.json is nested more than 100 levels deep"):
         read_folder(finetuned)
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.transformer.", "module."])
+@pytest.mark.parametrize("has_config", [False, True])
+def test_models_of_nanogpt_are_named(tmp_path, prefix, has_config):
+    """Its checkpoint has the state dict under "model"; its matrices are those of nn.Linear."""
+    linear = {n: w.T if w.ndim == 2 and n.startswith("h.") else w for n, w in WEIGHTS.items()}
+    linear = {n: w for n, w in linear.items() if not n.endswith("bias")}
+    state = {prefix + name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in linear.items()}
+    model_args = {"n_layer": 3, "n_head": 4, "n_embd": 20, "block_size": 24, "bias": False, "vocab_size": 97}
+    folder_with(tmp_path, {n: np.ascontiguousarray(w) for n, w in linear.items()})
+    if not has_config:
+        (tmp_path / "config.json").unlink()
+    torch.save({"model": state, "model_args": model_args, "iter_num": 1, "best_val_loss": 4.0}, tmp_path / "ckpt.pt")
+    for path in [tmp_path / "ckpt.pt", tmp_path / "model.safetensors", *([tmp_path] if has_config else [])]:
+        with pytest.raises(InputError, match=f"^{re.escape(str(path))}: this is a model of nanoGPT"):
+            read_folder(path)

@@ -130,6 +130,26 @@ def test_current_spellings_and_defaults(capsys):
     assert not capsys.readouterr().err  # parse(), which follows, warns
 
 
+@dataclasses.dataclass(frozen=True)
+class Paths:
+    sources: tyro.conf.Positional[tuple[Path, ...]] = ()
+    run: Path | None = None
+    corpus: str = "python-docs"
+    prompt: str = ""
+    nested: Group = dataclasses.field(default_factory=Group)
+
+
+def test_paths_may_begin_with_the_home_folder(monkeypatch):
+    """A shell expands only the first; a prompt is no path."""
+    monkeypatch.setenv("HOME", "/home/me")
+    line = ["~", "a/~", "~nobody-of-this-name/b", "--run=~/runs/x", "--corpus", "~/c.txt", "--prompt", "~/p"]
+    options = cli.parse(Paths, DESCRIPTION, args=line)
+    assert options.sources == (Path("/home/me"), Path("a/~"), Path("~nobody-of-this-name/b"))
+    assert (options.run, options.corpus, options.prompt) == (Path("/home/me/runs/x"), "/home/me/c.txt", "~/p")
+    assert cli.parse_known(Paths, args=["--run=~/x", "--unknown"]).run == Path("/home/me/x")
+    assert cli.parse(Paths, DESCRIPTION, Paths(run=Path("~/d")), args=[]).run == Path("/home/me/d")
+
+
 def test_unknown_options_are_refused(capsys):
     with pytest.raises(SystemExit) as end:
         cli.parse(Options, DESCRIPTION, args=["--initial", "x"])  # deprecated elsewhere; no option of this class

@@ -1,12 +1,14 @@
 """The parity report detects planted errors and names the right activation, and the script writes its files."""
 
 import base64
+import dataclasses
 import json
 import re
 import subprocess
 import sys
 import types
 
+import check_parity
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,7 @@ from parity.comparison.protocol import Compute
 from parity.config import PRESETS
 from parity.errors import InputError
 from parity.training.settings import recipe
-from parity.weights import hf_config, huggingface
+from parity.weights import hf_config, huggingface, initial_weights
 
 HF = {"hf": ROOT / "scripts" / "parity_hf.py"}
 TORCH, JAX = (Implementation(name, BACKENDS[name]) for name in ("torch", "jax"))
@@ -336,3 +338,17 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     gpt_torch.save_pretrained(gpt_torch.GPTModel(TINY), tmp_path)
     with pytest.raises(InputError, match="another shape"):
         open_implementation(f"torch:{tmp_path}", PRESETS["small"])
+
+
+def test_the_shape_is_that_of_the_weights_that_are_named(tmp_path):
+    """Of a run folder, a path with ~ or a folder, whichever implementation has it; --weights goes first."""
+    config = dataclasses.replace(TINY, n_embd=24, n_ctx=30)
+    huggingface.write(tmp_path / "other", config, initial_weights(config, 0))
+    named = f"torch:{tmp_path / 'other'}"
+    for a, b in ((named, named), (named, "jax"), ("numpy", named)):
+        assert check_parity.make_case(check_parity.Args(a, b)).config == config
+    for weights in ("initial", "sharp"):
+        assert check_parity.make_case(check_parity.Args(named, "jax", weights)).config == TINY
+    assert check_parity.make_case(check_parity.Args("torch", "jax")).config == TINY
+    with pytest.raises(InputError, match="is not a folder"):
+        check_parity.make_case(check_parity.Args("torch:nowhere", named))

@@ -1,9 +1,13 @@
-"""Atomic file writes: a file is either complete or absent."""
+"""Atomic writes: a file, or a folder of files, is either complete or absent."""
 
 import contextlib
 import os
+import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from parity.errors import InputError
 
 
 @contextlib.contextmanager
@@ -35,3 +39,29 @@ def sync(path: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder that takes the place of `target` at the end.
+
+    If the block raises, what it wrote is deleted, and an InputError names the target instead of the temporary folder.
+
+    Args:
+        target: A folder that is empty or does not exist yet.
+    """
+    exists = target.is_dir()  # then its files are moved into it: it may be a mount point, or the working directory
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = (target if exists else target.parent) / f".unfinished-{secrets.token_hex(4)}"
+    stage.mkdir()
+    try:
+        yield stage
+        if exists:
+            for file in sorted(stage.iterdir()):
+                file.replace(target / file.name)
+        else:
+            stage.rename(target)
+    except InputError as error:
+        raise InputError(str(error).replace(str(stage), str(target))) from None
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)

@@ -122,6 +122,7 @@ def read(path: str | Path) -> tuple[GPTConfig, dict[str, LazyTensor], str]:
             if name in tensors:
                 raise InputError(f"{file}: {printable(name, 120)} is stored a second time; save the model again")
             tensors[name] = tensor
+    names.refuse_nanogpt(tensors, str(path))
     tensors = names.join_query_key_value(tensors)
     format = given_format or names.format_of(tensors)
     if config is None:

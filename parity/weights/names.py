@@ -105,6 +105,16 @@ def notebook_config(tensors: Mapping[str, LazyTensor], origin: str) -> GPTConfig
     )
 
 
+def refuse_nanogpt(tensors: Mapping[str, LazyTensor], origin: str) -> None:
+    """Raise InputError for a model of nanoGPT, whose names are transformers' and whose matrices are [out, in]."""
+    shape = tensors["h.0.mlp.c_fc.weight"].shape if "h.0.mlp.c_fc.weight" in tensors else ()
+    if len(shape) == 2 and shape[0] == 4 * shape[1]:
+        raise InputError(
+            f"{origin}: this is a model of nanoGPT, which is not supported: it has the exact GELU, not GPT-2's tanh "
+            "approximation. If you changed that, transpose the matrices of the layers and save them with a config.json"
+        )
+
+
 def unique(stored: Mapping[str, str], origin: str) -> dict[str, str]:
     """Return {name: stored name} of the parameters in {stored name: name}.
 
