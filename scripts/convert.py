@@ -28,6 +28,7 @@ from parity.data.tokenizer import Tokenizer, load_tokenizer
 from parity.errors import InputError, exit_with_message
 from parity.hub import write_hub_files
 from parity.storage.atomic import staged_folder
+from parity.storage.json import read_object
 from parity.storage.manifest import MANIFEST, file_hashes
 from parity.training.initial import weights_folder
 from parity.training.runs import RunFolder
@@ -133,7 +134,7 @@ def run_tokenizer(source: Path) -> Tokenizer | None:
 def transformers_logits(source: Path, config: GPTConfig, tokens: np.ndarray) -> np.ndarray | None:
     """The logits of transformers' model for the source's own config.json; None without that file or transformers."""
     file = source / "config.json"
-    if not file.is_file() or json.loads(file.read_bytes()).get("weights_format", "huggingface") != "huggingface":
+    if not file.is_file() or read_object(file).get("weights_format", "huggingface") != "huggingface":
         return None
     try:
         import parity_hf
