@@ -12,9 +12,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from parity.errors import InputError, report_error
-from parity.training.processes import ALONE, Processes
+from parity.training.processes import (
+    ALONE,
+    JOIN_SECONDS,
+    Processes,
+    abort_with_message,
+    check_address,
+    check_port_is_free,
+    joining,
+)
 
-_START_SECONDS = 300
 _HEARTBEAT_SECONDS = 60
 """A process without a heartbeat for this long counts as dead, which ends the others."""
 _LOST_PEER = re.compile("gloo|nccl|coordination|heartbeat", re.IGNORECASE)
@@ -22,7 +29,11 @@ _LOST_PEER = re.compile("gloo|nccl|coordination|heartbeat", re.IGNORECASE)
 
 @contextlib.contextmanager
 def processes(
-    detect: bool, coordinator: str | None = None, count: int | None = None, index: int | None = None
+    detect: bool,
+    coordinator: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
+    join_seconds: float = JOIN_SECONDS,
 ) -> Iterator[Processes]:
     """Join the processes of a run; enter this before JAX sees its devices.
 
@@ -35,6 +46,7 @@ def processes(
             for a run of one process.
         count: Number of processes.
         index: Index of this process, from 0.
+        join_seconds: How long to wait for the others. After that, this process ends with one line and status 2.
 
     Yields:
         This process's place among the processes of the run.
@@ -52,33 +64,53 @@ def processes(
             "give either --distributed, if SLURM, Open MPI or Kubernetes starts the processes, or all of "
             f"{', '.join(given)}" + f"; missing: {', '.join(missing)}" * (not detect)
         )
+    if coordinator is not None and count is not None and index is not None:
+        _check(coordinator, count, index)
     try:
-        jax.distributed.initialize(
-            coordinator,
-            count,
-            index,
-            cluster_detection_method=None if detect else "deactivate",
-            initialization_timeout=_START_SECONDS,
-            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-        )
+        with joining(index, count, coordinator or "the address that --distributed detects", join_seconds):
+            jax.distributed.initialize(
+                coordinator,
+                count,
+                index,
+                cluster_detection_method=None if detect else "deactivate",
+                initialization_timeout=int(join_seconds) + 600,  # at which JAX aborts the process
+                heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            )
     except (ValueError, RuntimeError) as error:
         raise InputError(
             f"the processes of the run do not find each other ({str(error).splitlines()[0]}). --distributed is for "
             f"SLURM, Open MPI and, with the package kubernetes, Kubernetes; elsewhere give {', '.join(given)}"
         ) from None
     this = Processes(jax.process_index(), jax.process_count(), _all_reduce_max)
+    with abort_with_message(this):
+        try:
+            yield this
+        except BaseException as error:
+            # JAX's exit handlers wait for the other processes, which wait for this one.
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+            os._exit(_report(error, this))
+        jax.distributed.shutdown()
+
+
+def _check(coordinator: str, count: int, index: int) -> None:
+    """Raise InputError for values with which JAX would wait in vain."""
     try:
-        yield this
-    except BaseException as error:
-        # JAX's exit handlers wait for the other processes, which wait for this one.
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        os._exit(_report(error, this))
-    jax.distributed.shutdown()
+        check_address(coordinator)
+    except InputError as error:
+        raise InputError(f"--coordinator: {error}") from None
+    if not 1 <= count <= 2**20:
+        raise InputError(f"--num-processes must be between 1 and {2**20}, got {count}")
+    if not 0 <= index < count:
+        raise InputError(f"--process-id must be between 0 and {count - 1}, got {index}")
+    if index == 0:
+        check_port_is_free(coordinator)
 
 
 def _all_reduce_max(number: int) -> int:
-    return int(multihost_utils.process_allgather(np.int32(number)).max())
+    # Without jax_enable_x64, JAX cuts integers to 32 bits.
+    halves = multihost_utils.process_allgather(np.array([number >> 31, number & (2**31 - 1)], np.int32))
+    return max((int(high) << 31) + int(low) for high, low in np.reshape(halves, (-1, 2)))
 
 
 def _report(error: BaseException, this: Processes) -> int:

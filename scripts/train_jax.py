@@ -15,7 +15,7 @@ from parity.errors import InputError, exit_with_message
 from parity.training.args import JobArgs, parse_job_args
 from parity.training.job import describe_precision, load_job, start_run
 from parity.training.loop import resume_and_train
-from parity.training.processes import Processes
+from parity.training.processes import JOIN_SECONDS, Processes
 from parity.training.settings import recipe
 
 with exit_with_message():
@@ -51,11 +51,13 @@ class Args(JobArgs):
     """Total number of processes, if no scheduler provides it; requires --coordinator and --process-id."""
     process_id: int | None = None
     """Index of this process, from 0, if no scheduler provides it; requires --coordinator and --num-processes."""
+    join_timeout: float = JOIN_SECONDS
+    """Number of seconds that the processes of a run wait for each other at the start."""
 
 
 def main() -> int:
     args = parse_job_args(Args, __doc__)
-    with processes(args.distributed, args.coordinator, args.num_processes, args.process_id) as these:
+    with processes(args.distributed, args.coordinator, args.num_processes, args.process_id, args.join_timeout) as these:
         return train(args, these)
 
 

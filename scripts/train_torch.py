@@ -16,7 +16,7 @@ from parity.errors import InputError, exit_with_message
 from parity.training.args import JobArgs, parse_job_args
 from parity.training.job import describe_precision, load_job, start_run
 from parity.training.loop import resume_and_train
-from parity.training.processes import Processes
+from parity.training.processes import JOIN_SECONDS, Processes
 
 with exit_with_message():
     from gpt_torch.devices import check_compile, choose_device, describe
@@ -32,11 +32,13 @@ class Args(JobArgs):
     """Attention: the formula as written in the model file (explicit), or torch's fused kernel (sdpa)."""
     compile: bool = False
     """Compile the model with torch.compile: the first step takes longer, later ones less time."""
+    join_timeout: float = JOIN_SECONDS
+    """Number of seconds that the processes of torchrun wait for each other at the start."""
 
 
 def main() -> int:
     args = parse_job_args(Args, __doc__)
-    with processes() as these:
+    with processes(args.join_timeout) as these:
         return train(args, these)
 
 

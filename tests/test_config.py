@@ -12,7 +12,8 @@ import gpt_jax
 import gpt_torch
 from parity.config import IGNORE_INDEX, PRESETS, GPTConfig, as_config, is_counted
 from parity.errors import InputError
-from parity.training.runs import RunFolder, run_config
+from parity.training.run_config import run_config
+from parity.training.runs import RunFolder
 from parity.training.settings import TrainSettings, recipe
 
 # The configuration dict of the notebook, unchanged.

@@ -9,7 +9,8 @@ from support.runs import run_script
 
 from parity.config import PRESETS
 from parity.training import checkpoints
-from parity.training.runs import RunFolder, run_config
+from parity.training.run_config import run_config
+from parity.training.runs import RunFolder
 from parity.training.settings import recipe
 
 

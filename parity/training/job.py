@@ -1,17 +1,12 @@
 """A training job: what to train, on which text, into which run folder."""
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
-import platform
 import secrets
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +18,21 @@ from parity.data.corpora import Corpus, load_corpus
 from parity.data.tokenizer import Tokenizer, encode_prompt, load_tokenizer
 from parity.data.windows import Dataset, Windows
 from parity.errors import InputError
+from parity.storage import manifest as manifests
 from parity.training import checkpoints
+from parity.training.agreement import (
+    environment,
+    environment_changes,
+    process_facts,
+    sampled_sha256,
+)
 from parity.training.args import JobArgs
 from parity.training.bigram import bigram_loss
 from parity.training.initial import weights_folder
 from parity.training.loggers import Logger, open_loggers
 from parity.training.processes import ALONE, Processes
-from parity.training.runs import RunFolder, run_config
+from parity.training.run_config import run_config
+from parity.training.runs import RunFolder
 from parity.training.settings import CHANGEABLE_KEYS, TrainSettings
 from parity.weights.load import read_folder
 
@@ -51,6 +54,8 @@ class Job:
     validation: Dataset
     prompts: Sequence[Sequence[int]]
     """Token ids of the prompts that each evaluation continues."""
+    corpus_samples: str
+    """Hash of samples of the corpus's tokens, which shows files that were changed in place."""
     bigram: float | None = None
     """Validation loss of the baseline in nats per token, if it was computed."""
     loggers: Sequence[Logger] = ()
@@ -114,10 +119,29 @@ def load_job(args: JobArgs, processes: Processes = ALONE) -> Job:
         train=Windows(corpus.train, config.n_ctx, config.n_vocab, settings.stride, name=f"{corpus.name} (training)"),
         validation=Windows(corpus.validation, config.n_ctx, config.n_vocab, name=f"{corpus.name} (validation)"),
         prompts=_prompts(settings, tokenizer, config),
+        corpus_samples=sampled_sha256([*corpus.train, *corpus.validation]),
     )
-    if not processes.agree_on(json.dumps([_entries(job), str(folder), args.resume])):
-        raise InputError("the processes of this run were given different options or data; start all of them alike")
+    if processes.count > 1 and (different := processes.differences(_facts(job))):
+        raise InputError(
+            f"the processes of this run have different {', '.join(different)}; start all of them with the same "
+            "options, on the same data, with the same versions"
+        )
     return job
+
+
+# Options that may differ between the processes of a run.
+_OWN_OPTIONS = ("process_id", "coordinator", "join_timeout", "vocab_bpe", "tensorboard", "wandb")
+
+
+def _facts(job: Job) -> dict[str, str]:
+    """Return what all processes of a run must have in common, with the names that a message uses."""
+    options = {name: value for name, value in dataclasses.asdict(job.args).items() if name not in _OWN_OPTIONS}
+    return {
+        "options": json.dumps(options, default=str),
+        "run folders": f"{job.run.path} with the steps {checkpoints.steps(job.run.checkpoints)}",
+        "tokens in the corpus": f"{job.corpus.sha256} {job.corpus_samples}",
+        **process_facts(job.init_from),
+    }
 
 
 def start_run(job: Job, backend: str, device_info: Mapping[str, str], console: Console) -> Job:
@@ -137,14 +161,16 @@ def start_run(job: Job, backend: str, device_info: Mapping[str, str], console: C
     """
     args, run = job.args, job.run
     entries = _entries(job)
+    surroundings = {"backend": backend, **device_info, **environment()}
+    before = run.environment() if args.resume else {}
     try:
         resumed_step, changed = _reopen(job, entries) if args.resume else (None, [])
         if not args.resume:
             run.create(entries)
-        run.write("env.json", {"backend": backend, **device_info, **_environment()})
+        run.write("env.json", surroundings)
         job.processes.barrier()
-        if not run.config_file.exists():
-            raise InputError(f"{run.path}: this process does not see what the first one wrote; --run must be shared")
+        if not job.processes.agree_on(_state(run, resumed_step)):
+            raise InputError(f"{run.path}: not all processes see what the first one wrote; --run must be shared")
         loggers = open_loggers(run, args.tensorboard, args.wandb) if job.processes.first else ()
     except BaseException:
         run.discard()
@@ -158,7 +184,7 @@ def start_run(job: Job, backend: str, device_info: Mapping[str, str], console: C
         "weights": f"from {args.init_from}" if args.init_from else f"initial, seed {job.settings.seed}",
         "corpus": f"{job.corpus.name}: {n_train:,} + {n_validation:,} tokens ({job.tokenizer.name})",
         "run": str(run.path),
-        "changed": "; ".join(changed),
+        "changed": "; ".join([*changed, *environment_changes(before, surroundings)]),
     }
     for name, text in summary.items():
         if text:
@@ -172,7 +198,19 @@ def start_run(job: Job, backend: str, device_info: Mapping[str, str], console: C
 
 def _entries(job: Job) -> dict[str, Any]:
     """Return the entries of the run's config.json."""
-    return run_config(job.args.preset, job.config, job.settings, job.corpus.sha256, job.args.init_from)
+    args, corpus = job.args, job.corpus
+    return run_config(args.preset, job.config, job.settings, corpus.sha256, args.init_from, job.corpus_samples)
+
+
+def _state(run: RunFolder, resumed_step: int | None) -> str:
+    """Return what tells a run folder, and the checkpoint that is resumed, from any other; empty if there is none."""
+    files = [run.config_file]
+    if resumed_step is not None:
+        files.append(checkpoints.step_folder(run.checkpoints, resumed_step) / manifests.MANIFEST)
+    try:
+        return "\n".join(file.read_text(encoding="utf-8") for file in files)
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _reopen(job: Job, entries: Mapping[str, Any]) -> tuple[int | None, list[str]]:
@@ -254,18 +292,3 @@ def _prompts(settings: TrainSettings, tokenizer: Tokenizer, config: GPTConfig) -
         if len(prompt) >= config.n_ctx:
             raise InputError(f"{origin}: {text!r} has {len(prompt)} tokens, the context is {config.n_ctx}; shorten it")
     return prompts
-
-
-def _environment() -> dict[str, Any]:
-    names = ("jax", "jaxlib", "flax", "optax", "torch", "numpy", "orbax-checkpoint", "tiktoken")
-    versions = {}
-    for name in names:
-        with contextlib.suppress(PackageNotFoundError):  # of the backend that is not installed
-            versions[name] = version(name)
-    return {
-        "process": f"{os.getpid()} on {platform.node()}",
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "machine": platform.platform(),
-        "versions": versions,
-    }

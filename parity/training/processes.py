@@ -1,10 +1,22 @@
-"""The processes of one run, and the collective operations that they need."""
+"""The processes of one run: how they wait for each other at the start, and the collective operations they need."""
 
+import contextlib
+import ctypes
 import dataclasses
-import zlib
-from collections.abc import Callable
+import hashlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
 
-from parity.errors import InputError
+from parity.errors import InputError, report_error
+from parity.streams import LossyStream
+
+JOIN_SECONDS = 300
+"""How long a process waits at the start for the others, by default."""
+_RESUME = "Checkpoints saved before are intact: start all processes again with --resume"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +29,7 @@ class Processes:
     index: int = 0
     count: int = 1
     all_reduce_max: Callable[[int], int] = lambda number: number
-    """Collective: return the largest of the integers (below 2**31) that the processes pass."""
+    """Collective: return the largest of the integers (between -2**62 and 2**62) that the processes pass."""
 
     @property
     def first(self) -> bool:
@@ -31,14 +43,114 @@ class Processes:
         """Return the error of a process that can no longer reach another one; `reason` is the library's message."""
         return InputError(
             f"process {self.index} of {self.count} lost another process, whose own output may say why ({reason}). "
-            "Checkpoints saved before are intact: start all processes again with --resume"
+            f"{_RESUME}"
         )
 
     def agree_on(self, text: str) -> bool:
         """Collective: return whether all processes pass the same text."""
-        number = zlib.crc32(text.encode()) >> 1
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
         return [self.all_reduce_max(number), -self.all_reduce_max(-number)] == [number, number]
+
+    def differences(self, facts: Mapping[str, str]) -> list[str]:
+        """Collective: return the names of those facts whose values differ between the processes."""
+        if self.agree_on(repr(sorted(facts.items()))):
+            return []
+        names = sorted(facts)
+        if not self.agree_on(repr(names)):  # then they cannot be compared one by one
+            return ["code or libraries"]
+        return [name for name in names if not self.agree_on(facts[name])]
 
 
 ALONE = Processes()
 """The only process of its run."""
+
+
+@contextlib.contextmanager
+def joining(index: int | None, count: int | None, address: str, seconds: float) -> Iterator[None]:
+    """Announce that this process waits for the others, and end it with one line if they do not come.
+
+    Libraries end such a process with an abort, or not at all; their waiting cannot be interrupted by an exception.
+
+    Args:
+        index: Index of this process; None if only the library knows it.
+        count: Number of processes; None if only the library knows it.
+        address: Where they meet, HOST:PORT.
+        seconds: How long to wait.
+    """
+    who = "this process" if index is None else f"process {index} of {count}"
+    others = "the other processes" if count is None else f"{count} processes"
+    LossyStream(sys.stderr).write(f"{who}: waiting up to {seconds:g} s for {others} at {address}\n")
+
+    def give_up() -> None:
+        hint = f"; {_reachability(address)}" if index else ""
+        report_error(
+            InputError(
+                f"{who}: not all of {others} came to {address} within {seconds:g} s{hint}. Start all of them within "
+                "that time, each with its own index and all with this address; --join-timeout lets them wait longer"
+            )
+        )
+        os._exit(2)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def check_address(address: str) -> tuple[str, int]:
+    """Return (host, port) of HOST:PORT; raises InputError if it is nothing of the kind."""
+    host, colon, port = address.rpartition(":")
+    if not (host and colon and port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
+        raise InputError(f"{address!r:.200} is not an address HOST:PORT with a port between 1 and 65535")
+    return host.strip("[]"), int(port)
+
+
+def check_port_is_free(address: str) -> None:
+    """Raise InputError if another program of this machine listens on the port of HOST:PORT."""
+    port = check_address(address)[1]
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
+    except OSError as error:
+        raise InputError(
+            f"process 0 cannot listen at {address} ({error.strerror or error}); choose another port for all processes, "
+            "or end the program that holds this one"
+        ) from None
+
+
+@contextlib.contextmanager
+def abort_with_message(this: Processes) -> Iterator[None]:
+    """While in this context, end this process with one line when a library calls abort().
+
+    The libraries' own threads do so when they find that another process is gone or does not answer. Without this the
+    process would end with SIGABRT, after messages that name no process and no remedy.
+    """
+
+    def end(_: int) -> None:
+        report_error(
+            InputError(
+                f"process {this.index} of {this.count} was aborted by a library, whose messages are above; usually it "
+                f"has lost another process. {_RESUME}"
+            )
+        )
+        os._exit(2)
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
+    c_signal = ctypes.CDLL(None).signal
+    c_signal.restype, c_signal.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
+    before = c_signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        c_signal(signal.SIGABRT, before)
+
+
+def _reachability(address: str) -> str:
+    try:
+        with socket.create_connection(check_address(address), timeout=5):
+            return "a program listens there, which may not be process 0 of this run"
+    except (OSError, InputError) as error:
+        return f"nothing listens there ({error})"

@@ -10,7 +10,8 @@ from typing import Any
 from parity.errors import InputError
 from parity.storage.json import as_object, get_entry, parse, read_object
 from parity.training import checkpoints
-from parity.training.runs import RunFolder, flatten
+from parity.training.run_config import flatten
+from parity.training.runs import RunFolder
 
 # What reading a damaged file can raise.
 _DAMAGE = (InputError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)

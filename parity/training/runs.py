@@ -1,14 +1,13 @@
 """The folder of a run: config.json, env.json, metrics.jsonl, loss.png, samples.txt and checkpoints/."""
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
 import re
 import uuid
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +16,13 @@ import filelock
 from parity.config import GPTConfig
 from parity.errors import InputError
 from parity.storage.atomic import named_errors, replace_text
-from parity.storage.json import get_entry, read_object
+from parity.storage.json import read_object
 from parity.training.checkpoints import RunIdentity, intact, newest_intact
 from parity.training.metrics import Metrics
+from parity.training.run_config import CORPUS_SAMPLES, flatten, with_current_names
 from parity.training.settings import CHANGEABLE_KEYS, TrainSettings
 
 _SAMPLE_HEADING = re.compile(r"^--- step ([0-9]{1,10}) ---\n", re.MULTILINE)
-# Keys of config.json before version 0.2, and settings that it did not have, with the values that were used.
-_RENAMED = {"initial": "init_scheme", "validation_part": "validation_fraction"}
-_FORMER_VALUES = {"sample_temperature": 0.8, "sample_top_k": 50}
 
 
 class RunFolder:
@@ -131,21 +128,27 @@ class RunFolder:
             self._lock = None
 
     def _user(self) -> str:
+        process = self.environment().get("process")
+        return "another process" if process is None else f"process {process}"
+
+    def environment(self) -> dict[str, Any]:
+        """Return the content of env.json, which only informs: nothing if it is missing or damaged."""
         try:
-            return f"process {get_entry(read_object(self.path / 'env.json'), 'process', int, '')}"
+            return read_object(self.path / "env.json")
         except InputError:
-            return "another process"
+            return {}
 
     def config(self) -> dict[str, Any]:
         """Return the entries of config.json, under today's names; raises InputError if the folder contains no run."""
         if not self.config_file.exists():
             raise InputError(f"{self.path} holds no run: {self.config_file.name} is missing")
-        return _with_current_names(read_object(self.config_file))
+        return with_current_names(read_object(self.config_file))
 
     def identity(self) -> RunIdentity:
         """Return what the checkpoints of this run must record."""
         entries = self.config()
-        fixed = {key: value for key, value in flatten(entries) if key != "id" and key not in CHANGEABLE_KEYS}
+        recorded = {"id", CORPUS_SAMPLES, *CHANGEABLE_KEYS}
+        fixed = {key: value for key, value in flatten(entries) if key not in recorded}
         text = json.dumps(fixed, sort_keys=True)
         return RunIdentity(entries.get("id"), hashlib.sha256(text.encode()).hexdigest())
 
@@ -177,12 +180,18 @@ class RunFolder:
         different = {
             key: f"{key} was {saved.get(key)!r} and is now {new.get(key)!r}"
             for key in sorted(saved.keys() | new.keys())
-            if saved.get(key) != new.get(key)
+            if saved.get(key) != new.get(key) and key != CORPUS_SAMPLES
         }
         if refused := [text for key, text in different.items() if key not in changeable]:
             raise InputError(
                 f"{self.path} cannot be resumed with other values: {'; '.join(refused)}. To train on with them, start "
                 f"a new run from its weights: --init-from {self.path}"
+            )
+        if config.get(CORPUS_SAMPLES) not in (None, entries.get(CORPUS_SAMPLES)):
+            raise InputError(
+                f"{self.path} cannot be resumed: the tokens of its corpus have changed since it began, although names "
+                "and sizes of the files have not. Put the former files back, or start a new run from its weights: "
+                f"--init-from {self.path}"
             )
         if different:
             self.write(self.config_file.name, entries)
@@ -238,19 +247,6 @@ class SavedRun(NamedTuple):
     settings: TrainSettings
 
 
-def run_config(
-    preset: str, model: GPTConfig, settings: TrainSettings, corpus_sha256: str, init_from: str | None = None
-) -> dict[str, Any]:
-    """Return the entries of config.json."""
-    return {
-        "preset": preset,
-        "init_from": init_from,
-        "corpus_sha256": corpus_sha256,
-        "model": model.to_dict(),
-        "train": dataclasses.asdict(settings),
-    }
-
-
 def read_run(run: RunFolder) -> SavedRun:
     """Read config.json of a run; raises InputError if its entries are not those of a training run."""
     saved = run.config()
@@ -265,21 +261,3 @@ def read_run(run: RunFolder) -> SavedRun:
         if not isinstance(value, str):
             raise InputError(f"{run.config_file}: {name} must be text, got {value!r}")
     return SavedRun(preset, init_from, model, settings)
-
-
-def _with_current_names(entries: dict[str, Any]) -> dict[str, Any]:
-    """Translate the config.json of an older version."""
-    if isinstance(entries, dict) and isinstance(entries.get("train"), dict):
-        train = {_RENAMED.get(name, name): value for name, value in entries["train"].items()}
-        entries["train"] = {**_FORMER_VALUES, **train}
-        entries["init_from"] = entries.pop("init", entries.get("init_from"))
-    return entries
-
-
-def flatten(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the entries of nested mappings as ("outer.inner", value)."""
-    for key, value in entries.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
