@@ -327,7 +327,9 @@ def test_structure_is_checked_where_no_hash_is_known(server, tmp_path, monkeypat
         flipped = bytes([*good[:10], good[10] ^ 1, *good[11:]])
         html = b"<!DOCTYPE html><html>sign in</html>"
         other = json.dumps({**json.loads(good), "n_layer": 2}).encode() if remote.name == "hparams.json" else good[::-1]
-        damaged = [html, b"", other] + ([flipped, good[:-2]] if remote.name != "model.ckpt.meta" else [good[:9]])
+        damaged = [html, b"", other] + (
+            [flipped, good[:-2]] if remote.name != "model.ckpt.meta" else [good[:9], good[:14]]
+        )
         for body in damaged:
             server.script = [{"body": body}]
             with pytest.raises(InputError, match="serves another file"):

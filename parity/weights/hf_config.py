@@ -45,7 +45,7 @@ def config_to_dict(config: GPTConfig, eos_id: int | None = None) -> dict[str, An
 
     Args:
         config: The configuration.
-        eos_id: See `end_of_text_id`.
+        eos_id: Id of the tokenizer's end-of-text token; see `end_of_text_id`.
     """
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -60,15 +60,15 @@ def config_to_dict(config: GPTConfig, eos_id: int | None = None) -> dict[str, An
     }
 
 
-def end_of_text_id(config: GPTConfig, tokenizers: int | None = None) -> int | None:
+def end_of_text_id(config: GPTConfig, of_tokenizer: int | None = None) -> int | None:
     """Return the end-of-text id to write for a model.
 
-    That is the one that its own files state, otherwise the tokenizer's (`tokenizers`), otherwise that of the tokenizer
+    That is the one that its own files state (`config.eos_id`), otherwise the tokenizer's, otherwise that of the tokenizer
     that the vocabulary's size suggests; None, which ends no text, if it suggests none.
     """
     if config.eos_id is not None:
         return config.eos_id
-    return _usual_end_of_text_id(config.n_vocab) if tokenizers is None else tokenizers
+    return _usual_end_of_text_id(config.n_vocab) if of_tokenizer is None else of_tokenizer
 
 
 def _usual_end_of_text_id(n_vocab: int) -> int | None:

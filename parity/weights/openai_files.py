@@ -95,8 +95,8 @@ def _check_meta(file: Path) -> None:
         fields = decode_message(file.read_bytes()) if file.stat().st_size <= _MAX_META_BYTES else {}
     except DamageError:
         fields = {}
-    graph = 2
-    is_meta_graph = graph in fields and all(number < 16 for number in fields)
+    information, graph, saver = 1, 2, 3
+    is_meta_graph = {information, graph, saver} <= fields.keys() and max(fields) < 16
     if not is_meta_graph or not all(isinstance(value, bytes) for values in fields.values() for value in values):
         raise InputError(f"{file} is not the description of a TensorFlow graph")
 
