@@ -63,8 +63,8 @@ def config_to_dict(config: GPTConfig, eos_id: int | None = None) -> dict[str, An
 def end_of_text_id(config: GPTConfig, of_tokenizer: int | None = None) -> int | None:
     """Return the end-of-text id to write for a model.
 
-    That is the one that its own files state (`config.eos_id`), otherwise the tokenizer's, otherwise that of the tokenizer
-    that the vocabulary's size suggests; None, which ends no text, if it suggests none.
+    That is the one that its own files state (`config.eos_id`), otherwise the tokenizer's (`of_tokenizer`), otherwise
+    that of the tokenizer that the vocabulary's size suggests; None, which ends no text, if it suggests none.
     """
     if config.eos_id is not None:
         return config.eos_id
