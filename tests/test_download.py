@@ -198,6 +198,24 @@ def _get_in_child(url, folder):
     fetch(REMOTE_FILE, folder / "file", [f"{url}/file"])
 
 
+def test_two_callers_fetch_once(server, tmp_path):
+    """The second comes while the first downloads. Locks of one process exclude each other like those of two."""
+    results = []
+    second = threading.Thread(target=lambda: results.append(get(server, tmp_path)))
+
+    def start_second(_):
+        if second.ident is None:
+            second.start()
+            second.join(0.2)
+            assert second.is_alive()  # it waits for the lock
+
+    results.append(get(server, tmp_path, on_progress=start_second))
+    second.join(60)
+    assert results == [tmp_path / "file"] * 2
+    assert len(server.requests) == 1
+
+
+@pytest.mark.slow
 def test_two_processes_fetch_once(server, tmp_path):
     context = multiprocessing.get_context("spawn")
     children = [context.Process(target=_get_in_child, args=(server.url, tmp_path)) for _ in range(2)]

@@ -249,14 +249,15 @@ def test_wrong_hparams_missing_and_extra_layers(folder):
             gpt_jax.load_pretrained(folder)
 
 
-def test_mutated_indexes_give_our_error_or_the_right_values(folder):
-    """20,000 random edits of an index; half of them get valid checksums, so that they reach the parser."""
+@pytest.mark.parametrize("count", [1_000, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_mutated_indexes_give_our_error_or_the_right_values(folder, count):
+    """Random edits of an index; half of them get valid checksums, so that they reach the parser."""
     original = index_of(folder).read_bytes()
     original_entries = tensor_bundle.read_index(folder / "model.ckpt")
     generator = np.random.default_rng(0)
     block_size = next(iter(leveldb._handle(original[-48:], 0)))[0]  # the metaindex begins after block and trailer
     refused = 0
-    for number in range(20_000):
+    for number in range(count):
         data = bytearray(original)
         for _ in range(int(generator.integers(1, 4))):
             place = int(generator.integers(len(data)))
@@ -280,4 +281,4 @@ def test_mutated_indexes_give_our_error_or_the_right_values(folder):
                     assert leveldb.masked_crc(array.tobytes()) == entry.crc
         except InputError:
             refused += 1
-    assert refused > 15_000
+    assert refused > 0.75 * count
