@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ from rich.console import Console
 import gpt_torch
 import gpt_torch.train
 from parity.config import PRESETS, GPTConfig
+from parity.data.tokenizer import ByteTokenizer
+from parity.data.tokenizer_files import write_tokenizer
 from parity.errors import InputError
 from parity.training import checkpoints
 from parity.training.args import JobArgs, parse_job_args
-from parity.training.initial import initial_arrays, weights_folder
+from parity.training.initial import initial_arrays, own_tokenizer, weights_folder
 from parity.training.job import load_job, start_run
 from parity.training.loop import resume_and_train
 from parity.training.runs import RunFolder, read_run
@@ -170,3 +173,32 @@ def test_weights_of_the_preset_depend_on_seed_and_scheme():
     }
     first = [arrays["wte.weight"] for arrays in given.values()]
     assert all(not np.array_equal(a, b) for i, a in enumerate(first) for b in first[:i])
+
+
+def test_the_tokenizer_of_the_weights_must_be_the_runs(tmp_path, short_run):
+    config = dataclasses.replace(PRESETS["tiny"], n_vocab=50257)
+    for name in ("foreign", "sentencepiece", "bytes", "none"):
+        gpt_torch.save_pretrained(gpt_torch.GPTModel(config), tmp_path / name)
+    (tmp_path / "foreign" / "merges.txt").write_text("#version: 0.2\na b\n")
+    (tmp_path / "sentencepiece" / "tokenizer.model").write_bytes(b"")
+    write_tokenizer(tmp_path / "bytes", ByteTokenizer(), 24)
+    for name in ("foreign", "sentencepiece"):
+        with pytest.raises(InputError, match="does not belong to GPT-2's tokenizer"):
+            parse("--init-from", tmp_path / name)
+        with pytest.raises(InputError, match="does not belong to GPT-2's tokenizer"):
+            load_job(parse("--init-from", tmp_path / name, "--tokenizer", "bytes"))
+    assert parse("--init-from", tmp_path / "bytes").settings.tokenizer == "bytes"
+    assert parse("--init-from", tmp_path / "none").settings.tokenizer == "gpt2"
+    load_job(parse("--init-from", tmp_path / "bytes"))
+    load_job(parse("--init-from", tmp_path / "none", "--tokenizer", "bytes"))
+    assert own_tokenizer(short_run) == "bytes"
+
+
+def test_the_vocabulary_of_gpt2_beside_the_weights(tmp_path, vocab_bpe):
+    config = dataclasses.replace(PRESETS["tiny"], n_vocab=50257)
+    folder = tmp_path / "weights"
+    gpt_torch.save_pretrained(gpt_torch.GPTModel(config), folder)
+    shutil.copy(vocab_bpe, folder / "vocab.bpe")
+    assert parse("--init-from", folder).settings.tokenizer == "gpt2"
+    with pytest.raises(InputError, match=r"--tokenizer bytes: the weights in .* belong to the gpt2 tokenizer"):
+        load_job(parse("--init-from", folder, "--tokenizer", "bytes"))

@@ -8,7 +8,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from parity.data.tokenizer import (
     BYTE_CHARACTERS,
@@ -61,6 +61,21 @@ def own_vocabulary(folder: Path) -> Path | None:
         names = ", ".join(printable(name, 40) for name in sorted(added)[:5])
         warnings.warn(f"{folder}: the added tokens ({names}) are not recognized in text", stacklevel=3)
     return present[0] if present else None
+
+
+def own_tokenizer(folder: Path) -> Literal["bytes", "gpt2"] | None:
+    """Return the name of the tokenizer beside a model, or None if there is none.
+
+    Args:
+        folder: The model's folder, or a file in it.
+
+    Raises:
+        InputError: If the folder has any other tokenizer; the message names the file.
+    """
+    file = (folder if folder.is_dir() else folder.parent) / "tokenizer.json"
+    if file.is_file() and read_object(file, LISTING).get("model") == _bytes_as_json(ByteTokenizer())["model"]:
+        return "bytes"
+    return None if own_vocabulary(folder) is None else "gpt2"
 
 
 def _check_ids(path: Path, ids: Mapping[str, Any], vocabularies: list[Path]) -> None:

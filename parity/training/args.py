@@ -11,7 +11,7 @@ from parity import cli
 from parity.config import PRESETS, GPTConfig
 from parity.data.tokenizer import ByteTokenizer, GPT2Tokenizer
 from parity.errors import InputError
-from parity.training.initial import weights_folder
+from parity.training.initial import own_tokenizer, weights_folder
 from parity.training.runs import RunFolder, read_run
 from parity.training.settings import FINE_TUNING, RECIPES, TrainSettings, recipe
 from parity.weights.load import read_folder
@@ -102,7 +102,9 @@ def parse_job_args(cls: type[Args], description: str | None, args: Sequence[str]
         model = dataclasses.replace(model, n_vocab=n_vocab)
     else:
         model = read_folder(weights_folder(given.init_from))[0]
-        settings = dataclasses.replace(settings, tokenizer=_tokenizer(given.init_from, model))
+        if given.tokenizer is None:
+            by_size: Literal["bytes", "gpt2"] = "gpt2" if model.n_vocab >= GPT2Tokenizer.n_vocab else "bytes"
+            settings = dataclasses.replace(settings, tokenizer=own_tokenizer(given.init_from) or by_size)
     default = dataclasses.replace(cls(), preset=preset, model=model, settings=_derived(settings, given))
     parsed = cli.parse(cls, description, default, args)
     if parsed.settings.min_lr > parsed.settings.lr:
@@ -123,11 +125,3 @@ def _derived(settings: TrainSettings, given: _Decisive) -> TrainSettings:
     if given.steps is not None and given.warmup is None:
         settings = dataclasses.replace(settings, warmup=min(settings.warmup, max(1, given.steps // 10)))
     return settings
-
-
-def _tokenizer(init_from: str, model: GPTConfig) -> Literal["bytes", "gpt2"]:
-    """Return the tokenizer of a run that weights come from, or the one that fits the size of their vocabulary."""
-    run = RunFolder(Path(init_from))
-    if run.config_file.is_file() and run.checkpoints.is_dir():
-        return read_run(run).settings.tokenizer
-    return "gpt2" if model.n_vocab >= GPT2Tokenizer.n_vocab else "bytes"

@@ -28,7 +28,7 @@ from parity.training.agreement import (
 )
 from parity.training.args import JobArgs
 from parity.training.bigram import bigram_loss
-from parity.training.initial import weights_folder
+from parity.training.initial import own_tokenizer, weights_folder
 from parity.training.loggers import Logger, open_loggers
 from parity.training.processes import ALONE, Processes
 from parity.training.run_config import run_config
@@ -266,6 +266,12 @@ def _check_model(args: JobArgs, tokenizer: Tokenizer) -> None:
             if name not in ("drop_rate", "eos_id") and value != given[name]:
                 option = f"--{name.replace('_', '-')}"
                 raise InputError(f"{option}: the model in --init-from {args.init_from} has {name}={given[name]}")
+        own = own_tokenizer(args.init_from)
+        if own not in (None, tokenizer.name):
+            raise InputError(
+                f"--tokenizer {tokenizer.name}: the weights in --init-from {args.init_from} belong to the {own} "
+                "tokenizer, whose ids have other meanings"
+            )
     if tokenizer.n_vocab > config.n_vocab:
         origin = "--n-vocab" if args.init_from is None else f"--init-from {args.init_from}"
         raise InputError(
