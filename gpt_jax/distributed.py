@@ -94,7 +94,7 @@ def processes(
 
 
 def _check(coordinator: str, count: int, index: int) -> None:
-    """Raise InputError for values with which JAX would wait in vain."""
+    """Raise InputError for values with which JAX would wait until the deadline."""
     try:
         check_address(coordinator)
     except InputError as error:

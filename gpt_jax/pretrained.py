@@ -42,7 +42,7 @@ def save_pretrained(model: GPTModel, folder: str | Path, tokenizer: Tokenizer | 
     Args:
         model: The model.
         folder: The folder, which is made if it does not exist. It must not hold a model in another format.
-        tokenizer: The model's tokenizer, whose files are written, too. Its end-of-text id is written to config.json
+        tokenizer: The model's tokenizer, whose files are written as well. Its end-of-text id is written to config.json
             unless the files that the model was loaded from state another one.
     """
     eos_id = None if tokenizer is None else tokenizer.eos_id

@@ -61,8 +61,8 @@ class GPTConfig:
     tied_head: bool = True
     """Whether the output head shares its matrix with the token embedding, as in GPT-2, or has its own."""
     eos_id: int | None = dataclasses.field(default=None, compare=False, repr=False)
-    """Id of the end-of-text token that config.json states for other programs, where it is not the tokenizer's. It is no
-    part of the function that the model computes, so it is ignored when configurations are compared."""
+    """Id of the end-of-text token that config.json states for other programs, where it is not the tokenizer's. It is
+    not part of the function that the model computes, so it is ignored when configurations are compared."""
 
     def __post_init__(self) -> None:
         for name, limit in _LIMITS.items():

@@ -43,7 +43,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder that takes the place of `target` at the end.
+    """Yield a temporary folder, which becomes `target` at the end.
 
     If the block raises, what it wrote is deleted, and an InputError names the target instead of the temporary folder.
 

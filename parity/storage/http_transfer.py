@@ -55,7 +55,7 @@ def receive(
             is written.
 
     Raises:
-        UnusableError: If the server does not have the file, or its answer makes no sense.
+        UnusableError: If the server does not have the file, or its response is malformed.
         TransientError: If the transfer was refused or broke off, but may succeed later.
         InputError: If the file cannot be written.
     """
@@ -91,7 +91,7 @@ def receive(
     except InputError:
         raise
     except (ValueError, requests.TooManyRedirects) as error:  # in the answer, or the address that it redirects to
-        raise UnusableError(f"gives an answer that cannot be used ({printable(str(error), 200)})") from None
+        raise UnusableError(f"sends a malformed response ({printable(str(error), 200)})") from None
     except (OSError, urllib3.exceptions.HTTPError) as error:
         raise TransientError(f"{type(error).__name__}") from None
 

@@ -16,7 +16,7 @@ from parity.streams import LossyStream
 
 JOIN_SECONDS = 300
 """How long a process waits at the start for the others, by default."""
-_RESUME = "Checkpoints saved before are intact: start all processes again with --resume"
+_RESUME = "Earlier checkpoints are intact: start all processes again with --resume"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ def joining(index: int | None, count: int | None, address: str, seconds: float) 
 
 
 def check_address(address: str) -> tuple[str, int]:
-    """Return (host, port) of HOST:PORT; raises InputError if it is nothing of the kind."""
+    """Return (host, port) of HOST:PORT; raises InputError for any other text."""
     host, colon, port = address.rpartition(":")
     if not (host and colon and port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
         raise InputError(f"{address!r:.200} is not an address HOST:PORT with a port between 1 and 65535")
@@ -123,10 +123,10 @@ def check_port_is_free(address: str) -> None:
 
 @contextlib.contextmanager
 def abort_with_message(this: Processes) -> Iterator[None]:
-    """While in this context, end this process with one line when a library calls abort().
+    """Within this context, end this process with one line when a library calls abort().
 
-    The libraries' own threads do so when they find that another process is gone or does not answer. Without this the
-    process would end with SIGABRT, after messages that name no process and no remedy.
+    The libraries' own threads do so when another process is gone or does not respond. Otherwise the process would end
+    with SIGABRT, after messages that name no process and no remedy.
     """
 
     def end(_: int) -> None:

@@ -132,7 +132,7 @@ class RunFolder:
         return "another process" if process is None else f"process {process}"
 
     def environment(self) -> dict[str, Any]:
-        """Return the content of env.json, which only informs: nothing if it is missing or damaged."""
+        """Return the content of env.json, which is informational: nothing if it is missing or damaged."""
         try:
             return read_object(self.path / "env.json")
         except InputError:
@@ -184,13 +184,13 @@ class RunFolder:
         }
         if refused := [text for key, text in different.items() if key not in changeable]:
             raise InputError(
-                f"{self.path} cannot be resumed with other values: {'; '.join(refused)}. To train on with them, start "
+                f"{self.path} cannot be resumed with other values: {'; '.join(refused)}. To train with them, start "
                 f"a new run from its weights: --init-from {self.path}"
             )
         if config.get(CORPUS_SAMPLES) not in (None, entries.get(CORPUS_SAMPLES)):
             raise InputError(
                 f"{self.path} cannot be resumed: the tokens of its corpus have changed since it began, although names "
-                "and sizes of the files have not. Put the former files back, or start a new run from its weights: "
+                "and sizes of the files have not. Restore the original files, or start a new run from its weights: "
                 f"--init-from {self.path}"
             )
         if different:

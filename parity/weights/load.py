@@ -28,7 +28,7 @@ def find_folder(path: str | Path) -> Path:
     path = user_path(path)
     if not path.is_dir() and not (path.is_file() and path.suffix in files.SUFFIXES):
         raise InputError(
-            f"{path} is not a folder with weights; give one, or one of {', '.join(SIZES)}, "
+            f"{path} is not a folder with weights; name one, or one of {', '.join(SIZES)}, "
             f"or a file ending in {', '.join(files.SUFFIXES)}"
         )
     return path
@@ -48,7 +48,7 @@ def read_folder(path: str | Path) -> tuple[GPTConfig, Mapping[str, Any], str]:
         configuration. A tensor is read when it is used.
 
     Raises:
-        InputError: If a file is missing, damaged or not what a manifest of ours says, the weights do not fit the
+        InputError: If a file is missing, is damaged or differs from its manifest, the weights do not fit the
             configuration, or the folder holds weights in neither or both of the formats; the message names the file.
     """
     path = find_folder(path)

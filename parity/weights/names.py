@@ -77,7 +77,7 @@ def _joined(parts: list[LazyTensor]) -> np.ndarray:
 def notebook_config(tensors: Mapping[str, LazyTensor], origin: str) -> GPTConfig:
     """Return the configuration of a notebook model's tensors in the torch format, from their shapes.
 
-    The number of heads has no trace in them. It is taken from OpenAI's model of the same width and depth.
+    The weights do not determine the number of heads. It is taken from OpenAI's model of the same width and depth.
 
     Raises:
         InputError: If there is no such model, or the tensors are not those of a notebook model.

@@ -57,8 +57,7 @@ def read(folder: Path, reader: Literal["native", "tensorflow"] = "native") -> tu
 def _is_weight(name: str, expected: Mapping[str, Any]) -> bool:
     """Whether a variable that GPT-2 does not have is one of the model's, and not of its training.
 
-    An optimizer's variables are outside `model/`, or are called like the weight that they belong to and more:
-    model/wte/Adam.
+    An optimizer's variables are outside `model/`, or their names begin with the name of their weight: model/wte/Adam.
     """
     parts = name.split("/")
     ancestors = ("/".join(parts[:count]) for count in range(1, len(parts)))
@@ -147,7 +146,7 @@ def read_hparams(path: Path) -> GPTConfig:
     missing = [name for name in _HPARAMS if name not in entries]
     if missing:
         raise InputError(f"{path} is not OpenAI's hparams.json: it lacks {', '.join(missing)}")
-    if unknown := sorted(entries.keys() - set(_HPARAMS)):  # OpenAI's code refuses them, too
+    if unknown := sorted(entries.keys() - set(_HPARAMS)):  # OpenAI's code refuses them as well
         raise InputError(f"{path}: {enumerate_some(unknown)} is not supported; GPT-2 has {', '.join(_HPARAMS)}")
     try:
         return GPTConfig(**{name: entries[name] for name in _HPARAMS})
