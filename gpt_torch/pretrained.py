@@ -10,7 +10,7 @@ from gpt_torch.modes import unwrap
 from gpt_torch.weights import export_weights, load_weights
 from parity import notebook
 from parity.data.tokenizer import Tokenizer
-from parity.hub import write_hub_files
+from parity.hub import save_model
 from parity.storage.paths import user_path
 from parity.weights import huggingface
 from parity.weights.load import read_folder
@@ -45,10 +45,7 @@ def save_pretrained(model: GPTModel, folder: str | Path, tokenizer: Tokenizer | 
         tokenizer: The model's tokenizer, whose files are written as well. Its end-of-text id is written to config.json
             unless the files that the model was loaded from state another one.
     """
-    eos_id = None if tokenizer is None else tokenizer.eos_id
-    folder, config = user_path(folder), unwrap(model).config
-    huggingface.write(folder, config, export_weights(model), eos_id=eos_id)
-    write_hub_files(folder, config, tokenizer)
+    save_model(user_path(folder), unwrap(model).config, export_weights(model), tokenizer)
 
 
 def load_pretrained(path: str | Path, *, device: torch.device | str | None = None, **options: Any) -> GPTModel:

@@ -1,12 +1,15 @@
-"""What a folder needs besides config.json and weights so that it can be put on a model hub."""
+"""Folders of models that are complete for a model hub."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 from parity.config import GPTConfig
 from parity.data.tokenizer import Tokenizer
 from parity.data.tokenizer_files import write_tokenizer
-from parity.weights import n_params
+from parity.weights import huggingface, n_params
 from parity.weights.hf_config import end_of_text_id
 
 _CARD = """---
@@ -28,6 +31,21 @@ model = AutoModelForCausalLM.from_pretrained("THIS FOLDER"){tokenizer}
 
 Describe here which data the model was trained on, what it is for, and under which license it may be used.
 """
+
+
+def save_model(
+    folder: Path, config: GPTConfig, arrays: Mapping[str, np.ndarray], tokenizer: Tokenizer | None = None
+) -> None:
+    """Write what `save_pretrained` of both backends writes.
+
+    Args:
+        folder: The folder, which is made if it does not exist.
+        config: The model's configuration.
+        arrays: The weights, in the huggingface format.
+        tokenizer: The model's tokenizer; None writes none.
+    """
+    huggingface.write(folder, config, arrays, eos_id=None if tokenizer is None else tokenizer.eos_id)
+    write_hub_files(folder, config, tokenizer)
 
 
 def write_hub_files(folder: Path, config: GPTConfig, tokenizer: Tokenizer | None = None) -> None:
