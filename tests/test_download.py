@@ -198,8 +198,9 @@ def _get_in_child(url, folder):
     fetch(REMOTE_FILE, folder / "file", [f"{url}/file"])
 
 
-def test_two_callers_fetch_once(server, tmp_path):
+def test_two_callers_fetch_once(server, tmp_path, monkeypatch, capsys):
     """The second comes while the first downloads. Locks of one process exclude each other like those of two."""
+    monkeypatch.setattr(download, "_SILENT_WAIT", 0.01)
     results = []
     second = threading.Thread(target=lambda: results.append(get(server, tmp_path)))
 
@@ -213,6 +214,7 @@ def test_two_callers_fetch_once(server, tmp_path):
     second.join(60)
     assert results == [tmp_path / "file"] * 2
     assert len(server.requests) == 1
+    assert capsys.readouterr().err == f"waiting for another process that downloads {tmp_path / 'file'}\n"
 
 
 @pytest.mark.slow
@@ -310,6 +312,14 @@ def test_parts_that_are_whole_or_too_long(server, tmp_path):
         assert get(server, tmp_path).read_bytes() == CONTENT
         assert "Range" not in server.requests[-1][1]
         (tmp_path / "file").unlink()
+
+
+def test_a_part_without_a_tag_is_not_continued(server, tmp_path):
+    """Not even if the server answers with a range that nobody asked for."""
+    (tmp_path / "file.part").write_bytes(b"x" * 1000)
+    whole = {"Content-Range": f"bytes 0-{len(CONTENT) - 1}/{len(CONTENT)}", "Content-Length": f"{len(CONTENT)}"}
+    server.script = [{"status": 206, "headers": whole, "body": CONTENT}]
+    assert get(server, tmp_path).read_bytes() == CONTENT
 
 
 def test_a_server_that_is_too_slow_is_left(server, tmp_path, monkeypatch):

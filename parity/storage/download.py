@@ -9,19 +9,22 @@ import contextlib
 import dataclasses
 import random
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from parity.errors import InputError
 from parity.storage.atomic import replace_text
 from parity.storage.http_transfer import TransientError, UnusableError, receive
 from parity.storage.manifest import file_sha256
 from parity.storage.paths import is_offline
+from parity.streams import LossyStream
 
-_LONGEST_WAIT = 30.0
+_LONGEST_WAIT = 30.0  # seconds between two tries
+_SILENT_WAIT = 5.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +100,11 @@ def _lock(target: Path) -> Iterator[None]:
     lock = FileLock(f"{target}.lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        try:
+            lock.acquire(timeout=_SILENT_WAIT)
+        except Timeout:
+            LossyStream(sys.stderr).write(f"waiting for another process that downloads {target}\n")
+            lock.acquire()
     except (OSError, NotImplementedError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{target.parent} cannot be written ({reason}); name another folder") from None

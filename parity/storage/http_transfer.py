@@ -69,7 +69,7 @@ def receive(
     try:
         with requests.get(address, headers=headers, stream=True, timeout=timeout) as answer:
             _check_answer(answer, address, have, part)
-            resumed = answer.status_code == 206
+            resumed = answer.status_code == 206 and have > 0
             received = have if resumed else 0
             length = _natural(answer.headers.get("Content-Length", ""))
             total = None if length is None else received + length
