@@ -10,7 +10,7 @@ FOR_TRAINING := $(VENV)/.extras-$(EXTRAS)
 FOR_TESTS := $(VENV)/.extras-$(TEST_EXTRAS) $(VENV)/.vocabulary
 
 # One worker per core; each takes up to 5 GB of memory.
-PARALLEL ?= --numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+PARALLEL ?= --numprocesses logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 .PHONY: setup train test test-slow test-pretrained test-package check bench clean
 

@@ -47,28 +47,28 @@ def vocab_bpe():
     return path
 
 
-# Modules that take longest, in the order in which workers should start them.
+# Modules that take longest, in the order in which workers should start them. The tests of a module run on one worker,
+# where they share fixtures and compiled programs (--dist loadscope).
 SLOWEST = (
     "test_processes",
-    "test_report",
-    "test_training_parity",
-    "test_resume",
-    "test_full_shape",
+    "test_sharding",
     "test_generate",
     "test_generate_parity",
+    "test_resume",
+    "test_scripts",
+    "test_training_parity",
+    "test_full_shape",
+    "test_report",
+    "test_docs",
+    "test_modes",
+    "test_checkpoints",
+    "test_openai_checkpoint",
 )
-# Modules whose tests share nothing that would make one worker faster than several.
-INDEPENDENT = ("test_checkpoints", "test_doctor", "test_openai_checkpoint", "test_plan", "test_prepare", "test_scripts")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Keep the tests of a module on one worker, where they share fixtures and compiled programs."""
     rank = {module: number for number, module in enumerate(SLOWEST)}
-    items.sort(key=lambda item: rank.get(item.module.__name__, len(rank) + (item.module.__name__ in INDEPENDENT)))
-    for item in items:
-        if item.module.__name__ not in INDEPENDENT:
-            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+    items.sort(key=lambda item: rank.get(item.module.__name__, len(rank)))
 
 
 @pytest.hookimpl(tryfirst=True)

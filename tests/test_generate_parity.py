@@ -90,7 +90,7 @@ def report(results):
 
 
 def test_same_tokens_over_the_grid():
-    config = dataclasses.replace(PRESETS["124M"], n_vocab=8192, n_embd=128, n_head=2, n_layer=2)
+    config = dataclasses.replace(PRESETS["124M"], n_vocab=2048, n_embd=128, n_head=2, n_layer=2)
     built = build(config)
     assert report([compare(config, built, options, seed) for seed, options in enumerate(GRID)]) >= 20_000
 
@@ -99,7 +99,7 @@ def test_same_tokens_over_the_grid():
 @pytest.mark.parametrize(
     ("grid", "new"),
     [
-        pytest.param([GRID[1], GRID[3], GRID[6]], 20, id="part of the grid"),
+        pytest.param([GRID[3], GRID[6]], 20, id="part of the grid"),
         pytest.param(GRID, NEW, id="whole grid", marks=pytest.mark.slow),
     ],
 )

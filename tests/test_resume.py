@@ -1,12 +1,11 @@
 """A run that is killed or stopped at any moment can be resumed, and has the same metrics, bit for bit."""
 
 import signal
-import subprocess
 
 import pytest
 from support.interrupting import interrupted
 from support.models import BACKENDS
-from support.runs import metrics, run_script
+from support.runs import metrics, run_program, run_script
 
 from parity.training import checkpoints
 from parity.training.runs import RunFolder
@@ -23,7 +22,7 @@ def uninterrupted(shared_run):
 def run_and_signal(name, arguments, run, number, moment):
     """Run the script, which sends itself a signal at the moment; its exit status and output."""
     command = interrupted(number, moment, f"train_{name}.py", *arguments, "--run", run)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_program(command)
     return done.returncode, done.stdout + done.stderr
 
 

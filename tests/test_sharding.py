@@ -15,6 +15,7 @@ from parity.config import PRESETS
 from parity.errors import InputError
 
 EIGHT = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
+QUICKLY_COMPILED = {**EIGHT, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 # Sums over devices are made in another order.
 RTOL = {"float32": 2e-6, "float64": 1e-12}
 
@@ -34,7 +35,7 @@ def runs(request, tmp_path_factory):
     program = str(ROOT / "tests" / "support" / "sharded_runs.py")
     out = tmp_path_factory.mktemp("sharded") / "facts.json"
     command = [sys.executable, program, dtype, which, str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=EIGHT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=QUICKLY_COMPILED if which == "few" else EIGHT)
     assert done.returncode == 0, done.stderr
     return dtype, {"few": FEW, "all": ALL}[which], json.loads(out.read_text())
 
@@ -48,10 +49,9 @@ def test_losses_do_not_depend_on_the_mesh(runs):
 
 
 def test_a_model_on_a_mesh_generates_the_same(runs):
-    """Replicated over all devices, and with its arrays sharded."""
     _, _, results = runs
-    single, replicated, sharded = results["generated"]
-    assert replicated == sharded == single
+    single, sharded = results["generated"]
+    assert sharded == single
     assert [len(row) for row in single] == [23, 21]
 
 
@@ -110,7 +110,7 @@ def test_what_cannot_be_sharded_evenly_is_refused():
 
 def test_the_script_runs_over_a_mesh(finished_runs, tmp_path):
     options = ("--preset", "tiny", "--mesh", "data=2,fsdp=2,tensor=2")
-    result = run_script("train_jax.py", *options, "--run", tmp_path / "run", env=EIGHT)
+    result = run_script("train_jax.py", *options, "--run", tmp_path / "run", env=QUICKLY_COMPILED)
     assert result.returncode == 0, result.stderr
     assert "8 of them: data=2,fsdp=2,tensor=2" in result.stdout
     # Early on, before rounding has grown: see test_resume.py.

@@ -45,10 +45,9 @@ def facts(trainer):
     for leaf in jax.tree.leaves(trainer.state):
         for shard in leaf.addressable_shards:
             held[shard.device.id] = held.get(shard.device.id, 0) + shard.data.nbytes
-    step = trainer._train_step.lower(
-        trainer.state, *trainer.to_device(*batch(0)), np.asarray(1e-3, trainer._param_dtype), np.int32(0)
-    )
-    program = step.compile().as_text()
+    numbers = (trainer._to_mesh(number) for number in (np.asarray(1e-3, trainer._param_dtype), np.asarray(0, np.int32)))
+    step = trainer._train_step.lower(trainer.state, *trainer.to_device(*batch(0)), *numbers)
+    program = step.compile().as_text()  # the cache of compiled programs has it
     return {
         "bytes": sorted(set(held.values())),
         "devices": len(held),
@@ -57,16 +56,15 @@ def facts(trainer):
 
 
 def generated():
-    """Rows of one model: on one device, replicated over eight, and with arrays sharded over eight."""
+    """Rows of one model: on one device, and with arrays sharded over eight in another way than a mesh shards them."""
     model = GPTModel(CONFIG)
     mesh = Mesh(np.array(jax.devices()), ("d",))
 
-    def put(array, spec):
+    def put(array):
         divides = array.ndim and array.shape[0] % len(jax.devices()) == 0
-        return jax.device_put(array, NamedSharding(mesh, spec if divides else PartitionSpec()))
+        return jax.device_put(array, NamedSharding(mesh, PartitionSpec("d") if divides else PartitionSpec()))
 
-    models = [model, *(jax.tree.map(lambda a, s=s: put(a, s), model) for s in (PartitionSpec(), PartitionSpec("d")))]
-    return [generate(each, [[1, 2, 3], [4]], 20, seed=1) for each in models]
+    return [generate(each, [[1, 2, 3], [4]], 20, seed=1) for each in (model, jax.tree.map(put, model))]
 
 
 def main(dtype, shapes, out):
