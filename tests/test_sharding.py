@@ -35,7 +35,8 @@ def runs(request, tmp_path_factory):
     program = str(ROOT / "tests" / "support" / "sharded_runs.py")
     out = tmp_path_factory.mktemp("sharded") / "facts.json"
     command = [sys.executable, program, dtype, which, str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=QUICKLY_COMPILED if which == "few" else EIGHT)
+    environment = QUICKLY_COMPILED if which == "few" else EIGHT
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stderr
     return dtype, {"few": FEW, "all": ALL}[which], json.loads(out.read_text())
 
