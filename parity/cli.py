@@ -111,6 +111,14 @@ def _input_errors() -> Iterator[None]:
     sys.stderr.write(printed.getvalue())
 
 
+def read_text(path: Path, option: str) -> str:
+    """Return the text of the file that an option names; raise InputError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{option} {path} is not UTF-8 text") from None
+
+
 def versions() -> str:
     """One line with the versions of this project, Python and both frameworks."""
     parts = [f"gpt-parity {parity.__version__}", f"Python {platform.python_version()}"]

@@ -37,7 +37,7 @@ def main() -> None:
     if not console.is_terminal:
         console.width = 110
     args = dataclasses.replace(args, threads=args.threads or len(os.sched_getaffinity(0)))
-    for name in ("rounds", "calls", "batch_size"):
+    for name in ("rounds", "calls", "batch_size", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     out = args.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-benchmark-{args.what}"

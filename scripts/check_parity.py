@@ -29,7 +29,7 @@ from parity.comparison.error_bounds import rounded
 from parity.comparison.html import html_page
 from parity.comparison.implementation import open_implementation, read_weights
 from parity.comparison.protocol import Compute
-from parity.comparison.sections import SECTIONS, Section, compare_implementations
+from parity.comparison.sections import ROW_SECTIONS, SECTIONS, Section, compare_implementations
 from parity.config import as_config
 from parity.console import PlainConsole
 from parity.errors import InputError, exit_with_message
@@ -96,11 +96,18 @@ def main() -> int:
     console.print(title, soft_wrap=True)
     with console.status("comparing"):
         rows = list(compare_implementations(a, b, case, recipe("small").settings, args.sections))
-    for members in report.by_section(rows).values():
+    compared = report.by_section(rows)
+    missing = [section for section in args.sections if not compared.keys() & ROW_SECTIONS[section]]
+    if not rows:
+        raise InputError(
+            f"nothing to compare: {args.a} or {args.b} lacks what --sections {' '.join(args.sections)} needs"
+        )
+    for members in compared.values():
         console.print(section_table(members))
 
     failure = report.first_failure(rows)
-    verdict = f"{report.verdict(rows)}; {time.perf_counter() - start:.0f} s"
+    not_compared = f"; not compared: {', '.join(missing)}" * bool(missing)
+    verdict = f"{report.verdict(rows)}{not_compared}; {time.perf_counter() - start:.0f} s"
     args.out.mkdir(parents=True, exist_ok=True)
     entries = {"title": title, "verdict": verdict, "rows": [row.to_dict() for row in rows]}
     (args.out / "report.json").write_text(json.dumps(entries, indent=1) + "\n")
@@ -118,6 +125,9 @@ def chosen_weights(args: Args) -> str:
 
 def make_case(args: Args) -> Case:
     """Return the model, weights and tokens that the options select."""
+    for name, low in (("batch", 1), ("steps", 1), ("new_tokens", 1), ("seed", 0)):
+        if getattr(args, name) < low:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
     chosen = chosen_weights(args)
     if chosen in _DRAWN:
         config = as_config(args.preset)

@@ -13,7 +13,7 @@ import numpy as np
 from rich.progress import track
 from rich.table import Table
 
-from parity.cli import parse
+from parity.cli import parse, read_text
 from parity.console import PlainConsole
 from parity.data.tokenizer import encode_prompt, stream_text
 from parity.errors import InputError, exit_with_message
@@ -74,12 +74,12 @@ def measure(new: list[list[int]], logprobs: list[list[float]]) -> dict[str, floa
 
 def main() -> None:
     args = parse(Args, __doc__)
-    backend, device_info, model, tokenizer, folder = args.load()
     texts = PROMPTS
     if args.prompts is not None:
-        texts = tuple(line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip())
+        texts = tuple(line for line in read_text(args.prompts, "--prompts").splitlines() if line.strip())
         if not texts:
             raise InputError(f"--prompts {args.prompts} has no line with text")
+    backend, device_info, model, tokenizer, folder = args.load()
     ids = [list(encode_prompt(tokenizer, text)) for text in texts]
     figures, examples = {}, {}
     for name, options in track(

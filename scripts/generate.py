@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from parity.cli import parse
+from parity.cli import parse, read_text
 from parity.data.tokenizer import Tokenizer, encode_prompt, stream_text
 from parity.errors import InputError, exit_with_message, report_error
 from parity.generation import prepare
@@ -66,10 +66,7 @@ def prompts(args: Args) -> Iterator[str]:
     if args.prompt is not None:
         yield args.prompt
     elif args.file is not None:
-        try:
-            yield args.file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise InputError(f"--file {args.file} is not UTF-8 text") from None
+        yield read_text(args.file, "--file")
     elif is_interactive(args):
         while True:
             try:

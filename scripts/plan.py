@@ -10,6 +10,7 @@ The estimate of memory is fitted to what XLA reports for compiled steps (gpt_jax
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 from rich.table import Table
@@ -67,14 +68,16 @@ def main() -> None:
     config, remat = preset.model, args.remat or preset.remat
     settings = dataclasses.replace(
         preset.settings,
-        accumulate=args.accumulate or preset.settings.accumulate,
+        accumulate=preset.settings.accumulate if args.accumulate is None else args.accumulate,
         dtype=args.dtype or preset.settings.dtype,
     )
     micro_size = settings.batch_size // settings.accumulate
     shape.check(config, micro_size)
     for name in ("tokens", "memory_gb", "mfu", "link_gb_per_s", "tokens_per_s"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise InputError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+        value, most = getattr(args, name), 1 if name == "mfu" else math.inf
+        if value is not None and not (0 < value <= most and math.isfinite(value)):
+            limits = "between 0 and 1" if most == 1 else "positive"
+            raise InputError(f"--{name.replace('_', '-')} must be {limits}, got {value}")
 
     estimate = memory(config, shape, micro_size, settings.dtype, remat, args.attention)
     table = Table("memory per device", "GB", title=f"{args.preset} over {shape}: {n_params(config):,} parameters")

@@ -352,3 +352,28 @@ def test_the_shape_is_that_of_the_weights_that_are_named(tmp_path):
     assert check_parity.make_case(check_parity.Args("torch", "jax")).config == TINY
     with pytest.raises(InputError, match="is not a folder"):
         check_parity.make_case(check_parity.Args("torch:nowhere", named))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("torch", "numpy", "--sections", "gradients", "samples"), "nothing to compare: torch or numpy lacks"),
+        (("torch", "jax", "--sections"), "nothing to compare"),
+        (("torch", "jax", "--batch", "0"), "--batch must be at least 1"),
+        (("torch", "jax", "--new-tokens", "-1"), "--new-tokens must be at least 1"),
+        (("torch", "jax", "--seed", "-1"), "--seed must be at least 0"),
+    ],
+    ids=str,
+)
+def test_a_report_of_nothing_is_refused(options, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["check_parity.py", *options, "--out", str(tmp_path / "out")])
+    with pytest.raises(InputError, match=message):
+        check_parity.main()
+    assert not (tmp_path / "out").exists()
+
+
+def test_sections_that_are_not_compared_are_named(monkeypatch, tmp_path, capsys):
+    options = ("torch", "numpy", "--positions", "4", "--sections", "activations", "gradients", "decoding", "samples")
+    monkeypatch.setattr(sys, "argv", ["check_parity.py", *options, "--out", str(tmp_path)])
+    assert check_parity.main() == 0
+    assert "within their error bounds; not compared: gradients, samples;" in capsys.readouterr().out

@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+import compare_decoding
 import generate
 import pytest
 import train_jax
@@ -270,3 +271,16 @@ def test_generate_refuses_input_that_is_not_utf_8(data, padded_run, tiny, monkey
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("é ✓".encode()), encoding="latin-1"))
     tiny(generate, *padded_run)
     assert capsys.readouterr().out.startswith("é ✓")
+
+
+@pytest.mark.parametrize(
+    "content", [b"caf\xe9", b"\xff\xfea\0b\0", b"\xed\xa0\x80"], ids=["latin-1", "utf-16", "surrogate"]
+)
+def test_prompt_files_that_are_not_utf8_are_named(content, tmp_path, monkeypatch):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"^--file .*prompts.txt is not UTF-8 text$"):
+        list(generate.prompts(generate.Args(file=file)))
+    monkeypatch.setattr(sys, "argv", ["compare_decoding.py", "--model", "124M", "--prompts", str(file)])
+    with pytest.raises(InputError, match=r"^--prompts .*prompts.txt is not UTF-8 text$"):  # before a model is loaded
+        compare_decoding.main()

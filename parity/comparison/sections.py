@@ -30,6 +30,14 @@ from parity.training.settings import TrainSettings
 
 Section = Literal["activations", "gradients", "training", "decoding", "samples"]
 SECTIONS: tuple[Section, ...] = get_args(Section)
+ROW_SECTIONS: dict[Section, set[str]] = {
+    "activations": {"activations"},
+    "gradients": {"gradients"},
+    "training": {"AdamW updates", "losses"},
+    "decoding": {"cached decoding"},
+    "samples": {"sampled tokens"},
+}
+"""The sections of the rows that each section of the report consists of."""
 
 
 def compare_implementations(
