@@ -161,9 +161,18 @@ def plot_attention(path: str | Path, pattern: np.ndarray, labels: Sequence[str] 
 
     Returns:
         The path.
+
+    Raises:
+        InputError: For a pattern of another number of axes, and for another number of labels than positions.
     """
     pattern = as_numpy(pattern, np.float64)
+    if pattern.ndim != 3:
+        raise InputError(
+            f"pattern must have axes [N, T, S], got shape {list(pattern.shape)}; select a row of the batch"
+        )
     heads, T, S = pattern.shape
+    if len(labels) and not len(labels) == T == S:
+        raise InputError(f"labels: {len(labels)} for {T} queries and {S} keys; give one per position, or none")
     columns = min(4, heads)
     rows = -(-heads // columns)
     figure = new_figure(figsize=(3 * columns, 3 * rows + 0.4), layout="constrained")
@@ -174,8 +183,8 @@ def plot_attention(path: str | Path, pattern: np.ndarray, labels: Sequence[str] 
         if head < heads:
             axes.imshow(pattern[head], vmin=0, vmax=1, cmap="viridis")
             axes.set_title(f"head {head}", fontsize=9)
-            axes.set_xticks(range(S) if labels else [], labels, rotation=90, fontsize=6, **literally)
-            axes.set_yticks(range(T) if labels else [], labels, fontsize=6, **literally)
+            axes.set_xticks(range(S) if len(labels) else [], labels, rotation=90, fontsize=6, **literally)
+            axes.set_yticks(range(T) if len(labels) else [], labels, fontsize=6, **literally)
     figure.suptitle(title, **literally)
     figure.savefig(path, dpi=110)
     return Path(path)

@@ -94,6 +94,12 @@ def as_huggingface(params: dict[str, Any], config: GPTConfig) -> dict[str, np.nd
     return arrays
 
 
+def _check_positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise InputError(f"{name} must be at least 1, got {number}")
+
+
 class GPTDatasetV1:
     """Windows over a text: item i is (inputs, targets), both int64 [T], with the targets one position later.
 
@@ -104,10 +110,11 @@ class GPTDatasetV1:
         stride: Distance between the starts of two windows, in tokens.
 
     Raises:
-        InputError: For a text that is shorter than one window.
+        InputError: For a text that is shorter than one window, and for a length or stride below 1.
     """
 
     def __init__(self, txt: str, tokenizer: Any, max_length: int, stride: int):
+        _check_positive(max_length=max_length, stride=stride)
         ids = np.array(tokenizer.encode(txt, allowed_special={END_OF_TEXT}), np.int64)
         if len(ids) <= max_length:
             raise InputError(f"the text has {len(ids)} tokens, but a window needs max_length + 1 = {max_length + 1}")
@@ -146,6 +153,7 @@ class DataLoader:
         seed: int,
         convert: Callable[[np.ndarray], Any],
     ):
+        _check_positive(batch_size=batch_size)
         self.dataset, self.batch_size, self.shuffle, self.drop_last = dataset, batch_size, shuffle, drop_last
         self.seed, self.epoch, self.convert = seed, 0, convert
 
@@ -225,6 +233,7 @@ def train_loop(
     Returns:
         (training losses, validation losses, tokens seen), one entry per evaluation.
     """
+    _check_positive(eval_freq=eval_freq)
     train_losses, val_losses, track_tokens_seen = [], [], []
     tokens_seen, step = 0, 0
     for epoch in range(num_epochs):

@@ -163,3 +163,17 @@ def test_tokens_outside_the_vocabulary_are_refused(tokens):
     cache = reference.activations(CONFIG, blank(), TOKENS)
     with pytest.raises(InputError, match=rf"{list(tokens)[-1]}: token id {list(tokens.values())[-1]} is outside"):
         interpret.direct_logit_attribution(CONFIG, blank(), cache, **tokens)
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels", "message"),
+    [
+        ((2, 4, 3, 3), (), r"pattern must have axes \[N, T, S\], got shape \[2, 4, 3, 3\]; select a row"),
+        ((3, 3), (), "pattern must have axes"),
+        ((4, 3, 3), ("a", "b"), "labels: 2 for 3 queries and 3 keys"),
+    ],
+)
+def test_patterns_and_labels_that_do_not_fit_are_refused(shape, labels, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        interpret.plot_attention(tmp_path / "attention.png", np.ones(shape), labels)
+    assert not any(tmp_path.iterdir())

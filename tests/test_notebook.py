@@ -126,3 +126,17 @@ def test_text_and_ids(capsys):
         assert ids.shape == (1, 7)
         assert package.token_ids_to_text(ids, ByteTokenizer()) == "Grüße"
         assert np.isnan(package.calc_loss_loader([], None))
+
+
+@pytest.mark.parametrize("package", [gpt_torch_notebook, gpt_jax_notebook])
+@pytest.mark.parametrize("option", ["batch_size", "max_length", "stride"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_sizes_below_one_are_refused(package, option, value):
+    options = {"batch_size": 2, "max_length": 4, "stride": 4, option: value}
+    with pytest.raises(InputError, match=f"^{option} must be at least 1, got {value}"):
+        package.create_dataloader_v1("The dog chased the dog. " * 4, tokenizer=ByteTokenizer(), **options)
+
+
+def test_evaluations_need_a_distance():
+    with pytest.raises(InputError, match="eval_freq must be at least 1, got 0"):
+        notebook.train_loop(lambda *_: None, lambda: (0.0, 0.0), lambda: None, [], num_epochs=1, eval_freq=0)
