@@ -13,10 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gpt_jax import sharding
 from gpt_jax.arrays import widened
 from gpt_jax.loss import LARGEST_CHUNK
-from gpt_jax.model import GPTModel, cast
+from gpt_jax.model import ATTENTIONS, GPTModel, cast
 from gpt_jax.sharding import MeshShape, bytes_per_device, make_mesh
 from gpt_jax.train import TrainState, make_optimizer, make_train_step, parameter_name
 from parity.config import GPTConfig
+from parity.errors import check_choice
 from parity.training.settings import TrainSettings
 
 # Number of activation values saved per token and layer for the backward pass, for each value of the option remat:
@@ -62,7 +63,12 @@ def memory(
         dtype: The compute dtype.
         remat: What the backward pass recomputes: "none", "products" or "all" (see GPTModel).
         attention: "explicit" or "cudnn"; only the explicit attention stores its patterns.
+
+    Raises:
+        InputError: For an unknown remat or attention.
     """
+    check_choice("remat", remat, tuple(_SAVED))
+    check_choice("attention", attention, ATTENTIONS)
     itemsize = jnp.dtype(dtype).itemsize
     param_itemsize = max(4, itemsize)
     parameters = bytes_per_device(config, shape, param_itemsize)

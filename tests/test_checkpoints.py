@@ -1,14 +1,17 @@
 """Nothing saved is lost or silently altered: step folders, damage, full disks, and the other framework's files."""
 
+import contextlib
 import dataclasses
 import re
+import resource
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 from support.models import TINY, random_batch
-from support.runs import command, metrics, run_script
+from support.runs import ROOT, command, metrics, run_script
 
 import gpt_jax.adapter
 import gpt_jax.train
@@ -161,6 +164,41 @@ def test_too_little_space_is_reported_before_anything_is_written(make, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["000003"]
 
 
+@contextlib.contextmanager
+def largest_file(size):
+    """In this context the system refuses to let a file grow beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def save_on_a_disk_that_fills_up(name, path):
+    trainer = TRAINERS[name](TINY, SETTINGS)
+    folder = checkpoints.save(path, 3, trainer.save, keep=3)
+    before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    for size in (2000, 60_000):
+        with largest_file(size), pytest.raises(InputError, match=r"000004 could not be written .*File too large"):
+            checkpoints.save(path, 4, trainer.save, keep=1)
+        assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} == before
+    assert_same(stored(checkpoints.save(path, 4, trainer.save, keep=2)), stored(folder))
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_save(tmp_path):
+    save_on_a_disk_that_fills_up("torch", tmp_path)
+    # tensorstore's threads report their errors later, and so in other tests: JAX has a process of its own.
+    program = (
+        "import pathlib, sys, test_checkpoints as t\nt.save_on_a_disk_that_fills_up('jax', pathlib.Path(sys.argv[1]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "jax"], capture_output=True, text=True, cwd=ROOT / "tests"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_disk_that_fills_up_in_a_real_run(finished_runs, tmp_path, name):
     """Files may not grow beyond 60 kB: the system refuses the write in the middle of a save."""
@@ -219,25 +257,32 @@ def cut_manifest(folder):
     manifest.write_text(manifest.read_text()[:-20])
 
 
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory):
+    """{backend: folder with the checkpoints 20, 40 and 60}, which tests must not change."""
+    folders = {}
+    for name, trainer in TRAINERS.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        for step in (20, 40, 60):
+            checkpoints.save(folders[name], step, trainer(TINY, SETTINGS).save, keep=3)
+    return folders
+
+
 @pytest.mark.parametrize("damage", [flip_a_byte, cut_an_array, empty, half_written, no_optimizer, cut_manifest])
 @pytest.mark.parametrize("name", TRAINERS)
-def test_damage_is_reported_and_the_newest_intact_step_is_used(finished_runs, tmp_path, name, damage):
-    shutil.copytree(finished_runs[name][0] / "checkpoints", tmp_path / "checkpoints")
+def test_damage_is_reported_and_the_newest_intact_step_is_used(three_steps, tmp_path, name, damage):
+    shutil.copytree(three_steps[name], tmp_path / "checkpoints")
     damage(tmp_path / "checkpoints" / "000060")
     with pytest.warns(UserWarning, match="000060 is skipped: (missing or altered|it has no manifest|its manifest)"):
         newest = checkpoints.newest_intact(tmp_path / "checkpoints")
     assert newest.name == "000040"
     with pytest.raises(InputError, match="000060 is damaged"):
         checkpoints.intact(tmp_path / "checkpoints", 60)
-    TRAINERS[name](recipe_config(), SETTINGS).restore(newest)
+    TRAINERS[name](TINY, SETTINGS).restore(newest)
     for step in ("000020", "000040"):
         damage(tmp_path / "checkpoints" / step)
     with pytest.warns(UserWarning, match="is skipped"), pytest.raises(InputError, match="no intact checkpoint"):
         checkpoints.newest_intact(tmp_path / "checkpoints")
-
-
-def recipe_config():
-    return dataclasses.replace(TINY, n_vocab=257)
 
 
 def test_optimizer_state_of_a_hostile_file(tmp_path):

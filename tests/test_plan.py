@@ -100,3 +100,9 @@ def test_what_does_not_fit_is_refused(options, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plan.py", *options])
     with pytest.raises(InputError, match=re.escape(message)):
         plan.main()
+
+
+@pytest.mark.parametrize("unknown", [{"remat": "dots"}, {"attention": "sdpa"}], ids=str)
+def test_estimates_of_unknown_implementations_are_refused(unknown):
+    with pytest.raises(InputError, match=f"^{next(iter(unknown))} must be .*, got"):
+        memory(PRESETS["tiny"], MeshShape(), 8, "float32", **unknown)

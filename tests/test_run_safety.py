@@ -429,7 +429,7 @@ def test_samples_of_a_run_killed_after_its_save_are_written_when_it_resumes(fini
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-@pytest.mark.parametrize("path", ["a[b]c", "a[!x]", "back\\slash", "[", "a*b?"])
+@pytest.mark.parametrize("path", ["a[b]c", "[!x]back\\slash*?"])
 def test_any_path_holds_a_checkpoint(tmp_path, name, path):
     trainer = TRAINERS[name](TINY, SETTINGS)
     folder = checkpoints.save(
