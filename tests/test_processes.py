@@ -101,7 +101,8 @@ def free_port(first=16384, last=32767):
 
 def spawn(arguments, **environment):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(list(map(str, arguments)), **pipes, cwd=ROOT, env={**os.environ, **environment})
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **environment}  # compiling takes the most time
+    return subprocess.Popen(list(map(str, arguments)), **pipes, cwd=ROOT, env=environment)
 
 
 def start(count, *arguments, signalled=None, **environment):
