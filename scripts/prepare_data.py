@@ -18,7 +18,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from parity.cli import parse
 from parity.console import PlainConsole
-from parity.data import shards
+from parity.data import shard_index, shards
 from parity.data.tokenizer import load_tokenizer
 from parity.errors import InputError, exit_with_message
 
@@ -50,7 +50,7 @@ class Args:
 def main() -> None:
     args, console = parse(Args, __doc__), PlainConsole(lossy=True)
     if args.verify is not None:
-        console.print(f"{shards.verify(args.verify)} shards of {args.verify} match their sha256")
+        console.print(f"{shard_index.verify(args.verify)} shards of {args.verify} match their sha256")
         return
     if not args.sources or args.out is None:
         raise InputError("name the files to tokenize and, with --out, the folder for the shards")
@@ -76,7 +76,7 @@ def main() -> None:
             show,
         )
     seconds = time.perf_counter() - begin
-    for split in shards.SPLITS:
+    for split in shard_index.SPLITS:
         written = index["splits"][split]["done"]
         count = sum(shard["tokens"] for shard in written)
         console.print(f"{split:<10} {count:,} tokens in {len(written)} shards")

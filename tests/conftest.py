@@ -22,7 +22,7 @@ import pytest
 from support.models import BACKENDS, CONFIGS
 from support.runs import run_script
 
-from parity.data.tokenizer import VOCAB_BPE_SHA256
+from parity.data.merges import VOCAB_BPE_SHA256
 
 
 @pytest.fixture(params=BACKENDS)

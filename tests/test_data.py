@@ -1,6 +1,7 @@
 import hashlib
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import pytest
 from parity.config import IGNORE_INDEX
 from parity.data import corpora
 from parity.data.corpora import load_corpus
-from parity.data.token_files import read_bin
-from parity.data.tokenizer import ByteTokenizer
+from parity.data.shards import prepare_shards
+from parity.data.token_files import TokenFile, read_bin
+from parity.data.tokenizer import END_OF_TEXT, ByteTokenizer
 from parity.data.windows import Windows
 from parity.errors import InputError
 from parity.storage.download import RemoteFile
@@ -73,7 +75,7 @@ def test_bins_are_mapped_in_both_layouts(tmp_path):
         assert isinstance(read_bin(tmp_path / name), np.memmap)
         assert np.array_equal(read_bin(tmp_path / name), ids)
     corpus = load_corpus(str(tmp_path), ByteTokenizer())
-    assert isinstance(corpus.train[0], np.memmap)
+    assert np.array_equal(corpus.train[0][5:9], ids[5:9])
     assert [len(s) for s in corpus.train + corpus.validation] == [40, 40]
 
 
@@ -127,8 +129,8 @@ def test_text_files_folders_and_python_docs(tmp_path):
     (tmp_path / "a.txt").write_text("hello" * 20)
     folder = load_corpus(str(tmp_path), ByteTokenizer(), 0.1)
     text = ByteTokenizer().decode(np.concatenate(folder.train + folder.validation).tolist())
-    assert text == "hello" * 20 + "\n\n" + "world" * 20
-    assert len(load_corpus(str(tmp_path / "a.txt"), ByteTokenizer()).validation[0]) == 10
+    assert text == "hello" * 20 + END_OF_TEXT + "world" * 20 + END_OF_TEXT
+    assert len(load_corpus(str(tmp_path / "a.txt"), ByteTokenizer()).validation[0]) == 10 + 1
     docs = load_corpus("python-docs", ByteTokenizer())
     assert len(docs.train[0]) > 300_000
 
@@ -147,7 +149,7 @@ def test_bad_text(tmp_path, content, message):
 def test_unknown_corpus_and_empty_folder(tmp_path):
     with pytest.raises(InputError, match="not a file or folder"):
         load_corpus("shakespear", ByteTokenizer())
-    with pytest.raises(InputError, match="neither"):
+    with pytest.raises(InputError, match="holds no file"):
         load_corpus(str(tmp_path), ByteTokenizer())
 
 
@@ -181,3 +183,89 @@ def test_schedule():
     assert rates[99] == pytest.approx(0.1)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert learning_rate(0, 1.0, 1.0, 0, 1) == 1.0
+
+
+def test_a_corpus_may_have_more_shards_than_files_may_be_open(tmp_path):
+    resource = pytest.importorskip("resource")
+    for number in range(150):
+        name = f"{'val' if number == 0 else 'train'}_{number:06d}.bin"
+        write_llmc(tmp_path / name, np.full(30, number % 256))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with (tmp_path / "train_000001.bin").open("rb") as file:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + 100, limits[1]))
+    try:
+        corpus = load_corpus(str(tmp_path), ByteTokenizer())
+        data = Windows(corpus.train, 8, 257)
+        assert {int(data.batch(0, step, 1)[0][0, 0]) for step in range(len(data))} == set(range(1, 150))
+        assert len(list(data.in_order(3))) == math.ceil(149 * 4 / 3)
+        assert bigram_loss(corpus.train, corpus.validation, 257) > 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_parts_of_a_token_file(tmp_path):
+    file = write_llmc(tmp_path / "a.bin", range(100))
+    part = TokenFile(file, slice(10, 60))
+    assert len(part) == 50
+    assert part[:3].tolist() == [10, 11, 12]
+    assert part[45:99].tolist() == [55, 56, 57, 58, 59]
+    assert part[-2:].tolist() == [58, 59]
+    assert part[60:].tolist() == []
+
+
+@pytest.mark.parametrize("name", ["meta.pkl", "meta.json", "tokenizer.model", "vocab.txt"])
+def test_token_files_with_a_vocabulary_of_their_own(tmp_path, name):
+    """A vocabulary beside the files is named; a pickle is never opened."""
+    np.arange(50, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch pickle-was-run'\ntR.")
+    for path in (tmp_path, tmp_path / "train.bin"):
+        with pytest.raises(InputError, match=re.escape(name)):
+            load_corpus(str(path), ByteTokenizer())
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("val", "validation"),
+        ("fineweb_val_000001", "validation"),
+        ("Valid-03", "validation"),
+        ("validation2", "validation"),
+        ("carnival", "train"),
+        ("medieval_000000", "train"),
+        ("interval-train", "train"),
+        ("test", None),
+        ("train_val", None),
+    ],
+)
+def test_the_split_of_a_token_file_is_a_word_of_its_name(tmp_path, name, split):
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    np.arange(40, dtype=np.uint16).tofile(tmp_path / f"{name}.bin")
+    if split is None:
+        with pytest.raises(InputError, match="neither clearly for training nor for validation"):
+            load_corpus(str(tmp_path), ByteTokenizer())
+    else:
+        assert 40 in map(len, getattr(load_corpus(str(tmp_path), ByteTokenizer(), 0.1), split)) or split == "train"
+        assert len(load_corpus(str(tmp_path), ByteTokenizer(), 0.1).train) == 1 + (split == "train")
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: path.write_bytes(b"\x93NUMPY\x01\x00" + bytes(100)), "array of NumPy"),
+        (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(100)), "zip archive"),
+        (lambda path: path.write_bytes(np.array([20240801, 7, 9, 0], np.int32).tobytes() + bytes(1100)), "Llama 3"),
+        (lambda path: (path.write_bytes(bytes(100)), path.with_suffix(".idx").write_bytes(b"")), "has an index"),
+    ],
+)
+def test_other_files_with_the_name_bin(tmp_path, write, message):
+    write(tmp_path / "train.bin")
+    with pytest.raises(InputError, match=message):
+        load_corpus(str(tmp_path), ByteTokenizer())
+
+
+def test_a_small_prepared_corpus_says_which_option_to_lower(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "document {n}"}}\n' for n in range(200)))
+    prepare_shards([tmp_path / "a.jsonl"], tmp_path / "out", ByteTokenizer())
+    corpus = load_corpus(str(tmp_path / "out"), ByteTokenizer())
+    with pytest.raises(InputError, match=r"a larger --validation-fraction\), or lower --n-ctx"):
+        Windows(corpus.validation, 1024, 257)

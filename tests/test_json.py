@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from parity.data.tokenizer import merges_text
+from parity.data.merges import merges_text
 from parity.data.tokenizer_files import own_vocabulary
 from parity.errors import InputError
 from parity.storage import manifest

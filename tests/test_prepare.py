@@ -15,9 +15,10 @@ import pytest
 from support.interrupting import interrupted
 from support.runs import run_script
 
-from parity.data import documents
+from parity.data import cuts, documents, parquet
 from parity.data.corpora import load_corpus
-from parity.data.shards import SPLITS, prepare_shards, read_index, verify
+from parity.data.shard_index import SPLITS, read_index, verify
+from parity.data.shards import prepare_shards
 from parity.data.token_files import read_bin
 from parity.data.tokenizer import END_OF_TEXT, ByteTokenizer, GPT2Tokenizer
 from parity.errors import InputError
@@ -38,15 +39,17 @@ def expected(texts, tokenizer=BYTES):
 def write(folder, kind, texts=TEXTS):
     """The texts in a file of one kind."""
     file = folder / f"data{kind}"
-    lines = "".join(json.dumps({"text": text, "id": 0}) + "\n" for text in texts)
-    if kind == ".txt":
-        file.write_text(END_OF_TEXT.join(texts), encoding="utf-8")
-    elif kind == ".jsonl":
-        file.write_text(lines, encoding="utf-8")
-    elif kind == ".jsonl.gz":
-        file.write_bytes(gzip.compress(lines.encode()))
-    else:
+    if kind == ".parquet":
         pyarrow.parquet.write_table(pyarrow.table({"id": [0] * len(texts), "text": texts}), file)
+        return file
+    entries = [{"text": text, "id": 0} for text in texts]
+    if kind.startswith(".txt"):
+        content = END_OF_TEXT.join(texts)
+    elif kind == ".json":
+        content = json.dumps(entries, indent=1)
+    else:
+        content = "".join(json.dumps(entry) + "\n" for entry in entries)
+    file.write_bytes(gzip.compress(content.encode()) if kind.endswith(".gz") else content.encode())
     return file
 
 
@@ -87,7 +90,7 @@ def test_cuts_in_a_long_text_change_no_token(tmp_path, vocab_bpe, monkeypatch):
     ]
     text = "".join(generator.choice(alphabet, 20_000))
     (tmp_path / "long.txt").write_text(text, encoding="utf-8", newline="")
-    monkeypatch.setattr(documents, "_BLOCK", 50)
+    monkeypatch.setattr(cuts, "BLOCK", 50)
     pieces = list(documents.pieces([tmp_path / "long.txt"]))
     assert len(pieces) > 500
     text = text.replace("\r\n", "\n")  # as Python reads it
@@ -144,10 +147,10 @@ def test_an_interrupted_preparation_is_resumed(tmp_path):
         assert np.array_equal(tokens(out, split), tokens(tmp_path / "whole", split))
 
 
-@pytest.mark.parametrize(("moment", "finished"), [("ShardWriter.publish:5", 4), ("replace_text:1", 1)])
+@pytest.mark.parametrize(("moment", "finished"), [("ShardWriter.publish:5", 4), ("write_index:2", 1)])
 def test_a_killed_script_is_resumed(tmp_path, moment, finished):
     """The script is killed in the middle of its work, and between its first shard and its first index."""
-    texts = [f"document {number} " * 50 for number in range(20_000)]
+    texts = [f"document {number} " * 500 for number in range(2000)]
     file = write(tmp_path, ".jsonl", texts)
     out = tmp_path / "out"
     arguments = (file, "--out", out, "--tokenizer", "bytes", "--shard-tokens", "500000")
@@ -158,7 +161,7 @@ def test_a_killed_script_is_resumed(tmp_path, moment, finished):
         load_corpus(str(out), BYTES)
     result = run_script("prepare_data.py", *arguments)
     assert result.returncode == 0, result.stderr
-    assert sorted(name for name in os.listdir(out) if not name.endswith(".bin")) == ["index.json"]
+    assert sorted(name for name in os.listdir(out) if not name.endswith(".bin")) == [".lock", "index.json"]
     assert run_script("prepare_data.py", "--verify", out).returncode == 0
     counts = [sum(s["tokens"] for s in read_index(out)["splits"][split]["done"]) for split in SPLITS]
     assert sum(counts) == len(expected(texts))
@@ -166,7 +169,7 @@ def test_a_killed_script_is_resumed(tmp_path, moment, finished):
 
 def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
     """Blocks are small here, so that it hardly matters how many of them are in flight, which depends on the threads."""
-    monkeypatch.setattr(documents, "_BLOCK", 2**16)
+    monkeypatch.setattr(cuts, "BLOCK", 2**16)
     file = tmp_path / "text.txt"
     file.write_text("some words in a line\n" * 600_000, encoding="utf-8")
     tracemalloc.start()
@@ -179,8 +182,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "x"}\n{"text": ', "a.jsonl, line 2: not valid JSON"),
-        ("a.jsonl", b'{"body": "x"}\n', r"line 1: no text in field 'text'; the line has fields \['body'\]"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": ', "a.jsonl, line 2 is not valid JSON"),
+        ("a.jsonl", b'{"body": "x"}\n', r"line 1: no text in field 'text'; the fields are \['body'\]"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000, mtime=0)[:-20], "a.jsonl.gz is truncated or damaged"),
         ("a.parquet", b"PAR1 nothing", "cannot be read as Parquet"),
         ("a.txt", b"abc\xff", "a.txt is not UTF-8"),
@@ -222,3 +225,187 @@ def test_unpaired_surrogates_become_replacement_characters(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x \\ud800 y"}\n')
     prepare_shards([tmp_path / "a.jsonl"], tmp_path / "out", BYTES, validation_fraction=0)
     assert BYTES.decode(tokens(tmp_path / "out", "train")[:-1]) == "x \ufffd y"
+
+
+def test_null_and_binary_texts_are_alike_in_every_kind_of_file(tmp_path):
+    texts = ["a", None, "", "b"]
+    files = [tmp_path / name for name in ("a.jsonl", "b.json", "c.parquet")]
+    files[0].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    files[1].write_text(json.dumps([{"text": text} for text in texts]))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), files[2])
+    kinds = {name: getattr(pyarrow, name)() for name in ("binary", "large_binary", "large_string", "string_view")}
+    for name, kind in {**kinds, "dictionary": pyarrow.dictionary(pyarrow.int8(), pyarrow.string())}.items():
+        files.append(tmp_path / f"{name}.parquet")
+        column = pyarrow.array(texts, pyarrow.string()).cast(kind)
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), files[-1])
+    for file in files:
+        assert [piece.text for piece in documents.pieces([file])] == ["a", "b"], file.name
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (pyarrow.array([1, 2]), "column 'text' has type int64"),
+        (pyarrow.array([1.5]), "column 'text' has type double"),
+        (pyarrow.array([True]), "column 'text' has type bool"),
+        (pyarrow.array([["a"], ["b"]]), "column 'text' has type list<"),
+        (pyarrow.array([{"a": "x"}]), "column 'text' has type struct<"),
+        (pyarrow.array([1], pyarrow.date32()), "column 'text' has type date32"),
+        (pyarrow.array([b"a", b"\xff"]), "row 2: not UTF-8 text"),
+    ],
+)
+def test_columns_without_text_are_named(tmp_path, column, message):
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=message):
+        list(documents.pieces([tmp_path / "a.parquet"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl, line 1 is nested more than 100 levels deep"),
+        ("a.jsonl", b'{"text": "x", "other": ' + b"[" * 200 + b"]" * 200 + b"}", "line 1 is nested more than 100"),
+        ("a.ndjson", b'{"text": "x"}\nnull', r"a\.ndjson, line 2: a document must be an object"),
+        ("a.json", b'[{"text": "x"}, ["y"]]', r"a\.json, item 2: a document must be an object"),
+        ("a.json", b'{\n  "text": "x"\n}', r"a\.json, line 1 is not valid JSON"),
+        ("a.jsonl.gz", b"{}", "truncated or damaged"),
+        ("a.csv", b"text\nx\n", "this kind of file is not supported; convert it"),
+        ("a.TSV", b"text\nx\n", "this kind of file is not supported"),
+        ("a.txt", b'{"text": "x"}\n{"text": "y"}\n', r"a\.txt, line 1: this is JSON with a field 'text'"),
+        ("a.txt", "text".encode("utf-16-le"), r"a\.txt, line 1: this is binary, or text in UTF-16"),
+        ("a.txt", b"words " * 5000 + b"\xe9", r"a\.txt is not UTF-8"),
+    ],
+)
+def test_sources_that_are_not_what_their_names_say(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    for read in (
+        lambda: prepare_shards([tmp_path / name], tmp_path / "out", BYTES),
+        lambda: load_corpus(str(tmp_path / name), BYTES),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            read()
+        assert len(str(caught.value)) < 600
+    assert not (tmp_path / "out").exists()
+
+
+def test_lines_and_cells_have_a_largest_size(tmp_path, monkeypatch):
+    """However little they take on the disk: a line of a gz file, and a cell that a dictionary repeats."""
+    monkeypatch.setattr(documents, "LINE", 1000)
+    monkeypatch.setattr(documents, "LISTING", 1000)
+    monkeypatch.setattr(parquet, "LINE", 1000)
+    texts = ["short", "x" * 2000, "y"]
+    for kind, message in [
+        (".jsonl", "line 2 is too large"),
+        (".ndjson.gz", "line 2 is too large"),
+        (".json", r"data\.json is too large"),
+        (".parquet", "row 2 is too large"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            list(documents.pieces([write(tmp_path, kind, texts)]))
+    size = 10**5
+    file = write(tmp_path, ".parquet", ["z" * size] * 300)
+    assert file.stat().st_size < size / 2
+    monkeypatch.setattr(parquet, "LINE", size)
+    tracemalloc.start()
+    assert sum(len(piece.text) for piece in documents.pieces([file])) == 300 * size
+    assert tracemalloc.get_traced_memory()[1] < 20 * size
+    tracemalloc.stop()
+
+
+def test_a_repaired_line_does_not_cost_the_shards_before_it(tmp_path):
+    texts = [f"document {number}" for number in range(200)]
+    file, out = write(tmp_path, ".jsonl", texts), tmp_path / "out"
+    options = {"validation_fraction": 0.1, "shard_tokens": 300}
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*lines[:150], '{"text": 5}\n', *lines[150:]]))
+    with pytest.raises(InputError, match="line 151: no text"):
+        prepare_shards([file], out, BYTES, **options)
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("train*.bin")}
+    assert len(before) > 3
+    file.write_text("".join(lines))
+    want = prepare_shards([file], tmp_path / "whole", BYTES, **options)
+    assert prepare_shards([file], out, BYTES, **options)["splits"] == want["splits"]
+    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in out.glob("train*.bin")}.items()
+
+
+def test_text_that_shards_contain_already_may_not_change(tmp_path):
+    texts = [f"document {number}" for number in range(200)]
+    options = {"validation_fraction": 0.1, "shard_tokens": 300}
+    for name, change in [
+        ("changed", lambda texts: [texts[0].upper(), *texts[1:]]),
+        ("less", lambda texts: texts[:20]),
+        ("joined", lambda texts: [texts[0] + texts[1], *texts[2:]]),
+    ]:
+        out, file = tmp_path / name, write(tmp_path, ".jsonl", texts)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_shards([file], out, BYTES, **options, on_progress=functools.partial(stop_at, 4))
+        write(tmp_path, ".jsonl", change(texts))
+        with pytest.raises(InputError, match=f"{name} was prepared from (another|more) text"):
+            prepare_shards([file], out, BYTES, **options)
+    index = json.loads((out / "index.json").read_text())
+    del index["splits"]["train"]["read_sha256"]
+    (out / "index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="was begun by an older version"):
+        prepare_shards([file], out, BYTES, **options)
+
+
+def test_a_folder_is_prepared_by_one_process(tmp_path):
+    """The second one is refused and names the first, and the first one is not disturbed."""
+    file, out = write(tmp_path, ".jsonl"), tmp_path / "out"
+    refusals = []
+
+    def try_again(progress):
+        with pytest.raises(InputError, match=f"out is being prepared by process {os.getpid()}") as caught:
+            prepare_shards([file], out, BYTES)
+        refusals.append(caught)
+
+    want = prepare_shards([file], tmp_path / "alone", BYTES, validation_fraction=0)
+    assert prepare_shards([file], out, BYTES, validation_fraction=0, on_progress=try_again) == want
+    assert refusals
+    assert "process" not in want
+    assert prepare_shards([file], out, BYTES, validation_fraction=0) == want  # the lock is released
+
+
+INDEX_FAULTS = {
+    "no complete": lambda index: index.pop("complete"),
+    "complete as a number": lambda index: index.update(complete=1),
+    "no tokenizer": lambda index: index.pop("tokenizer"),
+    "no splits": lambda index: index.pop("splits"),
+    "split as a list": lambda index: index["splits"].update(val=[]),
+    "no sha256": lambda index: index["splits"]["train"]["done"][0].pop("sha256"),
+    "short sha256": lambda index: index["splits"]["train"]["done"][0].update(sha256="ab"),
+    "name as a number": lambda index: index["splits"]["train"]["done"][0].update(name=5),
+    "another folder": lambda index: index["splits"]["train"]["done"][0].update(name="../other/train_000000.bin"),
+    "another split": lambda index: index["splits"]["val"].update(done=index["splits"]["train"]["done"]),
+    "the same shard twice": lambda index: index["splits"]["train"]["done"].append(index["splits"]["train"]["done"][0]),
+    "shard as null": lambda index: index["splits"]["train"]["done"].__setitem__(0, None),
+    "negative tokens": lambda index: index["splits"]["train"]["done"][0].update(tokens=-1),
+    "tokens as text": lambda index: index["splits"]["train"]["done"][0].update(tokens="5"),
+    "negative piece": lambda index: index["splits"]["train"].update(piece=-1),
+    "deep": lambda index: index.update(more=functools.reduce(lambda inner, _: [inner], range(300), [])),
+}
+
+
+@pytest.mark.parametrize("fault", INDEX_FAULTS)
+def test_a_damaged_index_is_one_line(tmp_path, fault):
+    file, out = write(tmp_path, ".jsonl"), tmp_path / "out"
+    prepare_shards([file], out, BYTES, validation_fraction=0)
+    index = json.loads((out / "index.json").read_text())
+    INDEX_FAULTS[fault](index)
+    (out / "index.json").write_text(json.dumps(index))
+    for read in (
+        lambda: load_corpus(str(out), BYTES),
+        lambda: verify(out),
+        lambda: prepare_shards([file], out, BYTES, validation_fraction=0),
+    ):
+        with pytest.raises(InputError, match=r"index\.json.*prepare again"):
+            read()
+
+
+def test_shards_without_their_index_still_name_their_tokenizer(tmp_path, vocab_bpe):
+    prepare_shards([write(tmp_path, ".jsonl")], tmp_path / "out", BYTES, validation_fraction=0)
+    (tmp_path / "out" / "index.json").unlink()
+    for path in (tmp_path / "out", tmp_path / "out" / "train_000000.bin"):
+        with pytest.raises(InputError, match="with a tokenizer of 257 tokens, but gpt2 has 50257"):
+            load_corpus(str(path), GPT2Tokenizer(vocab_bpe))
+        assert sum(load_corpus(str(path), BYTES).n_tokens) == len(expected(TEXTS))

@@ -102,3 +102,16 @@ def test_missing_or_damaged_vocabulary(vocab_bpe, tmp_path, monkeypatch):
     assert load_tokenizer("gpt2").encode("The dog") == [464, 3290]
     with pytest.raises(InputError, match="unknown tokenizer"):
         load_tokenizer("word")
+
+
+def test_surrogates_are_replaced_alike(tokenizer):
+    """By encode and encode_array: pairs are one character, and others become U+FFFD."""
+    for text, valid in [
+        ("a\ud800b", "a\ufffdb"),
+        ("\ud83d\ude00", "\U0001f600"),
+        ("\udce9 ", "\ufffd "),
+        ("\ude00\ud83d", "\ufffd\ufffd"),
+    ]:
+        ids = tokenizer.encode(valid)
+        assert tokenizer.encode(text) == tokenizer.encode_array(text).tolist() == ids
+        assert tokenizer.encode(f"{text}{END_OF_TEXT}", "all") == [*ids, tokenizer.eos_id]

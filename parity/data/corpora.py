@@ -2,13 +2,15 @@
 
 import dataclasses
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
 
-from parity.data import shards
-from parity.data.token_files import read_bin
-from parity.data.tokenizer import Tokenizer
+from parity.data import documents, shard_index
+from parity.data.token_files import TokenFile, Tokens, stated_vocabulary
+from parity.data.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer
+from parity.data.tokenizer_files import own_vocabulary
 from parity.errors import InputError
 from parity.storage.download import RemoteFile, fetch
 from parity.storage.paths import cache_folder
@@ -35,18 +37,20 @@ DOWNLOADS = {
 CORPORA = (EMBEDDED, *DOWNLOADS)
 """Names that load_corpus accepts besides paths."""
 
+_VALIDATION = {"val", "valid", "validation", "eval", "evaluation", "dev"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """Token ids of a corpus, split into training and validation."""
 
     name: str
-    train: list[np.ndarray]
-    """One array of ids [length] per shard."""
-    validation: list[np.ndarray]
-    """One array of ids [length] per shard."""
+    train: list[Tokens]
+    """The ids [length] of each shard."""
+    validation: list[Tokens]
+    """The ids [length] of each shard."""
     sha256: str
-    """Hash of the text, or of the names and sizes of the token files; config.json records it."""
+    """Hash of the documents, or of the names and sizes of the token files; config.json records it."""
 
     @property
     def n_tokens(self) -> tuple[int, int]:
@@ -59,8 +63,8 @@ def load_corpus(name: str, tokenizer: Tokenizer, validation_fraction: float = 0.
 
     Args:
         name: One of CORPORA (python-docs is part of Python; the others are downloaded once), or the path of a
-            UTF-8 text file, a folder of .txt files, a folder written by scripts/prepare_data.py, a .bin token file,
-            or a folder with train*.bin and val*.bin (in the format of nanoGPT or llm.c).
+            file or folder that scripts/prepare_data.py reads (text, JSON or Parquet), a folder that it wrote, a .bin
+            token file, or a folder with train*.bin and val*.bin (in the format of nanoGPT or llm.c).
         tokenizer: Encodes text; token files are read as they are.
         validation_fraction: Fraction at the end of the text, or of the last token file, that is held out for
             validation, unless the corpus has validation files of its own.
@@ -73,63 +77,117 @@ def load_corpus(name: str, tokenizer: Tokenizer, validation_fraction: float = 0.
     path = Path(name)
     if name in DOWNLOADS or name == EMBEDDED or not path.exists():
         return _from_text(name, _named_text(name), tokenizer, validation_fraction)
-    if path.is_file() and path.suffix != ".bin":
-        return _from_text(name, _read_text(path), tokenizer, validation_fraction)
-    if shards.is_prepared(path):
+    if shard_index.is_prepared(path):
         return _prepared(path, tokenizer, validation_fraction)
-    bins = [path] if path.is_file() else sorted(path.glob("*.bin"))
+    bins = [path] if path.suffix == ".bin" and path.is_file() else sorted(path.glob("*.bin"))
     if not bins:
-        files = sorted(path.rglob("*.txt"))
-        if not files:
-            raise InputError(f"folder {path} contains neither .txt nor .bin files")
-        return _from_text(name, "\n\n".join(map(_read_text, files)), tokenizer, validation_fraction)
-    validation = [file for file in bins if "val" in file.stem]
-    train = [file for file in bins if "val" not in file.stem]
+        return _from_documents(path, tokenizer, validation_fraction)
+    _check_vocabulary(path if path.is_dir() else path.parent, tokenizer)
+    train: list[Path] = []
+    validation: list[Path] = []
+    for file in bins:
+        (validation if path.is_dir() and _is_validation(file) else train).append(file)
     if not train:
         raise InputError(f"folder {path} contains validation tokens only; add train*.bin")
-    return _from_bins(name, train, validation, [(file.name, file.stat().st_size) for file in bins], validation_fraction)
+    return _from_bins(
+        name, train, validation, [(file.name, file.stat().st_size) for file in bins], tokenizer, validation_fraction
+    )
+
+
+def _check_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise InputError if the token files of a folder have another vocabulary than the tokenizer's beside them."""
+    for name in ("meta.pkl", "meta.json"):  # of nanoGPT's preparations with a vocabulary of characters
+        if (folder / name).exists():
+            raise InputError(
+                f"{folder / name} is the vocabulary of the token files beside it, and not that of the {tokenizer.name} "
+                f"tokenizer; train on the text instead, or move {name} away if their ids are those of {tokenizer.name}"
+            )
+    vocabulary = own_vocabulary(folder)
+    if vocabulary is not None and tokenizer.name != "gpt2":
+        raise InputError(f"{vocabulary} is GPT-2's vocabulary, but the run has --tokenizer {tokenizer.name}")
+
+
+def _is_validation(file: Path) -> bool:
+    """Whether a token file is for validation, by the words in its name."""
+    words = set(re.split("[^a-z]+", file.stem.lower()))
+    if "test" in words or ("train" in words and words & _VALIDATION):
+        raise InputError(
+            f"{file} is neither clearly for training nor for validation; name the files train*.bin and val*.bin, and "
+            "move others away"
+        )
+    return bool(words & _VALIDATION)
 
 
 def _prepared(path: Path, tokenizer: Tokenizer, validation_fraction: float) -> Corpus:
     """Load a folder that scripts/prepare_data.py wrote."""
-    index = shards.read_index(path)
+    index = shard_index.read_index(path)
     if index["tokenizer"] != tokenizer.name:
         raise InputError(
             f"corpus {path} was prepared with the {index['tokenizer']} tokenizer, the run has {tokenizer.name}; "
             f"use --tokenizer {index['tokenizer']}"
         )
-    train, validation = ([shard["name"] for shard in index["splits"][split]["done"]] for split in shards.SPLITS)
-    hashes = [shard["sha256"] for split in shards.SPLITS for shard in index["splits"][split]["done"]]
-    return _from_bins(str(path), [path / n for n in train], [path / n for n in validation], hashes, validation_fraction)
+    splits = [index["splits"][split]["done"] for split in shard_index.SPLITS]
+    hashes = [shard["sha256"] for split in splits for shard in split]
+    train, validation = ([path / shard["name"] for shard in split] for split in splits)
+    return _from_bins(str(path), train, validation, hashes, tokenizer, validation_fraction)
 
 
 def _from_bins(
-    name: str, train: list[Path], validation: list[Path], content: list, validation_fraction: float
+    name: str,
+    train: list[Path],
+    validation: list[Path],
+    content: list,
+    tokenizer: Tokenizer,
+    validation_fraction: float,
 ) -> Corpus:
     """Load .bin files; the sha256 of the corpus is that of `content`, a list that represents what is in the files."""
-    train_shards, validation_shards = ([read_bin(file) for file in files] for files in (train, validation))
-    if not validation_shards:
-        *train_shards, last = train_shards
-        cut = int(len(last) * (1 - validation_fraction))
-        train_shards, validation_shards = [*train_shards, last[:cut]], [last[cut:]]
+    for file in train + validation:
+        if (n_vocab := stated_vocabulary(file)) not in (None, tokenizer.n_vocab):
+            raise InputError(
+                f"{file} was prepared with a tokenizer of {n_vocab} tokens, but {tokenizer.name} has "
+                f"{tokenizer.n_vocab}; choose the right --tokenizer"
+            )
+    *first, last = train
+    train_shards: list[Tokens] = [TokenFile(file) for file in first]
+    if validation:
+        validation_shards: list[Tokens] = [TokenFile(file) for file in validation]
+        train_shards.append(TokenFile(last))
+    else:
+        cut = int(len(TokenFile(last)) * (1 - validation_fraction))
+        train_shards.append(TokenFile(last, slice(cut)))
+        validation_shards = [TokenFile(last, slice(cut, None))]
     return Corpus(name, train_shards, validation_shards, hashlib.sha256(repr(content).encode()).hexdigest())
+
+
+def _from_documents(path: Path, tokenizer: Tokenizer, validation_fraction: float) -> Corpus:
+    """Tokenize the files that prepare_shards would read, to the same tokens."""
+    files = documents.find_files([path])
+    pieces = list(documents.pieces(files, cut_anywhere=isinstance(tokenizer, ByteTokenizer)))
+    if not any(piece.text.strip() for piece in pieces):
+        raise InputError(f"corpus {path} is empty")
+    # Training gets as many tokens as the first characters have; a token that crosses the place is for validation.
+    left = int(sum(len(piece.text) for piece in pieces) * (1 - validation_fraction))
+    ids, n_train, sha256 = [], 0, hashlib.sha256()
+    for piece in pieces:
+        ids.append(documents.encode(piece, tokenizer))
+        if left >= len(piece.text):
+            n_train += len(ids[-1])
+        elif left > 0:
+            n_train += min(len(tokenizer.encode_array(piece.text[:left])), len(ids[-1]) - 1)
+        left -= len(piece.text)
+        sha256.update(piece.text.encode())
+        if piece.ends and piece is not pieces[-1]:
+            sha256.update(f"{END_OF_TEXT}\0".encode())
+    tokens = np.concatenate(ids)
+    return Corpus(str(path), [tokens[:n_train]], [tokens[n_train:]], sha256.hexdigest())
 
 
 def _from_text(name: str, text: str, tokenizer: Tokenizer, validation_fraction: float) -> Corpus:
     if not text.strip():
         raise InputError(f"corpus {name} is empty")
     cut = int(len(text) * (1 - validation_fraction))
-    ids = [np.array(tokenizer.encode(part), np.uint16) for part in (text[:cut], text[cut:])]
-    return Corpus(name, ids[:1], ids[1:], hashlib.sha256(text.encode()).hexdigest())
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    train, validation = (tokenizer.encode_array(part) for part in (text[:cut], text[cut:]))
+    return Corpus(name, [train], [validation], hashlib.sha256(text.encode()).hexdigest())
 
 
 def _named_text(name: str) -> str:
@@ -148,4 +206,4 @@ def _named_text(name: str) -> str:
         cached = fetch(file, cache_folder() / file.name, [address])
     except InputError as error:
         raise InputError(f"{error}; without a network, use the embedded {EMBEDDED} or a text file") from None
-    return _read_text(cached)
+    return cached.read_text(encoding="utf-8")

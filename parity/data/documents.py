@@ -1,20 +1,30 @@
-"""Documents from text, JSONL and Parquet files, one piece at a time, so that no file has to fit in memory."""
+"""Documents from text, JSON and Parquet files, one piece at a time, so that no file has to fit in memory."""
 
 import gzip
+import io
+import itertools
 import json
-import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
-from parity.data.tokenizer import END_OF_TEXT
-from parity.errors import InputError
+import numpy as np
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-_BLOCK = 2**20  # characters read at once
-# After a newline without white space on either side, where GPT-2's tokenizer splits anyway.
-_CUT = re.compile(r"(?<=\S)\n(?=\S)")
+from parity.data import cuts, parquet
+from parity.data.cuts import cut, split_blocks, split_documents
+from parity.data.tokenizer import Tokenizer, replace_surrogates
+from parity.errors import InputError, printable
+from parity.storage.json import LINE, LISTING, parse
+
+_JSON_LINES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
+SUFFIXES = (".txt", ".txt.gz", *_JSON_LINES, ".json", ".parquet")
+"""Ends of the names of the files that are read in folders."""
+# Files of text that is not running text: read as such, its syntax would become part of the corpus.
+_REFUSED = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".json.gz", ".xml", ".html", ".htm", ".ipynb", ".bin")
+
+_Part = tuple[str, bool, str]
+"""Text, whether it ends its document, and where it is."""
 
 
 class Piece(NamedTuple):
@@ -25,108 +35,168 @@ class Piece(NamedTuple):
     """Whether it is the last piece of its document."""
     document: int
     """Index of the document, from 0."""
+    origin: str
+    """The file with the line or row, for messages."""
 
 
 def find_files(sources: Sequence[Path]) -> list[Path]:
     """Return the files of the sources, in order: each source is a file, or a folder that is searched recursively.
 
     Raises:
-        InputError: For a source that does not exist, or a folder without any suitable file.
+        InputError: For a source that does not exist, a folder without any suitable file, or a file of a kind that is
+            not supported.
     """
     files: list[Path] = []
     for source in sources:
         if source.is_dir():
-            inside = sorted(path for path in source.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
+            inside = sorted(path for path in source.rglob("*") if _ends_with(path, SUFFIXES) and path.is_file())
             if not inside:
                 raise InputError(f"folder {source} holds no file that ends with {', '.join(SUFFIXES)}")
             files += inside
-        elif source.is_file():
-            files.append(source)
-        else:
+        elif not source.exists():
             raise InputError(f"{source} is neither a file nor a folder")
+        elif _ends_with(source, _REFUSED):
+            raise InputError(f"{source}: this kind of file is not supported; convert it to .txt, .jsonl or .parquet")
+        else:
+            files.append(source)
     return files
 
 
-def pieces(files: Sequence[Path], text_field: str = "text") -> Iterator[Piece]:
+def pieces(files: Sequence[Path], text_field: str = "text", cut_anywhere: bool = False) -> Iterator[Piece]:
     """Yield the documents of all files in order, skipping empty ones.
 
-    A text file contains one document, or several that END_OF_TEXT separates. Each line of a JSONL file and each row of
-    a Parquet file is a document.
+    A text file contains one document, or several that END_OF_TEXT separates. Each line of JSON lines, each item of the
+    list in a .json file, and each row of a Parquet file is a document. Long documents are cut into pieces.
 
     Args:
         files: What find_files returned.
-        text_field: Field of JSONL and column of Parquet that holds the text.
+        text_field: Field of JSON and column of Parquet that holds the text; null is an empty text.
+        cut_anywhere: Whether documents may be cut between any two characters; see `cut`.
 
     Raises:
-        InputError: For content that cannot be read; the message names the file, and the line or field.
+        InputError: For content that cannot be read; the message names the file, and the line, item or row.
     """
     index, unfinished = 0, False
     for file in files:
-        for text, ends in _reader(file)(file, text_field):
+        for text, ends, origin in _read(file, text_field, cut_anywhere):
             if text or unfinished:
-                yield Piece(text, ends, index)
+                yield Piece(text, ends, index, origin)
                 unfinished = not ends
                 index += ends
 
 
-def _reader(file: Path) -> Callable[[Path, str], Iterator[tuple[str, bool]]]:
-    if file.name.endswith((".jsonl", ".jsonl.gz")):
-        return _jsonl
-    return _parquet if file.suffix == ".parquet" else _text
+def encode(piece: Piece, tokenizer: Tokenizer) -> np.ndarray:
+    """Return the tokens of a piece, uint16 [length], with the end-of-text token if it ends its document.
 
-
-def _text(file: Path, _: str) -> Iterator[tuple[str, bool]]:
-    """Read a text in blocks, and split it where that changes no token. A text without newlines must fit in memory."""
-    buffer = ""
+    Raises:
+        InputError: If the tokenizer refuses the text; the message names the file, and the line, item or row.
+    """
     try:
-        with file.open(encoding="utf-8") as stream:
-            while block := stream.read(_BLOCK):
-                *ended, buffer = (buffer + block).split(END_OF_TEXT)
-                yield from ((text, True) for text in ended)
-                if cuts := [match.end() for match in _CUT.finditer(buffer)]:
-                    yield buffer[: cuts[-1]], False
-                    buffer = buffer[cuts[-1] :]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text ({error.reason}); convert it first") from None
-    yield buffer, True
-
-
-def _jsonl(file: Path, text_field: str) -> Iterator[tuple[str, bool]]:
-    opened = gzip.open if file.suffix == ".gz" else open
-    number = 0
-    try:
-        with opened(file, "rb") as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield _field(json.loads(line), text_field, f"{file}, line {number}"), True
+        ids = tokenizer.encode_array(piece.text)
     except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file}, line {number}: not valid JSON in UTF-8 ({error})") from None
+        raise InputError(f"{piece.origin}: the text cannot be tokenized ({error})") from None
+    return np.concatenate([ids, np.array([tokenizer.eos_id] * piece.ends, np.uint16)])
+
+
+def _read(file: Path, text_field: str, cut_anywhere: bool) -> Iterator[_Part]:
+    try:
+        if _ends_with(file, (".parquet",)):
+            rows = parquet.rows(file, text_field)
+        elif _ends_with(file, (*_JSON_LINES, ".json")):
+            rows = _json(file, text_field)
+        else:
+            yield from _text(file, text_field, cut_anywhere)
+            return
+        for text, origin in rows:
+            yield from _cut(split_blocks(text), cut_anywhere, origin)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{file} is truncated or damaged ({error})") from None
 
 
-def _field(entry: object, name: str, origin: str) -> str:
-    if not isinstance(entry, dict) or not isinstance(entry.get(name), str):
-        fields = f"fields {sorted(entry)}" if isinstance(entry, dict) else f"a {type(entry).__name__}"
-        raise InputError(f"{origin}: no text in field {name!r}; the line has {fields}; choose one with --text-field")
-    # JSON may contain unpaired surrogates, which are not text.
-    return entry[name].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def _cut(blocks: Iterable[tuple[str, bool]], cut_anywhere: bool, origin: str) -> Iterator[_Part]:
+    try:
+        yield from ((text, ends, origin) for text, ends in cut(blocks, cut_anywhere))
+    except InputError as error:
+        raise InputError(f"{origin}: {error}") from None
 
 
-def _parquet(file: Path, text_field: str) -> Iterator[tuple[str, bool]]:
+def _text(file: Path, text_field: str, cut_anywhere: bool) -> Iterator[_Part]:
+    line = 1
     try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise InputError(f"{file} needs a package: pip install 'gpt-parity[parquet]'") from None
-    try:
-        with parquet.ParquetFile(file) as stored:
-            names = stored.schema_arrow.names
-            if text_field not in names:
-                raise InputError(f"{file}: no column {text_field!r}, it has {names}; choose one with --text-field")
-            for batch in stored.iter_batches(256, columns=[text_field]):
-                yield from ((text or "", True) for text in batch.column(0).to_pylist())
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{file} cannot be read as Parquet ({error})") from None
+        with _open(file) as stream, io.TextIOWrapper(stream, "utf-8-sig") as decoded:
+            first = decoded.read(cuts.BLOCK)
+            _check_beginning(first, text_field)
+            blocks = itertools.chain([first], iter(lambda: decoded.read(cuts.BLOCK), ""))
+            for text, ends in cut(split_documents(blocks), cut_anywhere):
+                yield text, ends, f"{file}, line {line}"
+                line += text.count("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8 text ({error.reason}); convert it first") from None
+    except InputError as error:
+        raise InputError(f"{file}, line {line}: {error}") from None
+
+
+def _check_beginning(text: str, text_field: str) -> None:
+    """Raise InputError for what would be read as text, but is none."""
+    if text.count("\0") > len(text) // 4:
+        raise InputError("this is binary, or text in UTF-16; convert it to UTF-8 first")
+    line, _, _ = text.lstrip().partition("\n")
+    if line.startswith("{") and len(line) < cuts.BLOCK:
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            return
+        if isinstance(entry, dict) and isinstance(entry.get(text_field), str):
+            raise InputError(f"this is JSON with a field {text_field!r}, not running text; name the file .jsonl")
+
+
+def _json(file: Path, text_field: str) -> Iterator[tuple[str, str]]:
+    """Yield the documents of JSON lines, or of a file with one list, with the line or item of each."""
+    with _open(file) as stream:
+        if _ends_with(file, (".json",)):
+            beginning = stream.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()
+            stream.seek(0)
+            if beginning.startswith(b"["):
+                yield from _json_list(file, stream, text_field)
+                return
+        number = 0
+        while line := stream.readline(LINE + 1):
+            number += 1
+            origin = f"{file}, line {number}"
+            if len(line) > LINE:
+                raise InputError(
+                    f"{origin} is too large: it has more than {LINE:,} bytes; put the document in a .txt file"
+                )
+            if line.strip():
+                yield _field(parse(line, origin, strict=False), text_field, origin), origin
+
+
+def _json_list(file: Path, stream: IO[bytes], text_field: str) -> Iterator[tuple[str, str]]:
+    data = stream.read(LISTING + 1)
+    if len(data) > LISTING:
+        raise InputError(
+            f"{file} is too large: a list of JSON has to fit in {LISTING:,} bytes; write one object per line (.jsonl)"
+        )
+    for number, entry in enumerate(parse(data, str(file), strict=False), 1):
+        origin = f"{file}, item {number}"
+        yield _field(entry, text_field, origin), origin
+
+
+def _field(entry: Any, name: str, origin: str) -> str:
+    if not isinstance(entry, dict):
+        raise InputError(f"{origin}: a document must be an object with a field {name!r}, not {type(entry).__name__}")
+    text = entry.get(name, entry)
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        fields = printable(str(sorted(entry)), 300)
+        raise InputError(f"{origin}: no text in field {name!r}; the fields are {fields}; choose one with --text-field")
+    return replace_surrogates(text)  # JSON may contain unpaired ones
+
+
+def _ends_with(file: Path, suffixes: tuple[str, ...]) -> bool:
+    return file.name.lower().endswith(suffixes)
+
+
+def _open(file: Path) -> IO[bytes]:
+    return gzip.open(file, "rb") if _ends_with(file, (".gz",)) else file.open("rb")  # type: ignore[return-value]

@@ -5,40 +5,29 @@ with their token counts and sha256, the tokenizer, and the position in the sourc
 begins. Every document is followed by the end-of-text token.
 """
 
+import contextlib
 import dataclasses
 import hashlib
-import json
 import os
+import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 
 from parity.data import documents
 from parity.data.documents import Piece
 from parity.data.prefetch import prefetch
+from parity.data.shard_index import INDEX, SPLITS, SplitProgress, load_progress, read_index, shard_name, write_index
 from parity.data.token_files import bin_header
-from parity.data.tokenizer import Tokenizer
-from parity.errors import InputError
-from parity.storage.atomic import replace_text
+from parity.data.tokenizer import ByteTokenizer, Tokenizer
+from parity.errors import InputError, printable
+from parity.storage.json import LISTING, get_entry, read_object
 
-INDEX = "index.json"
-SPLITS = ("train", "val")
-_UNFINISHED = "{} is not fully prepared; run scripts/prepare_data.py again with the same options"
-
-
-@dataclasses.dataclass
-class SplitProgress:
-    """Progress of writing one split."""
-
-    piece: int = 0
-    """Index of the piece in which its next shard begins."""
-    offset: int = 0
-    """Number of tokens of that piece that are in earlier shards."""
-    done: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """{name, tokens, sha256} of each complete shard."""
+LOCK = ".lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,126 +84,120 @@ def prepare_shards(
         "validation_fraction": validation_fraction,
         "shard_tokens": shard_tokens,
     }
-    progress, complete = _load_progress(out, options)
-    if complete:
+    is_new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    with _locked(out):
+        progress, complete = load_progress(out, options)
+        if not complete:
+            try:
+                _write_shards(files, out, tokenizer, options, progress, workers, on_progress)
+            except BaseException:
+                if not any(split.done for split in progress.values()):
+                    _discard(out, is_new)
+                raise
         return read_index(out)
-    writers = {split: ShardWriter(out, split, progress[split], shard_tokens) for split in SPLITS}
 
-    def write_index(complete: bool) -> None:
-        entries = {**options, "complete": complete, "splits": {s: dataclasses.asdict(progress[s]) for s in SPLITS}}
-        replace_text(out / INDEX, json.dumps(entries, indent=1) + "\n")
 
-    def encode(numbered: tuple[int, Piece]) -> tuple[int, Piece, str, np.ndarray]:
+def _write_shards(
+    files: Sequence[Path],
+    out: Path,
+    tokenizer: Tokenizer,
+    options: Mapping[str, Any],
+    progress: dict[str, SplitProgress],
+    workers: int,
+    on_progress: Callable[[Progress], None],
+) -> None:
+    shard_tokens, validation_fraction = options["shard_tokens"], options["validation_fraction"]
+    write_index(out, options, progress, complete=False)
+    writers = {split: ShardWriter(out, split, progress[split], shard_tokens, tokenizer.n_vocab) for split in SPLITS}
+    # What the shards of an earlier preparation contain must still be what the sources begin with.
+    unchecked = {split.piece: split.read_sha256 for split in progress.values() if split.done}
+
+    def encode(numbered: tuple[int, Piece]) -> tuple[int, Piece, str, np.ndarray, bytes]:
         index, piece = numbered
         split = SPLITS[zlib.crc32(piece.document.to_bytes(8, "little")) < validation_fraction * 2**32]
-        if index < progress[split].piece:  # already in a shard
-            return index, piece, split, np.empty(0, np.uint16)
-        end = [tokenizer.eos_id] if piece.ends else []
-        return index, piece, split, np.concatenate([tokenizer.encode_array(piece.text), np.array(end, np.uint16)])
+        is_written = index < progress[split].piece
+        ids = np.empty(0, np.uint16) if is_written else documents.encode(piece, tokenizer)
+        return index, piece, split, ids, hashlib.sha256(piece.text.encode()).digest()
 
+    read = hashlib.sha256()
     seen = tokens = characters = 0
     try:
-        numbered = enumerate(documents.pieces(files, text_field))
-        for index, piece, split, ids in prefetch(encode, numbered, depth=4 * workers, workers=workers):
-            for _ in writers[split].add(index, ids):
-                write_index(complete=False)
+        numbered = enumerate(documents.pieces(files, options["text_field"], isinstance(tokenizer, ByteTokenizer)))
+        for index, piece, split, ids, digest in prefetch(encode, numbered, depth=4 * workers, workers=workers):
+            read.update(digest + bytes([piece.ends]))
+            if unchecked.pop(index, expected := read.hexdigest()) != expected:
+                raise InputError(f"{out} was prepared from another text up to {piece.origin}; empty the folder")
+            for _ in writers[split].add(index, ids, read.hexdigest):
+                write_index(out, options, progress, complete=False)
             seen, tokens, characters = piece.document + piece.ends, tokens + len(ids), characters + len(piece.text)
             on_progress(Progress(seen, tokens, characters, sum(len(split.done) for split in progress.values())))
+        if unchecked:
+            raise InputError(f"{out} was prepared from more text than the sources hold now; empty the folder")
         for writer in writers.values():
-            writer.publish(piece=0, offset=0)
+            writer.publish()
     finally:
         for writer in writers.values():
             writer.close()
     if not progress["train"].done:
-        raise InputError(f"the sources hold no text for training: {', '.join(map(str, sources))}")
-    write_index(complete=True)
-    return read_index(out)
+        names = printable(", ".join(map(str, files)), 300)
+        raise InputError(f"the sources hold no text for training: {names}")
+    write_index(out, options, progress, complete=True)
 
 
-def is_prepared(folder: Path) -> bool:
-    """Return whether prepare_shards has written to the folder, even if it was killed before its first index."""
-    return (folder / INDEX).exists() or any(folder.glob("*.bin.part"))
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """Return the content of index.json of a prepared folder.
-
-    Raises:
-        InputError: If it is missing, damaged or unfinished, or if a shard does not have its size.
-    """
-    if not (folder / INDEX).exists():
-        raise InputError(_UNFINISHED.format(folder))
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Lock a folder that is being prepared; raises InputError if another process is preparing it."""
+    lock = filelock.FileLock(out / LOCK)
     try:
-        index = _load_index(folder)
-        shards = [shard for split in SPLITS for shard in index["splits"][split]["done"]]
-        sizes = {shard["name"]: len(bin_header(0)) + 2 * shard["tokens"] for shard in shards}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / INDEX} cannot be read ({error})") from None
-    if not index["complete"]:
-        raise InputError(_UNFINISHED.format(folder))
-    for name, size in sizes.items():
-        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-            raise InputError(f"{folder / name} is missing or does not have {size} bytes; prepare the folder again")
-    return index
-
-
-def verify(folder: Path) -> int:
-    """Read all shards of a prepared folder, compare them with the index, and return their number.
-
-    Raises:
-        InputError: For a shard whose sha256 differs.
-    """
-    index = read_index(folder)
-    shards = [shard for split in SPLITS for shard in index["splits"][split]["done"]]
-    for shard in shards:
-        with (folder / shard["name"]).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                raise InputError(f"{folder / shard['name']} is damaged (its sha256 differs); prepare the folder again")
-    return len(shards)
-
-
-def _load_index(folder: Path) -> dict[str, Any]:
-    index = json.loads((folder / INDEX).read_text())
-    if "validation_part" in index:  # the name of the key before version 0.2
-        index["validation_fraction"] = index.pop("validation_part")
-    return index
-
-
-def _load_progress(out: Path, options: dict[str, Any]) -> tuple[dict[str, SplitProgress], bool]:
-    """Return how far an earlier run in the folder got, and whether it is complete."""
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / INDEX).exists():
-        if any(out.glob("*.bin")) and not is_prepared(out):
-            raise InputError(f"{out} holds token files that were not prepared here; name an empty folder")
-        return {split: SplitProgress() for split in SPLITS}, False
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        try:
+            process = f"process {get_entry(read_object(out / INDEX, LISTING), 'process', int, '')}"
+        except InputError:
+            process = "another process"
+        raise InputError(f"{out} is being prepared by {process}; wait until it ends, or name another folder") from None
+    except NotImplementedError:
+        warnings.warn(f"{out} cannot be locked; start no second preparation in it", stacklevel=2)
     try:
-        before = _load_index(out)
-        progress = {split: SplitProgress(**before["splits"][split]) for split in SPLITS}
-        complete = before["complete"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{out / INDEX} cannot be read ({error}); empty the folder and prepare again") from None
-    if different := [key for key, value in options.items() if before.get(key) != value]:
-        raise InputError(f"{out} was prepared with other {', '.join(different)}; name another folder, or empty it")
-    return progress, complete
+        yield
+    finally:
+        lock.release()
+
+
+def _discard(out: Path, is_new: bool) -> None:
+    """Delete what a preparation without any shard has left."""
+    with contextlib.suppress(OSError):
+        (out / INDEX).unlink()
+        if is_new:
+            (out / LOCK).unlink()
+            out.rmdir()
 
 
 class ShardWriter:
     """Writes the shards of one split, one after the other."""
 
-    def __init__(self, out: Path, split: str, progress: SplitProgress, size: int):
-        self.out, self.split, self.progress, self.size = out, split, progress, size
+    def __init__(self, out: Path, split: str, progress: SplitProgress, size: int, n_vocab: int):
+        self.out, self.split, self.progress, self.size, self.n_vocab = out, split, progress, size, n_vocab
         # Where the first shard of this run begins.
         self.first_piece, self.first_offset = progress.piece, progress.offset
         self._open_next()
 
     def _open_next(self) -> None:
         self.count = 0
-        self.part = self.out / f"{self.split}_{len(self.progress.done):06d}.bin.part"
+        self.name = shard_name(self.split, len(self.progress.done))
+        self.part = self.out / f"{self.name}.part"
         self.file = self.part.open("wb")
         self.file.write(bin_header(0))
 
-    def add(self, piece: int, ids: np.ndarray) -> Iterator[None]:
-        """Write the tokens of a piece, and yield after each shard that they fill."""
+    def add(self, piece: int, ids: np.ndarray, read_sha256: Callable[[], str]) -> Iterator[None]:
+        """Write the tokens of a piece, and yield after each shard that they fill.
+
+        Args:
+            piece: Index of the piece.
+            ids: Its tokens.
+            read_sha256: Returns the hash of all pieces up to and with this one.
+        """
         if piece < self.first_piece:
             return
         taken = self.first_offset if piece == self.first_piece else 0
@@ -222,7 +205,7 @@ class ShardWriter:
             room = self.size - self.count
             self._write(ids[taken : taken + room])
             taken += room
-            self.publish(piece, taken)
+            self.publish(piece, taken, read_sha256())
             self._open_next()
             yield
         self._write(ids[taken:])
@@ -231,10 +214,10 @@ class ShardWriter:
         self.file.write(ids.astype("<u2").tobytes())
         self.count += len(ids)
 
-    def publish(self, piece: int, offset: int) -> None:
+    def publish(self, piece: int = 0, offset: int = 0, read_sha256: str = "") -> None:
         """Flush the shard to disk and give it its name; the next one begins at token `offset` of `piece`."""
         self.file.seek(0)
-        self.file.write(bin_header(self.count))
+        self.file.write(bin_header(self.count, self.n_vocab))
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
@@ -243,10 +226,9 @@ class ShardWriter:
             return
         with self.part.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        name = self.part.name.removesuffix(".part")
-        self.part.rename(self.out / name)
-        self.progress.done.append({"name": name, "tokens": self.count, "sha256": digest})
-        self.progress.piece, self.progress.offset = piece, offset
+        self.part.rename(self.out / self.name)
+        self.progress.done.append({"name": self.name, "tokens": self.count, "sha256": digest})
+        self.progress.piece, self.progress.offset, self.progress.read_sha256 = piece, offset, read_sha256
 
     def close(self) -> None:
         """Delete the shard that is not complete."""

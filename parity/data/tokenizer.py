@@ -1,25 +1,29 @@
 """Tokenizers: GPT-2's byte-level BPE from a local vocab.bpe, and plain bytes."""
 
 import codecs
-import hashlib
+import functools
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from parity.data.merges import read_ranks
 from parity.errors import InputError
-from parity.storage.json import LISTING, get_entry, read_object
 from parity.storage.paths import cache_folder
 
 END_OF_TEXT = "<|endoftext|>"
 """The special token of both tokenizers; GPT-2 puts it between documents."""
 
-VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-"""Hash of the vocab.bpe that OpenAI published; tiktoken pins the same one."""
-
 # How GPT-2 splits text before merging (openai/gpt-2 src/encoder.py): contractions, words, numbers, the rest, space.
 _SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+"""What \\s matches in the pattern: Unicode's White_Space. Python's own \\s also matches U+001C to U+001F."""
+
+# Runs of white space that are encoded separately if tiktoken refuses a text. It cannot match about a million of them.
+_LONG_RUN = re.compile(f"[{WHITE_SPACE}]{{1000,}}")
 
 AllowedSpecial = Literal["all"] | Collection[str]
 """Special tokens that are recognized in a text: "all", or a collection of them."""
@@ -78,16 +82,16 @@ class ByteTokenizer:
     def encode(self, text: str, allowed_special: AllowedSpecial = ()) -> list[int]:
         """See `Tokenizer.encode`."""
         if not _special_tokens(allowed_special):
-            return list(text.encode("utf-8"))
+            return list(_utf8(text))
         first, *others = text.split(END_OF_TEXT)
-        ids = list(first.encode("utf-8"))
+        ids = list(_utf8(first))
         for part in others:
-            ids += [self.eos_id, *part.encode("utf-8")]
+            ids += [self.eos_id, *_utf8(part)]
         return ids
 
     def encode_array(self, text: str) -> np.ndarray:
         """See `Tokenizer.encode_array`."""
-        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16)
+        return np.frombuffer(_utf8(text), np.uint8).astype(np.uint16)
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer.decode`."""
@@ -117,21 +121,52 @@ class GPT2Tokenizer:
         import tiktoken  # here, so that importing a backend does not load it
 
         self.vocab_bpe = Path(vocab_bpe)
-        self.encoding = tiktoken.Encoding(
+        self._new_encoding = functools.partial(
+            tiktoken.Encoding,
             name="gpt2",
-            pat_str=_SPLIT_PATTERN,
-            mergeable_ranks=_read_ranks(Path(vocab_bpe)),
+            mergeable_ranks=read_ranks(Path(vocab_bpe)),
             special_tokens={END_OF_TEXT: self.eos_id},
             explicit_n_vocab=self.n_vocab,
         )
+        self.encoding = self._new_encoding(pat_str=_SPLIT_PATTERN)
+
+    @functools.cached_property
+    def _unsplit(self) -> Any:
+        """The encoding without the pattern, which merges a text as one word."""
+        return self._new_encoding(pat_str=r"(?s:.+)")
 
     def encode(self, text: str, allowed_special: AllowedSpecial = ()) -> list[int]:
         """See `Tokenizer.encode`."""
-        return self.encoding.encode(text, allowed_special=_special_tokens(allowed_special), disallowed_special=())
+        special = _special_tokens(allowed_special)
+        text = replace_surrogates(text)
+        try:
+            return self.encoding.encode(text, allowed_special=special, disallowed_special=())
+        except ValueError:
+            first, *others = text.split(END_OF_TEXT) if special else [text]
+            ids = self._encode_around_runs(first).tolist()
+            for part in others:
+                ids += [self.eos_id, *self._encode_around_runs(part).tolist()]
+            return ids
 
     def encode_array(self, text: str) -> np.ndarray:
         """See `Tokenizer.encode_array`."""
-        return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        text = replace_surrogates(text)
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        except ValueError:
+            return self._encode_around_runs(text)
+
+    def _encode_around_runs(self, text: str) -> np.ndarray:
+        """Encode a text with more white space in one place than tiktoken's regular expressions can match."""
+        parts, begin = [], 0
+        for run in _LONG_RUN.finditer(text):
+            # The pattern's match of white space leaves its last character to what follows.
+            end = run.end() - (run.end() < len(text))
+            parts += [(self.encoding, text[begin : run.start()]), (self._unsplit, text[run.start() : end])]
+            begin = end
+        parts.append((self.encoding, text[begin:]))
+        ids = [encoding.encode_to_numpy(part, disallowed_special=()).astype(np.uint16) for encoding, part in parts]
+        return np.concatenate(ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer.decode`."""
@@ -141,6 +176,19 @@ class GPT2Tokenizer:
         """See `Tokenizer.token_bytes`."""
         _check_id(id, self.n_vocab)
         return self.encoding.decode_single_token_bytes(id)
+
+
+def replace_surrogates(text: str) -> str:
+    """Return a text that UTF-8 can encode: pairs of surrogates are joined, and others become U+FFFD."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _utf8(text: str) -> bytes:
+    return replace_surrogates(text).encode("utf-8")
 
 
 def _special_tokens(allowed_special: AllowedSpecial) -> set[str]:
@@ -159,57 +207,6 @@ def _special_tokens(allowed_special: AllowedSpecial) -> set[str]:
 def _check_id(id: int, n_vocab: int) -> None:
     if not 0 <= id < n_vocab:
         raise InputError(f"token id {id} is outside the vocabulary 0..{n_vocab - 1}")
-
-
-def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in OpenAI's files."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-
-
-BYTE_CHARACTERS = _byte_characters()
-"""The character that stands for each byte in vocabularies: itself if it is printable, otherwise one from 256 on."""
-
-
-def merges_text(path: Path) -> bytes:
-    """Return the merges in a file in the form of OpenAI's vocab.bpe: a line with the version, then a merge per line.
-
-    Args:
-        path: OpenAI's vocab.bpe, merges.txt of transformers, which may have another first line and other line ends,
-            or tokenizer.json, which contains the merges.
-
-    Raises:
-        InputError: If the file cannot be read, or a tokenizer.json has no merges.
-    """
-    if path.suffix == ".json":
-        merges = get_entry(get_entry(read_object(path, LISTING), "model", dict, str(path)), "merges", list, str(path))
-        try:
-            lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-        except TypeError:
-            raise InputError(f"vocabulary {path} is not the tokenizer.json of a BPE tokenizer") from None
-    else:
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise InputError(f"vocabulary {path} cannot be read ({error.strerror})") from None
-        lines = data.decode("utf-8", errors="replace").replace("\r\n", "\n").removesuffix("\n").split("\n")
-        lines = lines[1:] if lines[0].startswith("#version") else lines
-    return "\n".join(["#version: 0.2", *lines, ""]).encode("utf-8", errors="replace")
-
-
-def _read_ranks(path: Path) -> dict[bytes, int]:
-    """Return {bytes of a token: its rank}: first the 256 bytes, then one token per merge, in the order of the file."""
-    data = merges_text(path)
-    if hashlib.sha256(data).hexdigest() != VOCAB_BPE_SHA256:
-        raise InputError(f"vocabulary {path} is not OpenAI's vocab.bpe (its sha256 differs); download it again")
-    byte_of = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
-    themselves = [byte for byte in range(256) if BYTE_CHARACTERS[byte] == chr(byte)]  # these have the first ranks
-    others = [byte for byte in range(256) if byte not in themselves]
-    ranks = {bytes([byte]): rank for rank, byte in enumerate(themselves + others)}
-    for line in data.decode("utf-8").splitlines()[1:]:  # the first line is a version
-        ranks.setdefault(bytes(byte_of[character] for character in line if character != " "), len(ranks))
-    return ranks
 
 
 def load_tokenizer(name: str, vocab_bpe: str | Path | None = None) -> Tokenizer:

@@ -10,14 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from parity.data.merges import BYTE_CHARACTERS, VOCAB_BPE_SHA256, merges_text
 from parity.data.tokenizer import (
-    BYTE_CHARACTERS,
     END_OF_TEXT,
-    VOCAB_BPE_SHA256,
     ByteTokenizer,
     GPT2Tokenizer,
     Tokenizer,
-    merges_text,
 )
 from parity.errors import InputError, printable
 from parity.storage.json import LISTING, read_object

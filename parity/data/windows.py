@@ -1,12 +1,14 @@
 """Training batches from token arrays. A batch is a pure function of (seed, step), equal for both backends."""
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from parity.config import IGNORE_INDEX
+from parity.data.token_files import Tokens
 from parity.errors import InputError
 
 
@@ -53,7 +55,7 @@ class Windows:
     """Windows over token arrays: inputs [T] and, shifted by one position, targets [T].
 
     Args:
-        shards: Arrays of token ids [length], memory-mapped or not; a window never crosses from one to the next.
+        shards: Token ids [length], in arrays or files; a window never crosses from one shard to the next.
         n_ctx: Number of positions T of a window.
         n_vocab: Size of the vocabulary.
         stride: Distance between the starts of two windows; by default n_ctx, so that no target occurs twice.
@@ -65,7 +67,7 @@ class Windows:
     """
 
     def __init__(
-        self, shards: Sequence[np.ndarray], n_ctx: int, n_vocab: int, stride: int | None = None, name: str = "corpus"
+        self, shards: Sequence[Tokens], n_ctx: int, n_vocab: int, stride: int | None = None, name: str = "corpus"
     ):
         self.shards, self.n_ctx, self.n_vocab, self.name = list(shards), n_ctx, n_vocab, name
         self.stride = n_ctx if stride is None else stride
@@ -77,7 +79,7 @@ class Windows:
             longest = max(map(len, self.shards), default=0)
             raise InputError(
                 f"{name} has {longest} tokens, fewer than one window of n_ctx + 1 = {n_ctx + 1}; "
-                "use more text or a shorter context"
+                "use more text (for validation, a larger --validation-fraction), or lower --n-ctx"
             )
 
         for shard in self.shards:
@@ -113,13 +115,12 @@ class Windows:
 
         Positions after the end of a shard, and rows after the last window, have targets IGNORE_INDEX.
         """
-        rows = [
+        rows = (
             shard[start : start + self.n_ctx + 1]
             for shard in self.shards
             for start in range(0, len(shard) - 1, self.n_ctx)
-        ]
-        for begin in range(0, len(rows), size):
-            chunk = rows[begin : begin + size]
+        )
+        while chunk := list(itertools.islice(rows, size)):
             yield self._stack((chunk + [chunk[0][:0]] * (size - len(chunk)))[part])
 
     def _window(self, index: int) -> np.ndarray:

@@ -44,11 +44,11 @@ def read_object(path: Path, limit: int = SETTINGS, origin: str = "", hint: str =
     try:
         if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
             raise InputError(f"{origin} cannot be read (it is not a file){hint and '; ' + hint}")
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
+        size = path.stat().st_size
+        data = path.read_bytes() if size <= limit else b""
     except OSError as error:
         raise InputError(f"{origin} cannot be read ({error.strerror}){hint and '; ' + hint}") from None
-    if len(data) > limit:
+    if size > limit:
         raise InputError(f"{origin} is too large: it has more than {limit:,} bytes")
     return as_object(parse(data, origin), origin)
 

@@ -4,16 +4,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from parity.data.token_files import Tokens
 
-def bigram_loss(train: Sequence[np.ndarray], validation: Sequence[np.ndarray], n_vocab: int) -> float:
+
+def bigram_loss(train: Sequence[Tokens], validation: Sequence[Tokens], n_vocab: int) -> float:
     """Return the mean loss in nats per token of the best smoothed bigram model on the validation tokens.
 
     p(b | a) = (count(a, b) + k p(b)) / (count(a) + k), where p(b) is the unigram probability with 1 added to each
     count. k is the best of several values on the validation tokens themselves, which favours the baseline.
 
     Args:
-        train: Token ids, one array [length] per shard.
-        validation: Token ids, one array [length] per shard.
+        train: Token ids [length] of each shard.
+        validation: Token ids [length] of each shard.
         n_vocab: Size of the vocabulary.
     """
     first, second = (np.concatenate([shard[part] for shard in train]) for part in (np.s_[:-1], np.s_[1:]))
