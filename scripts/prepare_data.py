@@ -1,4 +1,4 @@
-"""Tokenize text, JSONL and Parquet files into shards that the training scripts read.
+"""Tokenize text, JSON and Parquet files into shards that the training scripts read.
 
     python scripts/prepare_data.py fineweb/*.parquet --out data/fineweb          # a Hugging Face export
     python scripts/prepare_data.py corpus.jsonl.gz books/ --out data/mine --workers 8
@@ -26,8 +26,8 @@ from parity.errors import InputError, exit_with_message
 @dataclasses.dataclass(frozen=True)
 class Args:
     sources: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[SOURCE ...]")] = ()
-    """Files to tokenize (.txt, .jsonl, .jsonl.gz, .parquet) and folders of them. In .txt files, <|endoftext|> ends a
-    document."""
+    """Files to tokenize (.txt, .jsonl, .ndjson, these also as .gz, .json, .parquet) and folders of them. In .txt files,
+    <|endoftext|> ends a document."""
     out: Path | None = None
     """Folder for the shards and index.json, required unless --verify is given; pass it to a training script as
     --corpus."""
