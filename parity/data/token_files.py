@@ -45,7 +45,9 @@ class TokenFile:
     """
 
     def __init__(self, path: Path, part: slice = slice(None)):
-        self.path = path
+        self.path = path.absolute()
+        status = path.stat()
+        self._version = (status.st_ino, status.st_size, status.st_mtime_ns)
         self._range = range(len(read_bin(path)))[part]
 
     def __len__(self) -> int:
@@ -54,11 +56,11 @@ class TokenFile:
     def __getitem__(self, part: slice) -> np.ndarray:
         chosen = self._range[part]
         # A copy, because a view would keep the file open.
-        return np.array(_mapped(self.path)[chosen.start : chosen.stop : chosen.step])
+        return np.array(_mapped(self.path, self._version)[chosen.start : chosen.stop : chosen.step])
 
 
 @functools.lru_cache(maxsize=_MOST_OPEN)
-def _mapped(path: Path) -> np.ndarray:
+def _mapped(path: Path, _version: tuple[int, ...]) -> np.ndarray:
     return read_bin(path)
 
 

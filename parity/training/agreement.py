@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from parity.data.token_files import Tokens
 from parity.training.initial import weights_folder
 
 _PACKAGES = ("parity", "gpt_jax", "gpt_torch")
@@ -42,18 +43,19 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def sampled_sha256(arrays: Iterable[np.ndarray]) -> str:
-    """Return a hash of one-dimensional arrays, memory-mapped or not, which reads little of a large one.
+def sampled_sha256(arrays: Iterable[Tokens]) -> str:
+    """Return a hash of one-dimensional arrays, in memory or in files, which reads little of a large one.
 
     An array of up to 16 MiB is read as a whole; of a larger one both ends and 1,024 pieces of 4 KiB between them.
     """
     digest = hashlib.sha256()
     for array in arrays:
-        digest.update(f"{array.dtype.newbyteorder('<').str} {len(array)}\n".encode())
-        if array.nbytes <= _WHOLE_BYTES:
-            digest.update(array.tobytes())
+        dtype = array[:0].dtype
+        digest.update(f"{dtype.newbyteorder('<').str} {len(array)}\n".encode())
+        if len(array) * dtype.itemsize <= _WHOLE_BYTES:
+            digest.update(array[:].tobytes())
             continue
-        length = _PIECE_BYTES // array.itemsize
+        length = _PIECE_BYTES // dtype.itemsize
         for start in np.linspace(0, len(array) - length, _PIECES, dtype=np.int64):
             digest.update(array[start : start + length].tobytes())
     return digest.hexdigest()
