@@ -102,6 +102,7 @@ def test_our_folders_open_in_both_backends_and_in_transformers(name, tmp_path):
         assert result.ok, str(result)
 
 
+@pytest.mark.slow  # sharp weights are harder
 def test_initial_weights_agree():
     config = PRESETS["124M"]
     weights = initial_weights(config, seed=0)

@@ -18,8 +18,6 @@ from parity.training.schedule import learning_rate
 from parity.training.settings import recipe
 from parity.weights import Row, initial_weights, rows
 
-pytestmark = pytest.mark.optimized  # as users' programs are compiled
-
 # Some steps are clipped and others are not; decay and learning rate are large enough to matter.
 SETTINGS = dataclasses.replace(recipe("tiny").settings, steps=100, warmup=10, weight_decay=0.3, clip=0.55)
 # Relative. Rounding is some 1e-16 or 1e-7, and a hundred steps let it grow; measured 4e-16 and 3e-7 for losses,
@@ -76,6 +74,7 @@ def test_every_update_of_a_hundred_steps_in_float64(config):
     assert result.ok, str(result)
 
 
+@pytest.mark.optimized  # as users' programs are compiled
 def test_losses_of_a_hundred_steps_in_float32(config):
     got, want = (train(name, config, "float32", 100)[0] for name in ("jax", "torch"))
     for result in compare_metrics(got, want, "float32"):
@@ -83,6 +82,7 @@ def test_losses_of_a_hundred_steps_in_float32(config):
         assert result.ok, str(result)
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 def test_ten_steps_of_the_full_shape_in_float32():
     config = PRESETS["124M"]
