@@ -137,7 +137,7 @@ def _text(file: Path, text_field: str, cut_anywhere: bool) -> Iterator[_Part]:
 
 
 def _check_beginning(text: str, text_field: str) -> None:
-    """Raise InputError for what would be read as text, but is none."""
+    """Raise InputError for content that would be read as text but is not text."""
     if text.count("\0") > len(text) // 4:
         raise InputError("this is binary, or text in UTF-16; convert it to UTF-8 first")
     line, _, _ = text.lstrip().partition("\n")

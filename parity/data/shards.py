@@ -56,10 +56,10 @@ def prepare_shards(
     is. Memory does not grow with the size of the sources.
 
     Args:
-        sources: Text, JSONL and Parquet files, or folders of them.
+        sources: Text, JSON and Parquet files, or folders of them.
         out: The folder for the shards.
         tokenizer: Encodes the documents.
-        text_field: Field of JSONL and column of Parquet that holds the text.
+        text_field: Field of JSON and column of Parquet that holds the text.
         validation_fraction: Fraction of the documents that go to validation, chosen by a hash of their index.
         shard_tokens: Number of tokens per shard; the last one of a split may be smaller.
         workers: Number of threads that tokenize.
@@ -166,7 +166,7 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _discard(out: Path, is_new: bool) -> None:
-    """Delete what a preparation without any shard has left."""
+    """Delete what a preparation without any shard has left behind."""
     with contextlib.suppress(OSError):
         (out / INDEX).unlink()
         if is_new:
@@ -196,7 +196,7 @@ class ShardWriter:
         Args:
             piece: Index of the piece.
             ids: Its tokens.
-            read_sha256: Returns the hash of all pieces up to and with this one.
+            read_sha256: Returns the hash of all pieces up to and including this one.
         """
         if piece < self.first_piece:
             return

@@ -30,7 +30,7 @@ AllowedSpecial = Literal["all"] | Collection[str]
 
 
 class Tokenizer(Protocol):
-    """What the project needs from a tokenizer."""
+    """The interface of a tokenizer."""
 
     name: str
     """Name by which `load_tokenizer` knows it."""
