@@ -29,8 +29,6 @@ def save(folder: Path, model: GPTModel, arrays: dict[str, Array]) -> None:
     """
     checkpoints.require_space(folder, 4 * sum(leaf.nbytes for leaf in jax.tree.leaves(model)))
     with plain_path(folder) as plain, ocp.StandardCheckpointer() as checkpointer:
-        if jax.process_count() > 1 and plain != folder.absolute():  # they would have to agree on the link
-            raise OSError(f"{folder}: several processes cannot save under a path with brackets; name another --run")
         logger = logging.getLogger("absl")  # orbax logs the traceback of an error that it also raises
         before, logger.disabled = logger.disabled, True
         try:

@@ -103,7 +103,7 @@ def _check(coordinator: str, count: int, index: int) -> None:
         raise InputError(f"--num-processes must be between 1 and {2**20}, got {count}")
     if not 0 <= index < count:
         raise InputError(f"--process-id must be between 0 and {count - 1}, got {index}")
-    if index == 0:
+    if index == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
         check_port_is_free(coordinator)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -24,7 +25,17 @@ from parity.training.runs import RunFolder, read_run
 from parity.training.settings import recipe
 
 CONSOLE = Console(quiet=True)
-SHORT = ("--preset", "tiny", "--steps", 2, "--eval-every", 1, "--sample-tokens", 8)
+SHORT = ("--preset", "tiny", "--steps", 2, "--eval-every", 1, "--sample-tokens", 8, "--corpus", "short.txt")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def working_folder(tmp_path_factory):
+    """The current folder, with the text that the runs train on: evaluating a longer one takes most of the time."""
+    before, folder = Path.cwd(), tmp_path_factory.mktemp("work")
+    os.chdir(folder)
+    Path("short.txt").write_text(OLD_TEXT, encoding="utf-8")
+    yield
+    os.chdir(before)
 
 
 def parse(*arguments):

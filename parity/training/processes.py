@@ -115,8 +115,9 @@ def check_port_is_free(address: str) -> None:
     try:
         socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
     except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
         raise InputError(
-            f"process 0 cannot listen at {address} ({error.strerror or error}); choose another port for all processes, "
+            f"process 0 cannot listen at {address} ({reason}); choose another port for all processes, "
             "or end the program that holds this one"
         ) from None
 
