@@ -17,6 +17,7 @@ from parity.config import PRESETS
 from parity.errors import InputError
 from parity.storage import download, http_transfer, paths
 from parity.storage.download import RemoteFile, fetch
+from parity.training import agreement
 from parity.weights import openai, openai_files
 from parity.weights.openai_files import model_files
 
@@ -410,6 +411,21 @@ def test_places_that_cannot_be_written(server, tmp_path):
     (tmp_path / "other.part").mkdir()
     with pytest.raises(InputError, match=r"other\.part cannot be written"):
         fetch(REMOTE_FILE, tmp_path / "other", [f"{server.url}/file"], tries=1)
+
+
+def test_machines_that_downloaded_the_same_weights_agree(server, tmp_path):
+    """What a download leaves beside a file differs between machines."""
+    for machine in ("a", "b"):
+        (tmp_path / machine).mkdir()
+        get(server, tmp_path / machine)
+    os.utime(tmp_path / "b" / "file", (1, 1))
+    get(server, tmp_path / "b")
+    for name in ("lock", "part.etag", "part"):
+        (tmp_path / "b" / f"other.{name}").write_text("")
+    assert (tmp_path / "a" / "file.verified").read_bytes() != (tmp_path / "b" / "file.verified").read_bytes()
+    assert agreement._weights_sha256(tmp_path / "a") == agreement._weights_sha256(tmp_path / "b")
+    (tmp_path / "b" / "file").write_bytes(CONTENT[::-1])
+    assert agreement._weights_sha256(tmp_path / "a") != agreement._weights_sha256(tmp_path / "b")
 
 
 def test_switches_and_paths_of_the_environment(monkeypatch, tmp_path):

@@ -18,6 +18,8 @@ from parity.training.initial import weights_folder
 
 _PACKAGES = ("parity", "gpt_jax", "gpt_torch")
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "torch", "numpy", "orbax-checkpoint", "tiktoken")
+# Files that downloads leave beside the weights; they differ between machines.
+_OF_DOWNLOADS = (".lock", ".part", ".etag", ".verified")
 # Arrays up to this size are hashed as a whole; of larger ones both ends and evenly spaced pieces of a page each.
 _WHOLE_BYTES, _PIECE_BYTES, _PIECES = 2**24, 2**12, 1024
 
@@ -115,7 +117,9 @@ def environment_changes(before: Mapping[str, object], now: Mapping[str, object])
 
 def _weights_sha256(path: Path) -> str:
     """Return a sampled hash of a file with weights, or of the files in a folder with weights."""
-    return _file_sha256(sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path])
+    if not path.is_dir():
+        return _file_sha256([path])
+    return _file_sha256(sorted(file for file in path.iterdir() if file.is_file() and file.suffix not in _OF_DOWNLOADS))
 
 
 def _file_sha256(files: list[Path]) -> str:
