@@ -210,7 +210,7 @@ def running_tokens(tokens: np.ndarray, lengths: np.ndarray, number: int) -> list
 def pick_prompts(prompts: Any, idx: Any) -> Any:
     """Return `prompts`, or `idx` as the notebook calls them; raise InputError unless exactly one is given."""
     if (prompts is None) == (idx is None):
-        raise InputError("prompts: give either prompts or idx (the notebook's name for them), not both")
+        raise InputError("prompts: give exactly one of prompts and idx, which is the notebook's name for them")
     return idx if prompts is None else prompts
 
 

@@ -99,7 +99,7 @@ def test_same_tokens_over_the_grid():
 @pytest.mark.parametrize(
     ("grid", "new"),
     [
-        pytest.param([GRID[3], GRID[6]], 20, id="part of the grid"),
+        pytest.param([{**GRID[6], "top_p": 0.95}], 20, id="every rule at once"),
         pytest.param(GRID, NEW, id="whole grid", marks=pytest.mark.slow),
     ],
 )

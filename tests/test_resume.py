@@ -10,12 +10,13 @@ from support.runs import metrics, run_program, run_script
 from parity.training import checkpoints
 from parity.training.runs import RunFolder
 
-OPTIONS = ("--preset", "tiny", "--eval-every", 10, "--drop-rate", 0.1)
+SHORT = ("--preset", "tiny", "--steps", 30, "--eval-every", 10)
+OPTIONS = (*SHORT, "--drop-rate", 0.1)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(shared_run):
-    """{backend: run folder} of 60 steps with dropout."""
+    """{backend: run folder} of 30 steps with dropout."""
     return {name: shared_run(f"dropout-{name}", f"train_{name}.py", *OPTIONS)[0] for name in BACKENDS}
 
 
@@ -89,12 +90,12 @@ def test_asked_to_stop(uninterrupted, tmp_path, name, number):
 
 
 # In float32 an occasional batch is so ill-conditioned that both backends deviate by 5e-4 from the exact result.
-EXACT = ("--preset", "tiny", "--dtype", "float64")
+EXACT = (*SHORT, "--dtype", "float64")
 
 
 @pytest.fixture(scope="module")
 def exact_runs(shared_run):
-    """{backend: run folder} of 60 steps in float64."""
+    """{backend: run folder} of 30 steps in float64."""
     return {name: shared_run(f"float64-{name}", f"train_{name}.py", *EXACT)[0] for name in BACKENDS}
 
 
@@ -113,8 +114,8 @@ def test_a_run_of_the_other_framework_is_resumed(exact_runs, tmp_path, first):
     """Started with one backend, stopped, and finished with the other."""
     [second] = BACKENDS.keys() - {first}
     run = tmp_path / "run"
-    run_and_signal(first, EXACT, run, signal.SIGTERM, at_step(25))
-    assert checkpoints.steps(run / "checkpoints")[-1] == 25
+    run_and_signal(first, EXACT, run, signal.SIGTERM, at_step(15))
+    assert checkpoints.steps(run / "checkpoints")[-1] == 15
     result = run_script(f"train_{second}.py", "--run", run, "--resume")
     assert result.returncode == 0, result.stderr
     assert_same_trajectory(run, exact_runs[first])

@@ -86,7 +86,7 @@ def test_generate_reads_files_and_pipes_and_refuses_what_does_not_fit(finished_r
     assert samples.count("=== sample") == 2
     for bad, message in (
         (("--run", folder, "--top-k", "999", "x"), "top_k must be in 1..257"),
-        (("--run", folder, "--model", "124M", "x"), "either --run"),
+        (("--run", folder, "--model", "124M", "x"), "(--run), or a size or a folder"),
         (("--model", tmp_path / "none", "x"), "not a folder"),
         (("--run", folder, "--checkpoint", "30", "x"), "no step 30; it has 20, 40, 60"),
         (("--run", folder, "--file", tmp_path / "none"), "none"),

@@ -9,13 +9,11 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 
 from parity.data import documents
@@ -26,8 +24,7 @@ from parity.data.token_files import bin_header
 from parity.data.tokenizer import ByteTokenizer, Tokenizer
 from parity.errors import InputError, printable
 from parity.storage.json import LISTING, get_entry, read_object
-
-LOCK = ".lock"
+from parity.storage.locks import LOCK, lock_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,21 +145,20 @@ def _write_shards(
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Lock a folder that is being prepared; raises InputError if another process is preparing it."""
-    lock = filelock.FileLock(out / LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
+
+    def in_use() -> str:
         try:
             process = f"process {get_entry(read_object(out / INDEX, LISTING), 'process', int, '')}"
         except InputError:
             process = "another process"
-        raise InputError(f"{out} is being prepared by {process}; wait until it ends, or name another folder") from None
-    except NotImplementedError:
-        warnings.warn(f"{out} cannot be locked; start no second preparation in it", stacklevel=2)
+        return f"{out} is being prepared by {process}; wait until it ends, or name another folder"
+
+    lock = lock_folder(out, in_use)
     try:
         yield
     finally:
-        lock.release()
+        if lock is not None:
+            lock.release()
 
 
 def _discard(out: Path, is_new: bool) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import uuid
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from parity.config import GPTConfig
 from parity.errors import InputError
 from parity.storage.atomic import named_errors, replace_text
 from parity.storage.json import read_object
+from parity.storage.locks import lock_folder
 from parity.training.checkpoints import RunIdentity, intact, newest_intact
 from parity.training.metrics import Metrics
 from parity.training.run_config import CORPUS_SAMPLES, flatten, with_current_names
@@ -109,17 +109,9 @@ class RunFolder:
         """
         if not self.writes or self._lock is not None:
             return
-        lock = filelock.FileLock(self.path / ".lock")
-        try:
-            lock.acquire(blocking=False)
-        except filelock.Timeout:
-            raise InputError(
-                f"{self.path} is in use by {self._user()}; wait until it ends, or name another --run"
-            ) from None
-        except NotImplementedError:  # a file system without locks
-            warnings.warn(f"{self.path} cannot be locked; start no second process on this run", stacklevel=2)
-            return
-        self._lock = lock
+        self._lock = lock_folder(
+            self.path, lambda: f"{self.path} is in use by {self._user()}; wait until it ends, or name another --run"
+        )
 
     def unlock(self) -> None:
         """Release the lock."""
