@@ -5,12 +5,15 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # parity is proved on the CPU, in full precision
 # The models are small and tests run in parallel; more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# For the same reason XLA compiles each program in one piece.
+os.environ["XLA_FLAGS"] = f"--xla_cpu_parallel_codegen_split_count=1 {os.environ.get('XLA_FLAGS', '')}"
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if not IS_WORKER:
     # Workers of pytest-xdist and the scripts that tests start share one cache, so that each program is compiled once.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+import gc
 import hashlib
 import importlib.metadata
 import shutil
@@ -69,6 +72,13 @@ SLOWEST = (
 def pytest_collection_modifyitems(items):
     rank = {module: number for number, module in enumerate(SLOWEST)}
     items.sort(key=lambda item: rank.get(item.module.__name__, len(rank)))
+
+
+def pytest_collection_finish():
+    # Searching the modules of three frameworks for garbage again and again takes a tenth of the time.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -18,6 +18,14 @@ from parity.training.schedule import learning_rate
 from parity.training.settings import recipe
 from parity.weights import Row, initial_weights, rows
 
+# One layer, tied and with biases, is GPT-2's configuration again.
+configs = pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, id=name, marks=pytest.mark.slow if name == "one layer" else ())
+        for name, config in CONFIGS.items()
+    ],
+)
 # Some steps are clipped and others are not; decay and learning rate are large enough to matter.
 SETTINGS = dataclasses.replace(recipe("tiny").settings, steps=100, warmup=10, weight_decay=0.3, clip=0.55)
 # Relative. Rounding is some 1e-16 or 1e-7, and a hundred steps let it grow; measured 4e-16 and 3e-7 for losses,
@@ -66,6 +74,7 @@ def worst(got, want):
     return max(results, key=lambda result: result.share)
 
 
+@configs
 def test_every_update_of_a_hundred_steps_in_float64(config):
     runs = {name: train(name, config, "float64", 100) for name in BACKENDS}
     assert 0 < (runs["torch"][0][:, 1] > SETTINGS.clip).sum() < 100
@@ -74,6 +83,7 @@ def test_every_update_of_a_hundred_steps_in_float64(config):
     assert result.ok, str(result)
 
 
+@configs
 @pytest.mark.optimized  # as users' programs are compiled
 def test_losses_of_a_hundred_steps_in_float32(config):
     got, want = (train(name, config, "float32", 100)[0] for name in ("jax", "torch"))
