@@ -35,6 +35,8 @@ SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if path.stem !
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 PROGRAMS = "python|make|srun|torchrun|pip|git|sbatch|kubectl|pre-commit|[A-Z][A-Z_]+=\\S+ python"
 LAST_STEP = "000060"
+# Commands for training that need neither a GPU nor minutes. Both scripts read their options in parity.training.args.
+TRAINED = ("--init-from 124M", "--run runs/NAME --resume")
 # Executed as shown, on small files; other scripts' commands are parsed, and executed by tests of their own.
 EXECUTED = ("generate", "convert", "prepare_data", "plan", "runs", "cache")
 
@@ -176,6 +178,18 @@ def test_commands_run_on_small_files(workplace, monkeypatch):
         line += " --max-new-tokens 4" * ("generate.py" in line)
         line = line.replace(" --compile", "").replace("000600", LAST_STEP)
         check_command(line, monkeypatch, parse_only=False)
+
+
+def test_training_commands_run_on_small_files(workplace, monkeypatch):
+    text = " ".join(f"Sentence {number} is about a dog." for number in range(400))
+    (workplace / "my.txt").write_text(text, encoding="utf-8")
+    lines = {line.partition("#")[0].strip(): None for _, line in commands()}
+    for options in TRAINED:
+        executed = [line for line in lines if re.match(rf"python scripts/train_\w+\.py {options}", line)]
+        assert executed
+        for line in executed:
+            line = re.sub(r" --steps \d+", "", line.replace("train_jax", "train_torch"))
+            check_command(line + " --steps 2" * ("--resume" not in line), monkeypatch, parse_only=False)
 
 
 def python_cases():
