@@ -214,8 +214,8 @@ def test_weights_are_hashed_once(run, monkeypatch):
     for path in run.rglob("*"):
         os.utime(path, (time.time() - 60,) * 2)
     hashed = []
-    read = manifests._read_sha256
-    monkeypatch.setattr(manifests, "_read_sha256", lambda path: hashed.append(path.name) or read(path))
+    read = manifests.hash_file
+    monkeypatch.setattr(manifests, "hash_file", lambda path: hashed.append(path.name) or read(path))
     args = parse("--init-from", run)
     load_job(dataclasses.replace(args, settings=SETTINGS))
     initial_arrays(args.model, args.settings, args.init_from)

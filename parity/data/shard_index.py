@@ -1,7 +1,6 @@
 """index.json of a folder of token shards: what is in it, and how far an unfinished preparation got."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -13,6 +12,7 @@ from parity.data.token_files import bin_header
 from parity.errors import InputError
 from parity.storage.atomic import replace_text
 from parity.storage.json import LISTING, get_entry, read_object
+from parity.storage.manifest import hash_file
 
 INDEX = "index.json"
 SPLITS = ("train", "val")
@@ -115,9 +115,8 @@ def verify(folder: Path) -> int:
     """
     shards = _shards(read_index(folder))
     for shard in shards:
-        with (folder / shard["name"]).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                raise InputError(f"{folder / shard['name']} is damaged (its sha256 differs); prepare the folder again")
+        if hash_file(folder / shard["name"]) != shard["sha256"]:
+            raise InputError(f"{folder / shard['name']} is damaged (its sha256 differs); prepare the folder again")
     return len(shards)
 
 

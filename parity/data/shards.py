@@ -25,6 +25,7 @@ from parity.data.tokenizer import ByteTokenizer, Tokenizer
 from parity.errors import InputError, printable
 from parity.storage.json import LISTING, get_entry, read_object
 from parity.storage.locks import LOCK, lock_folder
+from parity.storage.manifest import hash_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,8 +221,7 @@ class ShardWriter:
         if not self.count:
             self.part.unlink()
             return
-        with self.part.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hash_file(self.part)
         self.part.rename(self.out / self.name)
         self.progress.done.append({"name": self.name, "tokens": self.count, "sha256": digest})
         self.progress.piece, self.progress.offset, self.progress.read_sha256 = piece, offset, read_sha256

@@ -39,11 +39,17 @@ class Manifest:
     """sha256 of these bytes."""
 
 
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file, which is always read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def file_sha256(path: Path) -> str:
     """Return the sha256 of a file; an unchanged file is read only once per process."""
     status = path.stat()
     if time.time_ns() - status.st_mtime_ns < _CLOCK_STEP_NS:
-        return _read_sha256(path)
+        return hash_file(path)
     return _remembered_sha256(path.absolute(), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
@@ -140,11 +146,6 @@ def _is_hash(value: Any) -> bool:
     return isinstance(value, str) and len(value) == 64
 
 
-def _read_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @functools.lru_cache(maxsize=4096)
 def _remembered_sha256(path: Path, *_state: int) -> str:
-    return _read_sha256(path)
+    return hash_file(path)
