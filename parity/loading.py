@@ -43,6 +43,8 @@ class ModelArgs:
     """Device that runs the model. auto takes an accelerator if the framework sees one; gpu and cuda are the same."""
     vocab_bpe: Path | None = None
     """OpenAI's vocab.bpe for the gpt2 tokenizer. By default the one in the model's folder, or else in the cache."""
+    compilation_cache: bool = True
+    """Keep the programs that JAX compiles in the cache folder, so that the next start need not compile them."""
 
     def load(self) -> Loaded:
         """Load the model onto the device. Only the framework of the backend is imported.
@@ -53,6 +55,8 @@ class ModelArgs:
         backend = importlib.import_module(f"gpt_{self.backend}")
         devices = importlib.import_module(f"gpt_{self.backend}.devices")
         device = devices.choose_device(self.device)
+        if self.backend == "jax":
+            importlib.import_module("gpt_jax.compilation_cache").enable_compilation_cache(self.compilation_cache)
         loaded = load_model_and_tokenizer(backend, self.run, self.model, self.vocab_bpe, self.checkpoint, device)
         return Loaded(backend, devices.describe(device), *loaded)
 

@@ -4,7 +4,7 @@
     python scripts/cache.py --clear corpora     # delete the downloaded corpora, asks first
     python scripts/cache.py --clear all --yes   # delete everything without asking
 
-Compiled programs are listed only if the environment variable JAX_COMPILATION_CACHE_DIR names their folder.
+The compiled programs are those that JAX keeps for the next start, also in a folder of JAX_COMPILATION_CACHE_DIR.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ def cached_paths() -> dict[str, list[Path]]:
         "models": [cache / "models"],
         "vocabulary": sorted(cache.glob("vocab.bpe*")),
         "corpora": [path for _, file in DOWNLOADS.values() for path in sorted(cache.glob(f"{file.name}*"))],
-        "compiled": [Path(compiled)] if compiled else [],
+        "compiled": [cache / "compiled", *([Path(compiled)] if compiled else [])],
     }
     return {kind: [path for path in paths if path.exists() or path.is_symlink()] for kind, paths in kinds.items()}
 

@@ -76,6 +76,8 @@ class Args:
     """Number of tokens to sample per prompt in the samples section."""
     seed: int = 0
     """Seed of the random weights and tokens."""
+    compilation_cache: bool = True
+    """Keep the programs that JAX compiles in the cache folder, so that the next comparison need not compile them."""
     out: Path = Path("parity-report")
     """Folder for report.json and report.html."""
 
@@ -88,6 +90,10 @@ def main() -> int:
     chosen = chosen_weights(args)
     source = None if chosen in _DRAWN else chosen
     a, b = (open_implementation(spec, case.config, _ALIASES, source) for spec in (args.a, args.b))
+    if "gpt_jax" in sys.modules:
+        from gpt_jax.compilation_cache import enable_compilation_cache
+
+        enable_compilation_cache(args.compilation_cache)
     title = (
         f"A is {args.a}, B is {args.b}: {chosen} weights, {case.config.n_layer} layers, width "
         f"{case.config.n_embd}, {args.batch} x {args.positions} tokens, {args.dtype}, "

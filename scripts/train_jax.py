@@ -21,6 +21,7 @@ from parity.training.settings import recipe
 with exit_with_message():
     import jax
 
+    from gpt_jax.compilation_cache import enable_compilation_cache
     from gpt_jax.devices import choose_attention, choose_device, describe
     from gpt_jax.distributed import processes
     from gpt_jax.sharding import MeshShape, make_mesh
@@ -40,6 +41,9 @@ class Args(JobArgs):
     remat: Literal["none", "products", "all"] | None = None
     """What the backward pass recomputes instead of keeping it in memory: nothing (none), everything but the results
     of matrix products (products), or everything (all). By default the preset's value."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the cache folder, so that the next start with the same options need not compile them.
+    A run of several processes keeps them only if JAX_COMPILATION_CACHE_DIR names a folder that all of them share."""
     mesh: str | None = None
     """Number of devices along each axis of the mesh that model and batches are sharded over, for example
     data=2,fsdp=2,tensor=2. By default one device, or data=ALL for a run of several processes."""
@@ -70,6 +74,7 @@ def train(args: Args, these: Processes) -> int:
     device = choose_device(args.device)
     jax.config.update("jax_default_device", device)
     jax.config.update("jax_enable_x64", dtype == "float64")
+    enable_compilation_cache(args.compilation_cache, these.count)
 
     # Model, tokenizer and data
     job = load_job(args, these)

@@ -120,6 +120,7 @@ def test_differing_settings(runs):
 def test_caches_are_shown_and_cleared(tmp_path):
     cache, compiled = tmp_path / "cache", tmp_path / "compiled"
     contents = ("models/124M/hparams.json", "vocab.bpe", "the-verdict.txt", "the-verdict.txt.lock", "mine.txt")
+    contents += ("compiled/x86_64/program",)
     for path in (*(cache / name for name in contents), compiled / "program"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(1_000_000))
@@ -136,7 +137,7 @@ def test_caches_are_shown_and_cleared(tmp_path):
     assert "--yes" in asked.stderr
     assert (cache / "vocab.bpe").exists()
     assert run("--clear", "corpora", "--yes").returncode == 0
-    assert sorted(path.name for path in cache.iterdir()) == ["mine.txt", "models", "vocab.bpe"]
+    assert sorted(path.name for path in cache.iterdir()) == ["compiled", "mine.txt", "models", "vocab.bpe"]
     assert run("--clear", "all", "--yes").returncode == 0
     assert [path.name for path in cache.iterdir()] == ["mine.txt"]
     assert not compiled.exists()

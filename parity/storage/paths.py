@@ -1,6 +1,8 @@
 """Paths and switches as people write them on command lines and in environment variables."""
 
+import hashlib
 import os
+import platform
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -21,6 +23,20 @@ def user_path(path: str | Path) -> Path:
 def cache_folder() -> Path:
     """Return GPT_PARITY_CACHE if it is set, otherwise the platform's cache folder for gpt-parity."""
     return user_path(os.environ.get("GPT_PARITY_CACHE") or user_cache_path("gpt-parity"))
+
+
+def compiled_folder() -> Path:
+    """Return the folder of the programs that JAX compiles on processors like this one.
+
+    A program for the instructions of one processor may crash on another, with which it may share a home folder.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    features = next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
+    name = hashlib.sha256(features.encode()).hexdigest()[:8]
+    return cache_folder() / "compiled" / f"{platform.machine()}-{name}"
 
 
 def is_offline() -> bool:
