@@ -1,9 +1,19 @@
 # Everything runs in a local .venv, made on first use. Each set of extras is installed once; training needs only JAX.
 PYTHON ?= python3
 VENV := .venv
-# On a GPU machine: make train EXTRAS=cuda13
-EXTRAS ?= jax
-TEST_EXTRAS ?= jax,torch,tf,test,dev
+# The major version of the NVIDIA driver, or nothing. With one that can run CUDA 13, JAX's CUDA build is installed as well;
+# PyTorch's package for Linux contains CUDA. EXTRAS and TEST_EXTRAS overrule the choice.
+DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | grep -oE '^[0-9]+' | head -n 1)
+OLDEST_DRIVER := 580
+CUDA := $(shell test "$(DRIVER)" -ge $(OLDEST_DRIVER) 2>/dev/null && echo ,cuda13)
+EXTRAS ?= jax$(CUDA)
+TEST_EXTRAS ?= jax,torch,tf,test,dev$(CUDA)
+ifneq ($(origin EXTRAS) $(origin TEST_EXTRAS),file file)
+else ifdef CUDA
+SAY_DRIVER := echo "NVIDIA driver $(DRIVER): JAX for CUDA 13; for the CPU alone: make EXTRAS=jax TEST_EXTRAS=jax,torch,tf,test,dev"
+else ifdef DRIVER
+SAY_DRIVER := echo "NVIDIA driver $(DRIVER) cannot run CUDA 13: only the CPU is used. Update the driver to $(OLDEST_DRIVER) or later"
+endif
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check
 FOR_TRAINING := $(VENV)/.extras-$(EXTRAS)
@@ -12,11 +22,12 @@ FOR_TESTS := $(VENV)/.extras-$(TEST_EXTRAS) $(VENV)/.vocabulary
 # One worker per core; each takes up to 5 GB of memory.
 PARALLEL ?= --numprocesses logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
-.PHONY: setup train test test-slow test-pretrained test-package check bench clean
+.PHONY: setup train test test-slow test-pretrained test-package test-gpu check bench clean
 
 setup: $(FOR_TRAINING)
 
 $(VENV)/.extras-%: pyproject.toml constraints.txt
+	@$(SAY_DRIVER)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt --editable '.[$*]'
 	touch $@
@@ -26,6 +37,7 @@ $(VENV)/.vocabulary: constraints-vocabulary.txt | $(VENV)/.extras-$(TEST_EXTRAS)
 	touch $@
 
 train: $(FOR_TRAINING)
+	@$(SAY_DRIVER)
 	$(RUN) scripts/train_jax.py $(ARGS)
 
 test: $(FOR_TESTS)
@@ -41,6 +53,10 @@ test-pretrained: $(FOR_TESTS)
 # Builds the wheel and the sdist, and uses them in environments of their own.
 test-package: $(FOR_TESTS)
 	$(RUN) -m pytest -m package
+
+# Parity on the GPU, training, a kill, and all benchmarks, in nine minutes.
+test-gpu: $(FOR_TESTS)
+	$(RUN) scripts/test_gpu.py $(ARGS)
 
 check: $(FOR_TESTS)
 	$(VENV)/bin/ruff check .

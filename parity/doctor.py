@@ -23,6 +23,7 @@ from parity.errors import exit_with_message
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "torch", "numpy", "tiktoken", "tensorflow-cpu")
 _CUDNN = ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12")  # the packages that JAX uses; torch reports its own version
 _MIN_CUDNN = (9, 8)  # jax's wheels are built for it; with an older one JAX falls back to the CPU
+_OLDEST_DRIVER = 580  # of CUDA 13, for which the extra cuda13 and PyTorch's package are built
 
 _ASK_JAX = """
 import json, jax
@@ -105,7 +106,10 @@ def examine(
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
         yield Finding(package, installed(package) or "not installed")
-    yield Finding("GPUs of the driver", "; ".join(gpus) or "none")
+    driver_problem = _old_driver(gpus, jax or {}, torch or {})
+    yield Finding("GPUs of the driver", "; ".join(gpus) or "none", driver_problem)
+    if driver_problem:
+        gpus = []  # which no framework can use
     if jax is None and torch is None:
         yield Finding(
             "frameworks", "none", "neither backend can be used; pip install 'gpt-parity[jax]' or 'gpt-parity[torch]'"
@@ -115,6 +119,18 @@ def examine(
     if installed("tensorflow"):
         problem = "it reserves the GPU's memory when it is imported; install tensorflow-cpu instead"
         yield Finding("tensorflow", "with GPU support", problem)
+
+
+def _old_driver(gpus: list[str], jax: Mapping[str, Any], torch: Mapping[str, Any]) -> str:
+    """Return what is wrong with the driver; nothing if a framework can use the GPU, as builds for CUDA 12 may."""
+    versions = [gpu.rpartition(", ")[2] for gpu in gpus]
+    old = [v for v in versions if v.partition(".")[0].isdecimal() and int(v.partition(".")[0]) < _OLDEST_DRIVER]
+    if not old or "gpu" in (jax.get("platform"), torch.get("platform")):
+        return ""
+    return (
+        f"NVIDIA driver {old[0]} is too old for CUDA 13, which needs {_OLDEST_DRIVER} or later; update the driver "
+        "(nvidia-smi shows its version), or use the CPU"
+    )
 
 
 def _examine_jax(

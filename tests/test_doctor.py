@@ -54,6 +54,18 @@ def test_gpu_present_but_cpu_used_is_reported():
     }
 
 
+def test_a_driver_that_is_too_old_for_cuda_13_is_explained():
+    old = ["NVIDIA H100, 550.54.14"] * 2
+    _, wrong = findings(old, JAX_CPU, TORCH_CPU)
+    assert wrong == {
+        "GPUs of the driver": "NVIDIA driver 550.54.14 is too old for CUDA 13, which needs 580 or later; update the "
+        "driver (nvidia-smi shows its version), or use the CPU"
+    }
+    assert findings(old, None, TORCH_CPU)[1].keys() == wrong.keys()
+    assert not findings(old, JAX_GPU, TORCH_GPU)[1]  # builds for an older CUDA
+    assert "GPUs of the driver" not in findings(["NVIDIA X, [Unknown]"], JAX_CPU, TORCH_CPU)[1]
+
+
 def test_other_problems_are_reported(no_tensorflow):
     _, wrong = findings([], {"error": "ImportError: no jaxlib"}, TORCH_CPU)
     assert "no jaxlib" in wrong["jax's devices"]

@@ -1,0 +1,63 @@
+"""What make installs on machines with and without an NVIDIA driver, for which a stand-in of nvidia-smi answers."""
+
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+from support.runs import ROOT
+
+from parity import doctor
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+
+
+def commands(target, answer, folder, *variables, status=0):
+    """Return what make would run for a target in an empty folder, where nvidia-smi prints `answer`."""
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nprintf '{answer}'\nexit {status}\n")
+    program.chmod(0o755)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    environment = {name: value for name, value in os.environ.items() if "EXTRAS" not in name} | {"PATH": path}
+    command = ["make", "--dry-run", f"VENV={folder / 'venv'}", target, *variables]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def extras(output):
+    return re.findall(r"--editable '\.\[(.*?)\]'", output)
+
+
+TESTS = "jax,torch,tf,test,dev"
+
+
+@pytest.mark.parametrize("answer", ["580.65.06\\n", "595.10\\n595.10\\n"])
+def test_a_driver_for_cuda_13_selects_it(answer, tmp_path):
+    train = commands("train", answer, tmp_path)
+    assert extras(train) == ["jax,cuda13"]
+    assert f"NVIDIA driver {answer[:3]}: JAX for CUDA 13" in train
+    for target in ("test", "test-gpu"):
+        assert extras(commands(target, answer, tmp_path)) == [f"{TESTS},cuda13"]
+    chosen = commands("train", answer, tmp_path, "EXTRAS=jax")
+    assert extras(chosen) == ["jax"]
+    assert "NVIDIA" not in chosen
+    assert extras(commands("test", answer, tmp_path, "TEST_EXTRAS=jax")) == ["jax"]
+
+
+def test_a_driver_that_is_too_old_is_named(tmp_path):
+    output = commands("train", "550.54.14\\n", tmp_path)
+    assert extras(output) == ["jax"]
+    message = (
+        f"NVIDIA driver 550 cannot run CUDA 13: only the CPU is used. Update the driver to {doctor._OLDEST_DRIVER}"
+    )
+    assert output.count(message) == 2  # when it installs, and at each start
+    assert extras(commands("test", "550.54.14\\n", tmp_path)) == [TESTS]
+
+
+@pytest.mark.parametrize("status", [0, 9, 127])
+def test_without_a_driver_the_cpu_is_used_silently(status, tmp_path):
+    output = commands("train", "NVIDIA-SMI has failed because it could not communicate\\n", tmp_path, status=status)
+    assert extras(output) == ["jax"]
+    assert "NVIDIA" not in output
