@@ -97,26 +97,38 @@ def memory(
 
 
 def communication_bytes(
-    config: GPTConfig, shape: MeshShape, micro_size: int, accumulate: int, dtype: str
+    config: GPTConfig, shape: MeshShape, micro_size: int, accumulate: int, dtype: str, platform: str = "gpu"
 ) -> dict[str, int]:
     """Estimate the bytes that each device sends in one step of `accumulate` micro-batches, by purpose.
 
-    Parameters are gathered in the compute dtype; gradients are reduced in the parameters' dtype. In a ring of n
-    devices, an all-gather or a reduce-scatter sends (n - 1) / n of the array, and an all-reduce twice that.
+    Parameters are gathered, and gradients summed, once per micro-batch in the compute dtype. In a ring of n devices, an
+    all-gather or a reduce-scatter sends (n - 1) / n of the array, and an all-reduce twice that.
+
+    Args:
+        config: The model's configuration.
+        shape: Number of devices along each axis of the mesh.
+        micro_size: Windows per micro-batch, over all devices.
+        accumulate: Number of micro-batches.
+        dtype: The compute dtype.
+        platform: JAX's name of the platform. On "cpu" XLA does not use reduce-scatter: it makes an all-reduce and keeps
+            a part of the result.
     """
     itemsize = jnp.dtype(dtype).itemsize
-    param_itemsize = max(4, itemsize)
     n_parameters = bytes_per_device(config, dataclasses.replace(shape, fsdp=1), 1)  # sharded by `tensor` alone
     tokens = micro_size * config.n_ctx // (shape.data * shape.fsdp)
     data, fsdp, tensor = ((n - 1) / n for n in (shape.data, shape.fsdp, shape.tensor))
     sums = 4 * config.n_layer  # after attention and MLP, forward and backward
-    sizes = {
-        "data: all-reduce of gradients": 2 * data * n_parameters / shape.fsdp * param_itemsize,
-        "fsdp: all-gather of parameters, forward and backward": 2 * fsdp * n_parameters * itemsize * accumulate,
-        "fsdp: reduce-scatter of gradients": fsdp * n_parameters * param_itemsize * accumulate,
-        "tensor: all-reduce of activations": 2 * tensor * sums * tokens * config.n_embd * itemsize * accumulate,
+    # A head that `tensor` does not divide: each of its devices computes the loss of a part of the positions.
+    head = 0 if config.n_vocab % shape.tensor == 0 else config.n_vocab * config.n_embd // shape.fsdp
+    scatter = 1 if platform != "cpu" else 2
+    numbers = {
+        "data: all-reduce of gradients": 2 * data * n_parameters / shape.fsdp,
+        "fsdp: all-gather of parameters, forward and backward": 2 * fsdp * n_parameters,
+        "fsdp: reduce-scatter of gradients": scatter * fsdp * n_parameters,
+        "tensor: all-reduce of activations": 2 * tensor * sums * tokens * config.n_embd,
+        "tensor: all-reduce of the head's gradient": 2 * tensor * head,
     }
-    return {name: int(size) for name, size in sizes.items() if size}
+    return {name: int(number * itemsize * accumulate) for name, number in numbers.items() if number}
 
 
 def compiled_memory(

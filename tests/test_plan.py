@@ -38,13 +38,15 @@ def test_communication_by_hand():
     parameters = 124_439_808
     assert communication_bytes(config, MeshShape(), 8, 1, "float32") == {}
     [size] = communication_bytes(config, MeshShape(data=8), 8, 4, "float32").values()
-    assert size == int(2 * 7 / 8 * parameters * 4)
+    assert size == int(2 * 7 / 8 * parameters * 4 * 4)
     gathered, scattered = communication_bytes(config, MeshShape(fsdp=8), 8, 4, "bfloat16").values()
     assert gathered == int(2 * 7 / 8 * parameters * 2 * 4)
-    assert scattered == int(7 / 8 * parameters * 4 * 4)
+    assert scattered == int(7 / 8 * parameters * 2 * 4)
+    assert communication_bytes(config, MeshShape(fsdp=8), 8, 4, "bfloat16", "cpu").popitem()[1] == 2 * scattered
     # Two sums forward and two backward in each of 12 layers, of [4, 1024, 768] in two bytes.
-    [size] = communication_bytes(config, MeshShape(tensor=2), 4, 1, "bfloat16").values()
+    size, head = communication_bytes(config, MeshShape(tensor=2), 4, 1, "bfloat16").values()
     assert size == 2 * 1 / 2 * 4 * 12 * 4 * 1024 * 768 * 2
+    assert head == 50257 * 768 * 2
 
 
 def test_memory_shrinks_as_it_should():
