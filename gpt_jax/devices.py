@@ -1,10 +1,12 @@
 """The device and the attention implementation of a JAX run: chosen once, printed, and never changed silently."""
 
 import os
+from typing import NamedTuple
 
 import jax
 import jaxlib
 
+from parity.config import GPTConfig
 from parity.errors import InputError
 
 DEVICES = ("auto", "cpu", "gpu", "cuda", "tpu")
@@ -43,32 +45,46 @@ def _visible() -> str:
         return f"sees no devices here{limited}"
 
 
-def choose_attention(name: str, device: jax.Device, dtype: str, drop_rate: float) -> str:
-    """Return the attention implementation of a run, `explicit` or `cudnn`.
+class Attention(NamedTuple):
+    """The attention implementation of a run."""
+
+    name: str
+    """`explicit` or `cudnn`."""
+    reason: str = ""
+    """Why a run on a GPU in 16 bits does not use cuDNN's kernel, unless explicit attention was requested."""
+
+    def __str__(self) -> str:
+        return f"{self.name} (not cuDNN's kernel: {self.reason})" if self.reason else self.name
+
+
+def choose_attention(name: str, device: jax.Device, dtype: str, config: GPTConfig) -> Attention:
+    """Choose the attention implementation of a run.
 
     Args:
         name: `explicit`, `cudnn`, or `auto` for cudnn wherever it can run.
         device: The device that computes.
         dtype: The dtype that the model computes in.
-        drop_rate: The model's dropout rate.
+        config: The model's configuration.
 
     Raises:
         InputError: If cudnn is requested and cannot run; the message lists every reason.
     """
-    obstacles = [
-        text
-        for text, applies in (
-            ("it needs a GPU", device.platform != "gpu"),
-            ("it computes in 16 bits only; use --dtype bfloat16", dtype != "bfloat16"),
-            ("it does not support dropout; use --drop-rate 0", drop_rate > 0),
-        )
-        if applies
-    ]
+    fits = device.platform == "gpu" and dtype == "bfloat16"
+    obstacles = [] if device.platform == "gpu" else ["it needs a GPU"]
+    obstacles += [] if dtype == "bfloat16" else ["it computes in 16 bits only; use --dtype bfloat16"]
+    if config.drop_rate > 0:  # jax.nn has none, and the kernel's own has a seed that is fixed when it is compiled
+        obstacles.append("it does not support dropout; use --drop-rate 0")
+    capability = float(getattr(device, "compute_capability", "9.0"))
+    head_size, largest = config.n_embd // config.n_head, 256 if capability >= 9 else 128
+    if head_size % 8 or head_size > largest:
+        obstacles.append(f"it needs heads of 8, 16, ... or {largest} numbers, these have {head_size}")
+    if capability < 8:
+        obstacles.append(f"it needs a GPU of compute capability 8.0 (Ampere) or later, this is {capability}")
     if name == "cudnn" and obstacles:
         raise InputError(f"--attention cudnn: {'; '.join(obstacles)}")
     if name == "auto":
-        return "explicit" if obstacles else "cudnn"
-    return name
+        return Attention("explicit", "; ".join(obstacles) if fits else "") if obstacles else Attention("cudnn")
+    return Attention(name)
 
 
 def describe(device: jax.Device) -> str:

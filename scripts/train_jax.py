@@ -78,7 +78,7 @@ def train(args: Args, these: Processes) -> int:
 
     # Model, tokenizer and data
     job = load_job(args, these)
-    attention = choose_attention(args.attention, device, dtype, job.config.drop_rate)
+    attention = choose_attention(args.attention, device, dtype, job.config)
 
     # Mesh
     mesh, mesh_info = None, ""
@@ -91,12 +91,12 @@ def train(args: Args, these: Processes) -> int:
     # Model and optimizer
     unroll = min(args.unroll or recipe(args.preset).unroll, job.config.n_layer)
     remat = args.remat or recipe(args.preset).remat
-    trainer = Trainer(job.config, job.settings, job.init_from, attention, unroll, mesh, remat)
+    trainer = Trainer(job.config, job.settings, job.init_from, attention.name, unroll, mesh, remat)
 
     # Run folder
     device_info = {
         "device": describe(device) + mesh_info,
-        "precision": describe_precision(job.settings, attention),
+        "precision": describe_precision(job.settings, str(attention)),
         "program": f"layers per loop iteration {unroll}; recomputed in the backward pass: {remat}",
     }
     job = start_run(job, "jax", device_info, console)

@@ -30,7 +30,7 @@ def jax_step(config: GPTConfig, settings: TrainSettings, unroll: int, remat: str
     from gpt_jax.devices import choose_attention
     from gpt_jax.train import Trainer
 
-    attention = choose_attention("auto", _jax_device(), settings.dtype, config.drop_rate)
+    attention = choose_attention("auto", _jax_device(), settings.dtype, config).name
     trainers: list[Trainer] = []
     host = batch(config, settings)
 
