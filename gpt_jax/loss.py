@@ -7,22 +7,48 @@ the gradient of the head. The matrix products are those of the direct computatio
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from gpt_jax.arrays import at_least_float32, widened
 from gpt_jax.model import GPTModel
+from gpt_jax.sharding import BATCH, RULES
 from parity.config import IGNORE_INDEX, is_counted
 
-LARGEST_CHUNK = 2**25
-"""Number of logits in a chunk: 128 MiB in float32."""
+
+class Tiling(NamedTuple):
+    """How the logits are divided on a kind of device. It changes the speed and the memory, not the result."""
+
+    largest_chunk: int
+    """Upper limit of the number of logits that exist at a time on each device."""
+    vocab_multiple: int
+    """The vocabulary is padded to a multiple of this, with logits of minus infinity, if that adds at most 1 %."""
 
 
-def summed_loss(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
+CPU_TILING = Tiling(largest_chunk=2**25, vocab_multiple=1)
+GPU_TILING = Tiling(largest_chunk=2**28, vocab_multiple=128)
+
+
+def tiling_for(platform: str) -> Tiling:
+    """Return the tiling for JAX's name of a platform. Pass the platform of the device that the step is compiled for."""
+    return CPU_TILING if platform == "cpu" else GPU_TILING
+
+
+def summed_loss(
+    model: GPTModel,
+    inputs: Array,
+    targets: Array,
+    key: Array | None = None,
+    tiling: Tiling = CPU_TILING,
+    mesh: Mesh | None = None,
+) -> Array:
     """Return the cross-entropy in nats, summed over the targets that are not ignored.
 
     Args:
@@ -31,12 +57,14 @@ def summed_loss(model: GPTModel, inputs: Array, targets: Array, key: Array | Non
         targets: The ids to predict, integers [B, T]. Targets -1 and -100 are ignored; any other target outside the
             vocabulary makes the loss and its gradients NaN, because a compiled function cannot raise.
         key: Turns dropout on.
+        tiling: See head_loss.
+        mesh: See head_loss.
 
     Returns:
         A scalar of dtype float32 or float64.
     """
     head = model.tok_emb.embedding[...] if model.config.tied_head else model.out_head.kernel[...].T  # [V, D]
-    return head_loss(model.hidden(inputs, key), head, targets)
+    return head_loss(model.hidden(inputs, key), head, targets, tiling, mesh)
 
 
 def calc_loss(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
@@ -57,23 +85,45 @@ def calc_loss(model: GPTModel, inputs: Array, targets: Array, key: Array | None 
     return loss / is_counted(targets).sum(dtype=loss.dtype)
 
 
-def head_loss(x: Array, head: Array, targets: Array, largest_chunk: int = LARGEST_CHUNK) -> Array:
+def head_loss(x: Array, head: Array, targets: Array, tiling: Tiling = CPU_TILING, mesh: Mesh | None = None) -> Array:
     """Return the cross-entropy in nats, summed over the targets that are not ignored, without keeping all logits.
 
     Args:
         x: Input of the head [B, T, D].
         head: Weights of the head [V, D].
         targets: The ids to predict, integers [B, T]; see summed_loss.
-        largest_chunk: Upper limit of the number of logits that exist at a time.
+        tiling: Size of the chunks.
+        mesh: Devices over which x is sharded. Each of them processes its own rows, and its part of their positions if
+            `tensor` divides T. The gradient of the head is summed over the devices once, after the last chunk. XLA
+            would sum it after every chunk.
 
     Returns:
         A scalar of dtype float32 or float64.
     """
-    chunks = _chunks(x.shape[0] * head.shape[0], x.shape[1], largest_chunk)
     counted = is_counted(targets)
     valid = counted & (targets >= 0) & (targets < head.shape[0])
-    loss = _head_loss(x, head, jnp.where(valid, targets, IGNORE_INDEX), chunks)
+    targets = jnp.where(valid, targets, IGNORE_INDEX)
+    if mesh is None:
+        loss = _head_loss(x, head, targets, tiling)
+    else:
+        loss = _over_mesh(functools.partial(_head_loss, tiling=tiling), mesh, x.shape[1])(x, head, targets)
     return loss * jnp.where((counted & ~valid).any(), jnp.nan, 1.0)
+
+
+def _over_mesh(loss: Callable[..., Array], mesh: Mesh, T: int) -> Callable[..., Array]:
+    """Return the sum over a mesh of loss(x, head, targets), of which each device computes its part."""
+    fsdp, tensor = RULES["D"], RULES["N"]
+    axes = (*BATCH, tensor) if T % mesh.shape[tensor] == 0 else BATCH  # that the positions [B, T] are sharded over
+
+    def local(x: Array, head: Array, targets: Array) -> Array:
+        # The transpose of these lines sums the gradient of the head over the devices, in the dtype of the head.
+        head = jax.lax.pcast(head, tuple(axis for axis in axes if axis != fsdp), to="varying")
+        if mesh.shape[fsdp] > 1:
+            head = jax.lax.all_gather(head, fsdp, axis=1, tiled=True)
+        return jax.lax.psum(loss(x, head, targets), axes)
+
+    rows = P(BATCH, tensor) if tensor in axes else P(BATCH)
+    return jax.shard_map(local, mesh=mesh, in_specs=(rows, P(None, fsdp), rows), out_specs=P())
 
 
 def _chunks(logits_per_position: int, T: int, largest: int) -> int:
@@ -82,7 +132,7 @@ def _chunks(logits_per_position: int, T: int, largest: int) -> int:
 
 
 def _cut(x: Array, chunks: int) -> Array:
-    """[B, T, ...] -> [chunks, B * T / chunks, ...]; cut along T, because B may be sharded."""
+    """[B, T, ...] -> [chunks, B * T / chunks, ...]; cut along T, because XLA may have sharded B."""
     parts = jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0)
     return parts.reshape(chunks, -1, *x.shape[2:])
 
@@ -93,9 +143,17 @@ def _join(parts: Array, like: Array) -> Array:
     return jnp.moveaxis(cut, 0, 1).reshape(like.shape)
 
 
-def _chunk(x: Array, head: Array, targets: Array) -> tuple[Array, Array]:
+def _pad_vocabulary(head: Array, multiple: int) -> Array:
+    """[V, D] -> [V + padding, D]"""
+    padding = -head.shape[0] % multiple
+    return jnp.pad(head, ((0, padding), (0, 0))) if padding * 100 <= head.shape[0] else head
+
+
+def _chunk(x: Array, head: Array, targets: Array, n_vocab: int) -> tuple[Array, Array]:
     """x [R, D], targets [R] -> (summed loss, softmax [R, V] with zeros in the rows whose target is ignored)."""
     logits = at_least_float32(x @ head.T)
+    if head.shape[0] > n_vocab:
+        logits = jnp.where(jnp.arange(head.shape[0])[None] < n_vocab, logits, -jnp.inf)
     largest = logits.max(axis=-1, keepdims=True)
     exponentials = jnp.exp(logits - largest)
     total = exponentials.sum(axis=-1, keepdims=True)
@@ -105,41 +163,49 @@ def _chunk(x: Array, head: Array, targets: Array) -> tuple[Array, Array]:
     return loss, (exponentials * (counted.astype(total.dtype) / total)).astype(x.dtype)
 
 
+def _zeros(shape: tuple[int, ...], like: Array) -> Array:
+    """Zeros in which sums over `like` can be accumulated: in float32 at least, and as `like` varies over a mesh."""
+    return jax.lax.full_like(like, 0, widened(like.dtype), shape)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _head_loss(x: Array, head: Array, targets: Array, chunks: int) -> Array:
+def _head_loss(x: Array, head: Array, targets: Array, tiling: Tiling) -> Array:
+    n_vocab, head = head.shape[0], _pad_vocabulary(head, tiling.vocab_multiple)
+    chunks = _chunks(x.shape[0] * head.shape[0], x.shape[1], tiling.largest_chunk)
+
     def add_chunk(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
         x, targets = chunk
-        return total + _chunk(x, head, targets)[0], None
+        return total + _chunk(x, head, targets, n_vocab)[0], None
 
-    zero = jnp.zeros((), widened(x.dtype))
-    return jax.lax.scan(add_chunk, zero, (_cut(x, chunks), _cut(targets, chunks)))[0]
+    return jax.lax.scan(add_chunk, _zeros((), x), (_cut(x, chunks), _cut(targets, chunks)))[0]
 
 
-def _loss_and_gradients(x: Array, head: Array, targets: Array, chunks: int) -> tuple[Array, Array, Array]:
-    accumulated = widened(x.dtype)
+def _loss_and_gradients(x: Array, head: Array, targets: Array, tiling: Tiling) -> tuple[Array, Array, Array]:
+    n_vocab, head = head.shape[0], _pad_vocabulary(head, tiling.vocab_multiple)
+    chunks = _chunks(x.shape[0] * head.shape[0], x.shape[1], tiling.largest_chunk)
 
     def add_chunk(carry: tuple[Array, Array], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
         (total, head_gradient), (x, targets) = carry, chunk
-        loss, probs = _chunk(x, head, targets)
+        loss, probs = _chunk(x, head, targets, n_vocab)
         # The gradient of the logits is the softmax minus 1 at the target; the 1 is subtracted afterwards.
         ids, counted = jnp.maximum(targets, 0), (targets != IGNORE_INDEX)[:, None]
-        partial = jnp.einsum("RV,RD->VD", probs, x, preferred_element_type=accumulated)
-        partial = partial.at[ids].add(-jnp.where(counted, x, 0).astype(accumulated))
+        partial = jnp.einsum("RV,RD->VD", probs, x, preferred_element_type=widened(x.dtype))
+        partial = partial.at[ids].add(-jnp.where(counted, x, 0).astype(partial.dtype))
         return (total + loss, head_gradient + partial), probs @ head - jnp.where(counted, head[ids], 0)
 
-    start = (jnp.zeros((), accumulated), jnp.zeros(head.shape, accumulated))
+    start = (_zeros((), x), _zeros(head.shape, x))
     (total, head_gradient), x_gradient = jax.lax.scan(add_chunk, start, (_cut(x, chunks), _cut(targets, chunks)))
-    return total, _join(x_gradient, x), head_gradient.astype(head.dtype)
+    return total, _join(x_gradient, x), head_gradient[:n_vocab].astype(head.dtype)
 
 
 @functools.partial(_head_loss.defjvp, symbolic_zeros=True)
-def _head_loss_jvp(chunks: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _head_loss_jvp(tiling: Tiling, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """The derivative as products with the gradients: linear in the tangents, so that JAX transposes it for jax.grad.
 
     jax.custom_vjp would do the same for jax.grad only, and refuse jax.jvp and jax.jacfwd.
     """
     x, head, targets = primals
-    loss, *gradients = _loss_and_gradients(x, head, targets, chunks)
+    loss, *gradients = _loss_and_gradients(x, head, targets, tiling)
     products = [
         (gradient.astype(loss.dtype) * tangent.astype(loss.dtype)).sum()
         for gradient, tangent in zip(gradients, tangents[:2], strict=True)

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt_jax import sharding
 from gpt_jax.arrays import widened
-from gpt_jax.loss import LARGEST_CHUNK
+from gpt_jax.loss import CPU_TILING
 from gpt_jax.model import ATTENTIONS, GPTModel, cast
 from gpt_jax.sharding import MeshShape, bytes_per_device, make_mesh
 from gpt_jax.train import TrainState, make_optimizer, make_train_step, parameter_name
@@ -79,7 +79,7 @@ def memory(
         per_token = replicated * config.n_embd + (sharded * config.n_embd + patterns * scores) / shape.tensor
         return int(tokens * per_token)
 
-    logits = min(LARGEST_CHUNK, micro_size * config.n_ctx * config.n_vocab) // (shape.data * shape.fsdp)
+    logits = min(CPU_TILING.largest_chunk, tokens * config.n_vocab // shape.tensor)
     loss = int(_LOSS * logits * param_itemsize)
     gathered = 0
     if shape.fsdp > 1:

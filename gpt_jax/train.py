@@ -16,7 +16,7 @@ from optax import tree_utils as otu
 from gpt_jax import checkpoint, sharding
 from gpt_jax.arrays import widened
 from gpt_jax.generate import generate
-from gpt_jax.loss import summed_loss
+from gpt_jax.loss import CPU_TILING, Tiling, summed_loss, tiling_for
 from gpt_jax.model import GPTModel, cast
 from gpt_jax.weights import load_weights
 from parity.config import GPTConfig, is_counted
@@ -36,12 +36,12 @@ class TrainState(NamedTuple):
     """AdamW's count and moments."""
 
 
-def make_summed_loss(compute_dtype: Any, mesh: Mesh | None = None):
+def make_summed_loss(compute_dtype: Any, mesh: Mesh | None = None, tiling: Tiling = CPU_TILING):
     """Return summed_loss() in `compute_dtype`, with activations sharded over `mesh`, for jax.jit and jax.grad."""
 
     def cast_and_sum(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
         with sharding.shard_activations(mesh):
-            return summed_loss(cast(model, compute_dtype), inputs, targets, key)
+            return summed_loss(cast(model, compute_dtype), inputs, targets, key, tiling, mesh)
 
     return cast_and_sum
 
@@ -84,6 +84,7 @@ def make_train_step(
     dropout_seed: int | None = None,
     mesh: Mesh | None = None,
     out_shardings: Any = None,
+    tiling: Tiling = CPU_TILING,
 ):
     """Return the jitted train_step(state, inputs [A, B, T], targets, lr, step) -> (state, {loss, grad_norm}).
 
@@ -94,12 +95,13 @@ def make_train_step(
         dropout_seed: Dropout is a function of this seed and the step; None turns it off.
         mesh: Devices over which activations are sharded.
         out_shardings: Shardings of the returned state and metrics.
+        tiling: Size of the loss's chunks on the devices that the step is for; see tiling_for().
 
     Returns:
         The step, which donates its state. A step whose loss or gradient is not finite changes nothing.
     """
 
-    loss_and_grads = jax.value_and_grad(make_summed_loss(compute_dtype, mesh))
+    loss_and_grads = jax.value_and_grad(make_summed_loss(compute_dtype, mesh, tiling))
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
     def train_step(state: TrainState, inputs: Array, targets: Array, lr: Array, step: Array):
@@ -178,10 +180,12 @@ class Trainer:
                 model, jax.jit(self.optimizer.init, out_shardings=self._state_sharding.opt_state)(model)
             )
         dropout_seed = settings.seed if config.drop_rate else None
+        [device, *_] = jax.tree.leaves(self.state)[0].devices()
+        tiling = tiling_for(device.platform)
         self._train_step = make_train_step(
-            self.optimizer, settings.clip, compute_dtype, dropout_seed, mesh, out_shardings
+            self.optimizer, settings.clip, compute_dtype, dropout_seed, mesh, out_shardings, tiling
         )
-        self._summed_loss = jax.jit(make_summed_loss(compute_dtype, mesh), out_shardings=replicated)
+        self._summed_loss = jax.jit(make_summed_loss(compute_dtype, mesh, tiling), out_shardings=replicated)
 
     @property
     def model(self) -> GPTModel:

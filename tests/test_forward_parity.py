@@ -1,5 +1,7 @@
 """Operations, a block and all logits of each backend agree with the NumPy oracle, and so with the other backend."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from support.tolerances import LOGITS_ATOL
 
 import gpt_jax.adapter
 import gpt_torch.adapter
+from gpt_jax.model import GELU
 from parity.comparison.compare import compare
 
 pytestmark = pytest.mark.optimized  # as users' programs are compiled
@@ -136,3 +139,10 @@ def test_bfloat16_is_bfloat16_and_gives_float32_logits():
     # 8 bits of mantissa, logits below 1; and not so near that float32 was computed instead.
     for got in (np.asarray(short), torch_short.numpy()):
         assert 1e-5 < compare("bfloat16", got, exact, 1.0).error < 0.02
+
+
+def test_gelu_is_the_formula_of_the_paper_bit_for_bit():
+    """The model multiplies in another order, which XLA recognizes; halving a float is exact."""
+    x = jnp.asarray(np.random.default_rng(0).normal(scale=3, size=100_000), jnp.float32)
+    expected = jax.jit(lambda x: 0.5 * x * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))(x)
+    assert np.array_equal(jax.jit(GELU().__call__)(x), expected)

@@ -1,6 +1,7 @@
 """The chunked loss equals the direct one and stores no array of all logits; both backends treat targets alike."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import gpt_jax.train
 import gpt_torch.loss
 import gpt_torch.notebook
 import gpt_torch.train
-from gpt_jax.loss import _chunks, head_loss, summed_loss
+from gpt_jax.loss import CPU_TILING, GPU_TILING, Tiling, _chunks, head_loss, summed_loss, tiling_for
 from parity.comparison.compare import compare
 from parity.config import IGNORE_INDEX, GPTConfig
 from parity.errors import InputError
@@ -37,17 +38,19 @@ def inputs(B=3, T=12, D=10, V=31, dtype=np.float64):
     return x, head, targets
 
 
-@pytest.mark.parametrize("largest", [10**9, 3 * 31 * 4, 1])
-def test_loss_and_gradients_are_the_plain_ones(largest):
+@pytest.mark.parametrize("multiple", [1, 128])
+@pytest.mark.parametrize("largest", [10**9, 3 * 128 * 4, 1])
+def test_loss_and_gradients_are_the_plain_ones(largest, multiple):
     with jax.enable_x64(True):
-        x, head, targets = inputs()
-        weighted = jax.value_and_grad(lambda x, head: 0.7 * head_loss(x, head, targets, largest), (0, 1))
+        x, head, targets = inputs(V=127)
+        tiling = Tiling(largest, multiple)
+        weighted = jax.value_and_grad(lambda x, head: 0.7 * head_loss(x, head, targets, tiling), (0, 1))
         got = jax.jit(weighted)(x, head)
         want = jax.value_and_grad(lambda x, head: 0.7 * plain(x, head, targets), (0, 1))(x, head)
         for name, a, b in zip(("loss", "x", "head"), jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             result = compare(name, np.asarray(a), np.asarray(b), 1e-13 * np.abs(b).max())
             assert result.ok, str(result)
-        assert float(head_loss(x, head, targets, largest)) == pytest.approx(float(want[0]) / 0.7, rel=1e-14)
+        assert float(head_loss(x, head, targets, tiling)) == pytest.approx(float(want[0]) / 0.7, rel=1e-14)
         assert not np.asarray(got[1][0])[2].any()  # a row without targets
 
 
@@ -56,6 +59,20 @@ def test_chunks_divide_the_positions():
     assert _chunks(10, 24, 100) == 3
     assert _chunks(10, 23, 100) == 23
     assert _chunks(10, 24, 1) == 24
+
+
+def test_a_large_vocabulary_is_padded_on_a_gpu_and_a_small_one_is_not():
+    def widths(n_vocab, platform):
+        """The lengths of the last axis of the logits in the program."""
+        x, head = jnp.zeros((1, 2, 3)), jnp.zeros((n_vocab, 3))
+        program = jax.make_jaxpr(lambda *a: head_loss(*a, tiling_for(platform)))(x, head, jnp.zeros((1, 2), int))
+        return set(map(int, re.findall(r"f32\[2,(\d{3,})\] = dot_general", str(program))))
+
+    assert widths(50257, "cpu") == {50257}
+    assert widths(50257, "gpu") == widths(50257, "cuda") == {50304}
+    assert widths(50304, "gpu") == {50304}
+    assert widths(257, "gpu") == {257}
+    assert GPU_TILING.largest_chunk > CPU_TILING.largest_chunk
 
 
 @pytest.mark.parametrize("tied_head", [True, False])
@@ -87,7 +104,7 @@ def test_memory_holds_one_chunk_of_logits():
 
     logits = 130 * 50304 * 4
     assert temporary(plain) > logits
-    assert temporary(lambda x, head, targets: head_loss(x, head, targets, 10 * 50304)) < logits / 3
+    assert temporary(lambda x, head, targets: head_loss(x, head, targets, Tiling(10 * 50304, 1))) < logits / 3
     assert model.config == config
 
 

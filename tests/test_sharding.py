@@ -11,6 +11,7 @@ from support.runs import ROOT, metrics, run_script
 from support.sharded_runs import ALL, CONFIG, FEW, GENERATING
 
 from gpt_jax.sharding import MeshShape, bytes_per_device
+from parity.comparison.compare import compare
 from parity.config import PRESETS
 from parity.errors import InputError
 
@@ -47,6 +48,17 @@ def test_losses_do_not_depend_on_the_mesh(runs):
     assert len(set(expected)) > 15
     for shape in map(str, shapes):
         assert results[shape]["losses"] == pytest.approx(expected, rel=RTOL[dtype]), shape
+
+
+def test_the_loss_of_the_head_does_not_depend_on_the_mesh(runs):
+    """Also where `tensor` does not divide the positions."""
+    dtype, shapes, results = runs
+    expected = [np.array(array) for array in results["head"]["None"]]
+    assert [array.shape for array in expected] == [(), (8, 5, 16), (CONFIG.n_vocab, 16)]
+    for shape in map(str, shapes):
+        for got, want in zip(results["head"][shape], expected, strict=True):
+            bound = RTOL[dtype] * np.abs(want).max()
+            assert compare(shape, np.array(got), want, bound).ok, shape
 
 
 def test_a_checkpoint_is_resumed_on_another_mesh(runs):

@@ -8,9 +8,12 @@ import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+import gpt_jax.train
 from gpt_jax.generate import generate
+from gpt_jax.loss import Tiling, head_loss
 from gpt_jax.sharding import MeshShape, make_mesh
 from gpt_jax.train import Trainer
 from parity.config import GPTConfig
@@ -22,6 +25,7 @@ SETTINGS = recipe("tiny").settings
 ALL = [(d, f, t) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) for t in (1, 2, 4, 8) if d * f * t == 8]
 FEW = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 GENERATING = [(8, 1, 1), (2, 2, 2)]  # of FEW: replicated, and sharded over each axis
+SMALL_CHUNKS = Tiling(largest_chunk=2 * CONFIG.n_vocab, vocab_multiple=1)
 PROMPTS = [[1, 2, 3], [4]]
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
 
@@ -33,6 +37,16 @@ def batch(step):
 
 def make(settings, shape=None):
     return Trainer(CONFIG, settings, mesh=None if shape is None else make_mesh(MeshShape(*shape)))
+
+
+def head_losses(shape):
+    """Return the loss of the head and its gradients, in several chunks and on a mesh that does not divide T."""
+    generator = np.random.default_rng(0)
+    x, head = (jnp.asarray(generator.normal(size=size)) for size in ((8, 5, 16), (CONFIG.n_vocab, 16)))
+    targets = generator.integers(-1, CONFIG.n_vocab, (8, 5), dtype=np.int32)
+    mesh = None if shape is None else make_mesh(MeshShape(*shape))
+    loss = jax.jit(jax.value_and_grad(lambda *arrays: head_loss(*arrays, targets, SMALL_CHUNKS, mesh), (0, 1)))
+    return [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(loss(x, head))]
 
 
 def losses(trainer, first, last):
@@ -57,11 +71,13 @@ def facts(trainer):
 
 def main(dtype, shapes, out):
     jax.config.update("jax_enable_x64", dtype == "float64")
+    gpt_jax.train.tiling_for = lambda platform: SMALL_CHUNKS
     settings = dataclasses.replace(SETTINGS, dtype=dtype)
     results = {}
     single = make(settings)
     expected = single.generate(PROMPTS, 20, seed=1)
     results["tokens"], results["same tokens"] = expected, {}
+    results["head"] = {str(shape): head_losses(shape) for shape in (None, *shapes)}
     results["single"] = {"losses": losses(single, 0, 20), **facts(single)}
     with tempfile.TemporaryDirectory() as folder:
         for shape in shapes:
