@@ -26,6 +26,7 @@ from parity.errors import InputError
 from parity.weights import Row
 
 RULES = {"D": "fsdp", "N": "tensor", "F": "tensor", "V": "tensor"}
+MESH_AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 """The mesh axes that shard the rows of a batch."""
 
@@ -92,7 +93,7 @@ def make_mesh(shape: MeshShape, device_kind: str | None = None) -> Mesh:
             available += f" in {jax.process_count()} processes, which must use all of them"
         raise InputError(f"--mesh needs {shape.size} devices; available: {available}")
     sizes = (shape.data, shape.fsdp, shape.tensor)
-    return Mesh(np.asarray(devices[: shape.size]).reshape(sizes), ("data", "fsdp", "tensor"))
+    return Mesh(np.asarray(devices[: shape.size]).reshape(sizes), MESH_AXES)
 
 
 def partition_spec(row: Row, config: GPTConfig, mesh: Mesh) -> P:
