@@ -1,6 +1,7 @@
 """The train state on disk: an orbax folder with all of it, and model.safetensors, which either backend can load."""
 
 import logging
+import time
 from pathlib import Path
 
 import jax
@@ -35,11 +36,30 @@ def save(folder: Path, model: GPTModel, arrays: dict[str, Array]) -> None:
             checkpointer.save(plain / ORBAX_FOLDER, arrays)
             checkpointer.wait_until_finished()
         except ValueError as error:  # what tensorstore raises on a full disk
+            _wait_until_unchanged(folder)
             raise OSError(str(error).splitlines()[0]) from error
         finally:
             logger.disabled = before
     if jax.process_index() == 0:
         save_weights(model, folder)
+
+
+def _wait_until_unchanged(folder: Path, quiet: float = 1.0, deadline: float = 30.0) -> None:
+    """Wait until nothing in a folder has changed for `quiet` seconds, at most `deadline` seconds.
+
+    When one write fails, others of tensorstore's are still running on its threads, and nothing waits for them. They
+    would recreate a folder that is deleted in the meantime.
+    """
+    last: dict[Path, int] = {}
+    started = changed = time.monotonic()
+    while time.monotonic() < min(changed + quiet, started + deadline):
+        try:
+            current = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        except FileNotFoundError:  # deleted while it was listed
+            current = {}
+        if current != last:
+            last, changed = current, time.monotonic()
+        time.sleep(quiet / 10)
 
 
 def restore(folder: Path, like: dict[str, Array]) -> dict[str, Array]:

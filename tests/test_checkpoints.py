@@ -7,6 +7,8 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from support.models import TINY, random_batch
 from support.runs import ROOT, command, metrics, run_script
 
 import gpt_jax.adapter
+import gpt_jax.checkpoint
 import gpt_jax.train
 import gpt_torch.train
 from parity.config import IGNORE_INDEX
@@ -196,6 +199,20 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_save(tmp_path):
         [sys.executable, "-c", program, tmp_path / "jax"], capture_output=True, text=True, cwd=ROOT / "tests"
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_a_failed_save_waits_for_the_writes_that_are_still_running(tmp_path):
+    def write():
+        for number in range(8):
+            time.sleep(0.05)
+            (tmp_path / str(number)).write_text("written after the failure")
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    gpt_jax.checkpoint._wait_until_unchanged(tmp_path, quiet=0.5)
+    assert not thread.is_alive()
+    thread.join()
+    assert len(list(tmp_path.iterdir())) == 8
 
 
 @pytest.mark.slow
