@@ -1,9 +1,11 @@
 """A GPT-2 whose weights are arranged for decoding, where each matrix product has one row per prompt.
 
 The memory bandwidth limits the speed of such products, because every weight is read. The layers are unstacked, so that
-the decoding loop never slices a stacked array. On a CPU each matrix is also stored transposed, [out, in], split into as
-many groups of outputs as there are cores, and is the left operand of its product: XLA then reads it on all cores at
-nearly the full memory bandwidth, for one row as well as for eight. docs/results/performance.md has the measurements.
+the decoding loop never slices a stacked array, and each matrix is stored transposed, [out, in], so that an output is
+the sum of a contiguous row, which XLA on a GPU computes in place and on all multiprocessors. On a CPU each matrix is
+also split into as many groups of outputs as there are cores, and is the left operand of its product: XLA then reads it
+on all cores at nearly the full memory bandwidth, for one row as well as for eight. docs/results/performance.md has the
+measurements.
 """
 
 import functools
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from gpt_jax.arrays import widened
 from gpt_jax.model import GPTModel, LayerCache, head_logits
 from gpt_jax.weights import config_of
 from parity.errors import InputError
@@ -31,30 +34,26 @@ class DecodingModel(nnx.Module):
     only: logits of whole sequences, gradients, activations and files need the GPTModel.
     """
 
-    def __init__(self, model: GPTModel, groups: int | None):
-        """`groups`: the number of groups into which each matrix is split; None keeps the matrices as they are."""
+    def __init__(self, model: GPTModel, groups: int):
+        """`groups`: the number of groups into which each matrix is split."""
         model = jax.tree.map(lambda a: a, model)  # copies the modules, not the arrays: the caller's must not change
         self.config = config = model.config
         self.attention = "explicit"
-        self.tok_emb: Any = model.tok_emb
+        self.tok_emb = RowMajorEmbedding(model.tok_emb)
         self.pos_emb = model.pos_emb
         blocks = [jax.tree.map(lambda a, i=i: a[i], model.trf_blocks) for i in range(config.n_layer)]
+        for block in blocks:
+            for branch, name in (
+                (block.att, "qkv_proj"),
+                (block.att, "out_proj"),
+                (block.ff, "in_proj"),
+                (block.ff, "out_proj"),
+            ):
+                setattr(branch, name, RowMajorLinear(getattr(branch, name), groups))
+        self.blocks = nnx.List(blocks)
         self.final_norm = model.final_norm
         if not config.tied_head:
-            self.out_head: Any = model.out_head
-        if groups is not None:
-            self.tok_emb = RowMajorEmbedding(model.tok_emb)
-            if not config.tied_head:
-                self.out_head = RowMajorLinear(model.out_head, groups)
-            for block in blocks:
-                for branch, name in (
-                    (block.att, "qkv_proj"),
-                    (block.att, "out_proj"),
-                    (block.ff, "in_proj"),
-                    (block.ff, "out_proj"),
-                ):
-                    setattr(branch, name, RowMajorLinear(getattr(branch, name), groups))
-        self.blocks = nnx.List(blocks)
+            self.out_head = RowMajorLinear(model.out_head, groups)
 
     def decode(self, tokens: Array, cache: Cache, slot: Any, pad_lengths: Array) -> tuple[Array, Cache]:
         """Return the logits of the token after `tokens`, and write the keys and values of `tokens` into the cache.
@@ -109,7 +108,9 @@ class RowMajorLinear(nnx.Module):
         batch_shape = x.shape[: -self.n_in_axes]
         y = row_major_product(self.weight[...], x.reshape(math.prod(batch_shape), -1))
         y = y.reshape(*batch_shape, *self.out_shape)
-        return y if self.bias is None else y + self.bias[...][(None,) * len(batch_shape)]
+        if self.bias is not None:
+            y = y + self.bias[...][(None,) * len(batch_shape)].astype(y.dtype)
+        return y.astype(x.dtype)
 
 
 class RowMajorEmbedding(nnx.Module):
@@ -126,13 +127,26 @@ class RowMajorEmbedding(nnx.Module):
 
 
 def row_major_product(weight: Array, x: Array) -> Array:
-    """x @ W of a matrix W [in, out] stored as [groups, out / groups, in]; x [rows, in] -> [rows, out]."""
+    """x @ W of a matrix W [in, out] stored as [groups, out / groups, in]; x [rows, in] -> [rows, out].
+
+    The sums and the result are float32 at least: XLA on a GPU would round even the addends of a bfloat16 product.
+    """
+    return jax.lax.platform_dependent(weight, x, cpu=_weight_first, default=_x_first)
+
+
+def _weight_first(weight: Array, x: Array) -> Array:
+    sum_dtype = widened(x.dtype)
     if len(x) == len(weight) == 1:  # a matrix-vector product is slightly faster
-        return jax.lax.optimization_barrier(weight[0] @ x[0])[None]
+        return jax.lax.optimization_barrier(jnp.matmul(weight[0], x[0], preferred_element_type=sum_dtype))[None]
     copies = jnp.broadcast_to(x, (weight.shape[0], *x.shape))
-    y = jax.lax.dot_general(weight, copies, (((2,), (2,)), ((0,), (0,))))  # [groups, out / groups, rows]
+    y = jnp.einsum("GOI,GRI->GOR", weight, copies, preferred_element_type=sum_dtype)
     # Without the barrier XLA may fuse a bias into the product, which becomes a loop that is ten times slower.
     return jax.lax.optimization_barrier(y).reshape(-1, x.shape[0]).T
+
+
+def _x_first(weight: Array, x: Array) -> Array:
+    y = jnp.einsum("RI,GOI->RGO", x, weight, preferred_element_type=widened(x.dtype))
+    return y.reshape(len(x), -1)
 
 
 def for_decoding(model: GPTModel | DecodingModel) -> DecodingModel:
@@ -162,10 +176,10 @@ def for_decoding(model: GPTModel | DecodingModel) -> DecodingModel:
         # One copy is enough; a program of several CPU devices could deadlock.
         model = jax.tree.map(lambda leaf: leaf.addressable_data(0), model)
     device = next(iter(model.tok_emb.embedding[...].devices()))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return _convert(model, cores if device.platform == "cpu" else None)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return _convert(model, cores if device.platform == "cpu" else 1)
 
 
 @functools.partial(jax.jit, static_argnames="groups")
-def _convert(model: GPTModel, groups: int | None) -> DecodingModel:
+def _convert(model: GPTModel, groups: int) -> DecodingModel:
     return DecodingModel(model, groups)

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from gpt_jax.arrays import add_axes, at_least_float32, dropout, merge_heads, split_key
+from gpt_jax.arrays import add_axes, at_least_float32, dropout, merge_heads, split_key, widened
 from gpt_jax.weights import load_weights
 from parity import taps
 from parity.config import LAYER_NORM_EPS, GPTConfig, as_config
@@ -94,17 +94,18 @@ class MultiHeadAttention(nnx.Module):
 
         Batch and heads are one axis, G = BN: with two axes XLA copies the whole cache for each token.
         """
+        sum_dtype = widened(q.dtype)
         q, k, v = (merge_heads(x) for x in (q, k, v))  # [G, T, H]
         keys, values = (
             jax.lax.dynamic_update_slice_in_dim(buffer, new, slot, axis=1)
             for buffer, new in zip(cache, (k, v), strict=True)
         )  # [G, S, H]
-        scores = jnp.einsum("GTH,GSH->GTS", q, keys) / math.sqrt(q.shape[-1])
-        scores = at_least_float32(scores).reshape(-1, self.n_head, *scores.shape[1:])  # [B, N, T, S]
+        scores = jnp.einsum("GTH,GSH->GTS", q, keys, preferred_element_type=sum_dtype) / math.sqrt(q.shape[-1])
+        scores = scores.reshape(-1, self.n_head, *scores.shape[1:])  # [B, N, T, S]
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
         pattern = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         pattern = pattern.reshape(-1, *pattern.shape[2:])  # [G, T, S]
-        z = jnp.einsum("GTS,GSH->GTH", pattern, values)
+        z = jnp.einsum("GTS,GSH->GTH", pattern, values, preferred_element_type=sum_dtype).astype(v.dtype)
         return z.reshape(-1, self.n_head, *z.shape[1:]).swapaxes(1, 2), (keys, values)
 
 
