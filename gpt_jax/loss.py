@@ -33,7 +33,7 @@ class Tiling(NamedTuple):
 
 
 CPU_TILING = Tiling(largest_chunk=2**25, vocab_multiple=1)
-GPU_TILING = Tiling(largest_chunk=2**28, vocab_multiple=128)
+GPU_TILING = Tiling(largest_chunk=2**29, vocab_multiple=128)
 
 
 def tiling_for(platform: str) -> Tiling:
@@ -126,7 +126,7 @@ def _over_mesh(loss: Callable[..., Array], mesh: Mesh, T: int) -> Callable[..., 
     return jax.shard_map(local, mesh=mesh, in_specs=(rows, P(None, fsdp), rows), out_specs=P())
 
 
-def _chunks(logits_per_position: int, T: int, largest: int) -> int:
+def n_chunks(logits_per_position: int, T: int, largest: int) -> int:
     """Return the smallest number of equal chunks of T positions that keeps the limit, or T if none does."""
     return next(n for n in range(1, T + 1) if T % n == 0 and (logits_per_position * (T // n) <= largest or n == T))
 
@@ -153,7 +153,9 @@ def _chunk(x: Array, head: Array, targets: Array, n_vocab: int) -> tuple[Array, 
     """x [R, D], targets [R] -> (summed loss, softmax [R, V] with zeros in the rows whose target is ignored)."""
     logits = at_least_float32(x @ head.T)
     if head.shape[0] > n_vocab:
-        logits = jnp.where(jnp.arange(head.shape[0])[None] < n_vocab, logits, -jnp.inf)
+        # Not jnp.where: JAX moves its two broadcasts, which are as large as the logits, out of the loop over chunks.
+        nothing, padding = jnp.asarray(-jnp.inf, logits.dtype), head.shape[0] - n_vocab
+        logits = jax.lax.pad(logits[:, :n_vocab], nothing, ((0, 0, 0), (0, padding, 0)))
     largest = logits.max(axis=-1, keepdims=True)
     exponentials = jnp.exp(logits - largest)
     total = exponentials.sum(axis=-1, keepdims=True)
@@ -171,7 +173,7 @@ def _zeros(shape: tuple[int, ...], like: Array) -> Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _head_loss(x: Array, head: Array, targets: Array, tiling: Tiling) -> Array:
     n_vocab, head = head.shape[0], _pad_vocabulary(head, tiling.vocab_multiple)
-    chunks = _chunks(x.shape[0] * head.shape[0], x.shape[1], tiling.largest_chunk)
+    chunks = n_chunks(x.shape[0] * head.shape[0], x.shape[1], tiling.largest_chunk)
 
     def add_chunk(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
         x, targets = chunk
@@ -182,7 +184,7 @@ def _head_loss(x: Array, head: Array, targets: Array, tiling: Tiling) -> Array:
 
 def _loss_and_gradients(x: Array, head: Array, targets: Array, tiling: Tiling) -> tuple[Array, Array, Array]:
     n_vocab, head = head.shape[0], _pad_vocabulary(head, tiling.vocab_multiple)
-    chunks = _chunks(x.shape[0] * head.shape[0], x.shape[1], tiling.largest_chunk)
+    chunks = n_chunks(x.shape[0] * head.shape[0], x.shape[1], tiling.largest_chunk)
 
     def add_chunk(carry: tuple[Array, Array], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
         (total, head_gradient), (x, targets) = carry, chunk

@@ -17,7 +17,7 @@ import gpt_jax.train
 import gpt_torch.loss
 import gpt_torch.notebook
 import gpt_torch.train
-from gpt_jax.loss import CPU_TILING, GPU_TILING, Tiling, _chunks, head_loss, summed_loss, tiling_for
+from gpt_jax.loss import CPU_TILING, GPU_TILING, Tiling, head_loss, n_chunks, summed_loss, tiling_for
 from parity.comparison.compare import compare
 from parity.config import IGNORE_INDEX, GPTConfig
 from parity.errors import InputError
@@ -55,10 +55,10 @@ def test_loss_and_gradients_are_the_plain_ones(largest, multiple):
 
 
 def test_chunks_divide_the_positions():
-    assert _chunks(10, 24, 240) == 1
-    assert _chunks(10, 24, 100) == 3
-    assert _chunks(10, 23, 100) == 23
-    assert _chunks(10, 24, 1) == 24
+    assert n_chunks(10, 24, 240) == 1
+    assert n_chunks(10, 24, 100) == 3
+    assert n_chunks(10, 23, 100) == 23
+    assert n_chunks(10, 24, 1) == 24
 
 
 def test_a_large_vocabulary_is_padded_on_a_gpu_and_a_small_one_is_not():
@@ -73,6 +73,26 @@ def test_a_large_vocabulary_is_padded_on_a_gpu_and_a_small_one_is_not():
     assert widths(50304, "gpu") == {50304}
     assert widths(257, "gpu") == {257}
     assert GPU_TILING.largest_chunk > CPU_TILING.largest_chunk
+
+
+def shapes_outside_loops(jaxpr):
+    """Yield the shapes of all results that are not in a loop."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.shape for variable in equation.outvars)
+        if equation.primitive.name != "scan":
+            for value in equation.params.values():
+                inner = getattr(value, "jaxpr", value)
+                yield from shapes_outside_loops(inner) if hasattr(inner, "eqns") else ()
+
+
+def test_nothing_of_the_size_of_the_logits_is_outside_the_loop_over_chunks():
+    """JAX moves what does not change out of loops; a mask of the padding would be read again for every chunk."""
+    x, head, targets = jnp.zeros((2, 8, 5)), jnp.zeros((12_700, 5)), jnp.zeros((2, 8), int)
+    tiling = Tiling(4 * 12_800, 128)
+    program = jax.make_jaxpr(jax.grad(lambda x, head: head_loss(x, head, targets, tiling), (0, 1)))(x, head)
+    shapes = set(shapes_outside_loops(program.jaxpr))
+    assert (12_800, 5) in shapes  # the padded head
+    assert (4, 12_800) not in shapes  # the logits of a chunk
 
 
 @pytest.mark.parametrize("tied_head", [True, False])
