@@ -19,7 +19,6 @@ import shlex
 import sys
 import tempfile
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 
 from measure import report
@@ -29,6 +28,7 @@ from measure.report import Measurement
 
 from parity.cli import parse
 from parity.console import PlainConsole
+from parity.doctor import installed
 from parity.errors import InputError, exit_with_message
 
 
@@ -59,7 +59,7 @@ def machine() -> str:
         if line.startswith("model name"):
             model = line.partition(": ")[2]
             break
-    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers"))
+    packages = ", ".join(f"{name} {installed(name) or '(not installed)'}" for name in ("jax", "torch", "transformers"))
     return f"{len(os.sched_getaffinity(0))} cores of {model}, Python {platform.python_version()}, {packages}"
 
 

@@ -51,6 +51,20 @@ def test_a_peer_that_cannot_start_leaves_no_process_and_no_thread():
     assert set(threading.enumerate()) == threads
 
 
+def test_a_peer_that_fails_is_left_out_with_its_reason():
+    specs = {"ours": Spec(sleep, (0.001,)), "cannot start": Spec(refuse), "dies": Spec(die)}
+    timings, _ = interleave(specs, 1, 2)
+    assert list(timings) == list(specs)
+    assert len(timings["ours"].seconds) == 2
+    assert timings["cannot start"].failure == "InputError: no such device"
+    assert "the process of dies died" in timings["dies"].failure
+    measurement = Measurement("a title", "step", 100, "tokens", timings)
+    assert measurement.rows[1] == ["cannot start", "failed: InputError: no such device", "", "", "", ""]
+    assert measurement.to_json()["peers"]["dies"] == {"failure": timings["dies"].failure}
+    with pytest.raises(InputError, match="no such device"):
+        interleave({"ours": Spec(refuse), "another": Spec(sleep, (0.001,))}, 1, 1)
+
+
 def test_report(tmp_path):
     peers = {"ours": Timings([0.1, 0.3, 0.2], 5_000_000, "cpu"), "theirs": Timings([0.5, 0.3], 0, "cpu")}
     measurement = Measurement("a title", "step", 100, "tokens", peers, ["a note"])

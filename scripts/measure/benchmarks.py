@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -93,13 +94,13 @@ def generate(args: Args) -> list[Measurement]:
         reads = args.spec(peers.memory_reads, args.threads)
         timings, of_reads = interleave(args.selected(specs), args.rounds, 1, reads)
 
-        bandwidth = peers.READ_BYTES / of_reads.median
+        bandwidth = peers.READ_BYTES / of_reads.median if of_reads.seconds else math.nan
         # Each step reads every weight once, except the position table. The cache is read too, and is not counted.
         n_read = weights.n_params(config) - config.n_ctx * config.n_embd
         speed = (2 if args.gpu else 4) * n_read * n_new / timings["gpt_jax"].median
         note = f"Memory bandwidth: {bandwidth / 1e9:.1f} GB/s; reading gpt_jax's weights takes {speed / bandwidth:.0%}"
         title = f"Greedy decoding: {args.size}, {dtype}, {B} prompts of {P} tokens, {n_new} new tokens"
-        notes = [note] if n_new > 1 else []
+        notes = [note] if n_new > 1 and of_reads.seconds else []
         measurements.append(Measurement(title, "call", B * n_new, "tokens", timings, notes))
     return measurements
 

@@ -43,10 +43,17 @@ def jax_step(config: GPTConfig, settings: TrainSettings, unroll: int, remat: str
 
 
 def torch_step(config: GPTConfig, settings: TrainSettings, compile: bool, threads: int) -> Workload:
-    """The same step of gpt_torch, with fused attention (cuDNN's if possible) and fused AdamW."""
+    """The same step of gpt_torch, with fused attention (cuDNN's if possible) and fused AdamW.
+
+    On a GPU, torch.compile tunes its kernels by coordinate descent, as llm.c's train_gpt2.py has it do.
+    """
     from gpt_torch.train import Trainer
 
     torch, device = _torch(threads)
+    if compile and device.type == "cuda":
+        import torch._inductor.config as inductor
+
+        inductor.coordinate_descent_tuning = True
     trainers: list[Trainer] = []
     host = batch(config, settings)
 

@@ -36,7 +36,9 @@ class Measurement:
     def rows(self) -> list[list[str]]:
         first = next(iter(self.peers.values())).median
         return [
-            [
+            [name, f"failed: {timings.failure}", "", "", "", ""]
+            if timings.failure
+            else [
                 name,
                 f"{timings.median * 1e3:,.0f}",
                 f"{min(timings.seconds) * 1e3:,.0f} to {max(timings.seconds) * 1e3:,.0f}",
@@ -58,7 +60,9 @@ class Measurement:
     def to_json(self) -> dict[str, Any]:
         first = next(iter(self.peers.values())).median
         peers = {
-            name: {
+            name: {"failure": timings.failure}
+            if timings.failure
+            else {
                 "median_s": timings.median,
                 "min_s": min(timings.seconds),
                 "max_s": max(timings.seconds),

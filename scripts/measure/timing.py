@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
@@ -42,6 +42,8 @@ class Timings(NamedTuple):
     peak: int
     """Peak memory in bytes; 0 if unknown."""
     device: str
+    failure: str = ""
+    """Why the peer was not measured; empty if it was."""
 
     @property
     def median(self) -> float:
@@ -96,6 +98,8 @@ def interleave(
 ) -> tuple[dict[str, Timings], Timings]:
     """Time all peers in turn, round after round; one more round at the start warms up and is not counted.
 
+    A peer that fails is left out from then on, except the first one, whose error is raised.
+
     Args:
         specs: Workload of each peer.
         rounds: Number of counted rounds.
@@ -109,19 +113,35 @@ def interleave(
     if reference is not None:
         specs, counts = {**specs, _REFERENCE: reference}, {**counts, _REFERENCE: _REFERENCE_CALLS}
     console = PlainConsole(stderr=True, lossy=True)
+    peers: dict[str, Peer] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in specs}
+    failures: dict[str, str] = {}
+
+    @contextlib.contextmanager
+    def attempting(name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of any framework
+            if name == next(iter(specs)):
+                raise
+            reason = next(iter(str(error).strip().splitlines()), "")
+            failures[name] = f"{type(error).__name__}: {reason:.200}"
+
     with contextlib.ExitStack() as stack:
-        peers = [
-            stack.enter_context(Peer(name, spec))
-            for name, spec in track(specs.items(), "starting", transient=True, console=console)
-        ]
-        seconds: dict[str, list[float]] = {name: [] for name in specs}
+        for name, spec in track(specs.items(), "starting", transient=True, console=console):
+            with attempting(name):
+                peers[name] = stack.enter_context(Peer(name, spec))
         for is_counted in track([False] + [True] * rounds, "measuring", transient=True, console=console):
-            for peer in peers:
-                new = peer.time_calls(counts[peer.name])
-                if is_counted:
-                    seconds[peer.name] += new
-        timings = {peer.name: Timings(seconds[peer.name], peer.peak(), peer.device) for peer in peers}
-        return timings, timings.pop(_REFERENCE, Timings([], 0, ""))
+            for name, peer in peers.items():
+                if name not in failures:
+                    with attempting(name):
+                        new = peer.time_calls(counts[name])
+                        if is_counted:
+                            seconds[name] += new
+        timings = {name: Timings([], 0, "", failure) for name, failure in failures.items()}
+        timings |= {n: Timings(seconds[n], peer.peak(), peer.device) for n, peer in peers.items() if n not in failures}
+        ordered = {name: timings[name] for name in specs}
+        return ordered, ordered.pop(_REFERENCE, Timings([], 0, ""))
 
 
 def first_calls(specs: Mapping[str, Spec], rounds: int) -> dict[str, Timings]:
