@@ -14,6 +14,7 @@ from support.models import TINY, probing_weights
 
 from parity import weights
 from parity.config import PRESETS
+from parity.data.tokenizer import load_tokenizer
 from parity.errors import InputError
 from parity.storage import download, http_transfer, paths
 from parity.storage.download import RemoteFile, fetch
@@ -449,3 +450,19 @@ def test_switches_and_paths_of_the_environment(monkeypatch, tmp_path):
         monkeypatch.setenv("GPT_PARITY_CACHE", value)
         assert paths.cache_folder() == folder
     assert str(paths.user_path("~nobody-of-this-name/x")) == "~nobody-of-this-name/x"
+
+
+def test_the_vocabulary_of_gpt2_is_downloaded_once(server, tmp_path, monkeypatch, vocab_bpe):
+    monkeypatch.setenv("GPT_PARITY_CACHE", str(tmp_path))
+    monkeypatch.setenv("GPT_PARITY_BASE_URL", f"{server.url}/models/")
+    server.script = [404]
+    with pytest.raises(InputError, match=r"the gpt2 tokenizer needs OpenAI's vocab.bpe: .*404"):
+        load_tokenizer("gpt2")
+    server.script = [{"body": b"not a vocabulary"}]
+    with pytest.raises(InputError, match="the gpt2 tokenizer needs"):
+        load_tokenizer("gpt2")
+    server.script = [{"body": vocab_bpe.read_bytes()}]
+    server.requests.clear()
+    assert load_tokenizer("gpt2").encode("The dog") == [464, 3290]
+    assert load_tokenizer("gpt2").encode("The dog") == [464, 3290]
+    assert [path for path, _ in server.requests] == ["/models/124M/vocab.bpe"]

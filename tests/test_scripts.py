@@ -131,6 +131,7 @@ def test_compare_decoding_writes_its_report(finished_runs, tmp_path):
 )
 def test_script_errors_are_one_line(arguments, message, tmp_path):
     environment = {"GPT_PARITY_CACHE": str(tmp_path), "PATH": "/usr/bin:/bin", "JAX_PLATFORMS": ""}
+    environment["GPT_PARITY_OFFLINE"] = "1"
     result = run_script("train_jax.py", *arguments, "--run", tmp_path / "run", env=environment)
     assert result.returncode == 2, result.stderr
     assert message in result.stderr

@@ -110,7 +110,15 @@ def test_a_resumed_run_equals_the_uninterrupted_one(statuses, losses, status, tm
     outcome = gpu_parts._summarize_resuming(tmp_path / "kill-and-resume", statuses)
     assert outcome.status == outcome.data["jax"]["status"] == status
     assert outcome.data["torch"]["status"] == "passed"
-    assert "bit-identical" in outcome.lines[1]
+    assert outcome.lines[1].endswith("those of the uninterrupted run are bit-identical")
+
+
+def test_resuming_is_compared_with_the_other_backend_if_there_is_no_uninterrupted_run(tmp_path):
+    for backend in ("jax", "torch"):
+        metrics(tmp_path / "kill-and-resume" / backend, [4.0, 2.0])
+    outcome = gpu_parts._summarize_resuming(tmp_path / "kill-and-resume", [-9, -9, 0, 0])
+    assert outcome.status == "passed"
+    assert "those of torch's resumed run" in outcome.lines[0]
 
 
 def test_parity_reports_state_the_distance_of_both_sides_from_float64(tmp_path):

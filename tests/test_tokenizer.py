@@ -90,7 +90,8 @@ def test_empty_prompt_is_end_of_text():
 
 def test_missing_or_damaged_vocabulary(vocab_bpe, tmp_path, monkeypatch):
     monkeypatch.setenv("GPT_PARITY_CACHE", str(tmp_path))
-    with pytest.raises(InputError, match="--vocab-bpe PATH"):
+    monkeypatch.setenv("GPT_PARITY_OFFLINE", "1")
+    with pytest.raises(InputError, match=r"--vocab-bpe PATH.*downloads are forbidden"):
         load_tokenizer("gpt2")
     with pytest.raises(InputError, match="cannot be read"):
         load_tokenizer("gpt2", tmp_path / "none.bpe")

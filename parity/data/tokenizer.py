@@ -9,9 +9,12 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from parity.data.merges import read_ranks
+from parity.data.merges import VOCAB_BPE_SHA256, read_ranks
 from parity.errors import InputError
 from parity.storage.paths import cache_folder
+
+VOCAB_BPE = "vocab.bpe"
+"""OpenAI's name of the file with GPT-2's merges."""
 
 END_OF_TEXT = "<|endoftext|>"
 """The special token of both tokenizers; GPT-2 puts it between documents."""
@@ -215,11 +218,11 @@ def load_tokenizer(name: str, vocab_bpe: str | Path | None = None) -> Tokenizer:
     Args:
         name: "gpt2" or "bytes".
         vocab_bpe: Path of OpenAI's vocab.bpe, or of a merges.txt or tokenizer.json of transformers with the same
-            merges, for "gpt2". By default it is looked for in the cache folder, where
-            scripts/download_gpt2.py puts it.
+            merges, for "gpt2". By default that in the cache folder, or of a downloaded model. If there is none, it is
+            downloaded into the cache folder (0.5 MB), unless GPT_PARITY_OFFLINE forbids it.
 
     Raises:
-        InputError: For an unknown name, and if the vocabulary is missing or damaged.
+        InputError: For an unknown name, and if the vocabulary is damaged or cannot be downloaded.
     """
     if name == "bytes":
         return ByteTokenizer()
@@ -227,14 +230,25 @@ def load_tokenizer(name: str, vocab_bpe: str | Path | None = None) -> Tokenizer:
         raise InputError(f"unknown tokenizer {name!r}; choose bytes or gpt2")
     if vocab_bpe is not None:
         return GPT2Tokenizer(vocab_bpe)
-    default = cache_folder() / "vocab.bpe"
-    for path in [default, *sorted((cache_folder() / "models").glob("*/vocab.bpe"))]:
+    default = cache_folder() / VOCAB_BPE
+    for path in [default, *sorted((cache_folder() / "models").glob(f"*/{VOCAB_BPE}"))]:
         if path.is_file():
             return GPT2Tokenizer(path)
-    raise InputError(
-        f"the gpt2 tokenizer needs OpenAI's vocab.bpe: pass --vocab-bpe PATH, or put the file at {default} "
-        "(scripts/download_gpt2.py 124M downloads it with the model), or use --tokenizer bytes"
-    )
+    return GPT2Tokenizer(_download_vocabulary(default))
+
+
+def _download_vocabulary(target: Path) -> Path:
+    from parity.storage.download import RemoteFile, fetch, openai_addresses  # here, because it brings an HTTP client
+
+    try:
+        return fetch(
+            RemoteFile(VOCAB_BPE, sha256=VOCAB_BPE_SHA256), target, openai_addresses(f"124M/{VOCAB_BPE}"), tries=2
+        )
+    except InputError as error:
+        raise InputError(
+            f"the gpt2 tokenizer needs OpenAI's {VOCAB_BPE}: pass --vocab-bpe PATH, put the file at {target}, or use "
+            f"--tokenizer bytes ({error})"
+        ) from None
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

@@ -7,6 +7,7 @@ GPT_PARITY_OFFLINE (never open a socket), GPT_PARITY_BASE_URL (where from).
 
 import contextlib
 import dataclasses
+import os
 import random
 import shutil
 import sys
@@ -23,6 +24,13 @@ from parity.storage.manifest import file_sha256
 from parity.storage.paths import is_offline
 from parity.streams import LossyStream
 
+# The first is the address in openai/gpt-2's download_model.py, the second a mirror of rasbt/LLMs-from-scratch.
+OPENAI_MIRRORS = (
+    "https://openaipublic.blob.core.windows.net/gpt-2/models",
+    "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2",
+)
+"""Addresses of folders that hold OpenAI's files as SIZE/NAME."""
+
 _LONGEST_WAIT = 30.0  # seconds between two tries
 _SILENT_WAIT = 5.0  # seconds
 
@@ -38,6 +46,17 @@ class RemoteFile:
     """Hash of the content, if known; a file with another hash is refused."""
     check: Callable[[Path], None] | None = None
     """Checks the content where no hash is known: raises InputError for a file that is not what its name says."""
+
+
+def openai_addresses(file: str, base_urls: Sequence[str] = ()) -> list[str]:
+    """Return where to download one of OpenAI's files from, in the order to try.
+
+    Args:
+        file: SIZE/NAME.
+        base_urls: Addresses of folders; by default GPT_PARITY_BASE_URL if it is set, otherwise OPENAI_MIRRORS.
+    """
+    own = os.environ.get("GPT_PARITY_BASE_URL")
+    return [f"{base.rstrip('/')}/{file}" for base in base_urls or ((own,) if own else OPENAI_MIRRORS)]
 
 
 def fetch(

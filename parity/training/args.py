@@ -44,7 +44,7 @@ class JobArgs:
     resume: bool = False
     """Resume the run in --run from its newest intact checkpoint, whichever backend wrote it."""
     vocab_bpe: Path | None = None
-    """OpenAI's vocab.bpe for the gpt2 tokenizer; by default the one in the cache folder or of a downloaded model."""
+    """OpenAI's vocab.bpe for the gpt2 tokenizer; by default the one in the cache folder, where it is downloaded to."""
     tensorboard: bool = False
     """Also write TensorBoard event files into the run folder (requires the extra tensorboard)."""
     wandb: bool = False

@@ -1,7 +1,6 @@
 """The seven files that OpenAI published of each model size: names, lengths, hashes and mirrors."""
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -19,18 +18,13 @@ from rich.progress import (
 from parity.config import PRESETS
 from parity.console import PlainConsole
 from parity.errors import InputError
-from parity.storage.download import RemoteFile, fetch
+from parity.storage.download import RemoteFile, fetch, openai_addresses
 from parity.storage.paths import cache_folder
 from parity.weights import openai
 from parity.weights.leveldb import DamageError
 from parity.weights.table import check, n_params
 from parity.weights.tensor_bundle import check_shard, decode_message, parse_index
 
-# The first is the address in openai/gpt-2's download_model.py, the second a mirror of rasbt/LLMs-from-scratch.
-MIRRORS = (
-    "https://openaipublic.blob.core.windows.net/gpt-2/models",
-    "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2",
-)
 Size = Literal["124M", "355M", "774M", "1558M"]
 SIZES: tuple[Size, ...] = get_args(Size)
 DATA = "model.ckpt.data-00000-of-00001"
@@ -114,7 +108,7 @@ def download_model(
         size: One of SIZES.
         folder: Where to store the files; by default models/SIZE in the cache folder.
         base_urls: Addresses of folders that hold SIZE/NAME, in the order to try; by default GPT_PARITY_BASE_URL if it
-            is set, otherwise MIRRORS.
+            is set, otherwise OPENAI_MIRRORS.
         offline: Whether to forbid downloads; by default as GPT_PARITY_OFFLINE says.
         recheck: Whether to read existing files even if they have not changed since they were last checked.
 
@@ -126,15 +120,12 @@ def download_model(
             exists but is not OpenAI's.
     """
     folder = folder or cache_folder() / "models" / size
-    if not base_urls:
-        own = os.environ.get("GPT_PARITY_BASE_URL")
-        base_urls = (own,) if own else MIRRORS
     columns = (TextColumn("{task.description:32}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     files = model_files(size)
     with Progress(*columns, TimeRemainingColumn(), console=PlainConsole(stderr=True, lossy=True)) as progress:
         for remote in files:
             bar = progress.add_task(remote.name, total=remote.size)
-            addresses = [f"{base.rstrip('/')}/{size}/{remote.name}" for base in base_urls]
+            addresses = openai_addresses(f"{size}/{remote.name}", base_urls)
             show = functools.partial(_show, progress, bar)
             fetch(remote, folder / remote.name, addresses, offline, show, recheck=recheck)
     return folder

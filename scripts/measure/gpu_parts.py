@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import math
+import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,10 @@ from measure.parts import ROOT, Command, Outcome, Part, Status, log_file
 # in float32 the trajectories of an ill-conditioned batch drift apart.
 _LOSS_TOLERANCE = {"float64": 1e-9, "float32": 1e-2}
 _RESUMED_TOLERANCE = 1e-5  # a GPU does not add in a fixed order
-_EXACT = {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "XLA_FLAGS": "--xla_gpu_deterministic_ops=true"}
+_EXACT = {
+    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,11 +192,16 @@ def _summarize_resuming(folder: Path, statuses: Sequence[int | None]) -> Outcome
 
 
 def _resumed_losses(run: Path, uninterrupted: Path, statuses: Sequence[int | None]) -> Outcome:
+    """Compare a resumed run with the uninterrupted one or, if that part has not been run, with the other backend's."""
+    other, tolerance = "the uninterrupted run", _RESUMED_TOLERANCE
+    if not uninterrupted.exists():
+        [uninterrupted] = (run.with_name(backend) for backend in _BACKENDS if backend != run.name)
+        other, tolerance = f"{uninterrupted.name}'s resumed run", _LOSS_TOLERANCE["float32"]
     losses = read_losses(run)
     difference = _largest_difference(losses, read_losses(uninterrupted))
     agreement = "bit-identical" if difference == 0 else f"apart by up to {difference:.1e} (relative)"
-    text = f"killed and resumed; its {len(losses)} losses and those of the uninterrupted run are {agreement}"
-    passed = statuses == [-signal.SIGKILL, 0] and difference <= _RESUMED_TOLERANCE
+    text = f"killed and resumed; its {len(losses)} losses and those of {other} are {agreement}"
+    passed = statuses == [-signal.SIGKILL, 0] and difference <= tolerance
     return Outcome(_passed(passed), [text], {"largest_difference": difference})
 
 
