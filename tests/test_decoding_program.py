@@ -1,0 +1,71 @@
+"""The compiled program of generation: what it contains on a GPU, and the search and the cache that only it has."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.models import TINY
+
+from gpt_jax.decoding import DecodingModel
+from gpt_jax.generation_loop import StaticOptions, _cached_loop, _start
+from gpt_jax.model import GPTModel
+from gpt_jax.sampling import bisect, in_order, search_digits
+from parity.generation import prepare
+
+EVERY_RULE = {"top_k": 7, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1, "temperature": 0.8, "eos_id": 3}
+
+
+def lowered_loop(options, platform):
+    """The loop over tokens, lowered for a platform that this machine need not have."""
+    request = prepare(TINY, [[1, 2, 3], [4]], 9, options)
+    static = StaticOptions(request.active, request.return_logprobs)
+    decoder = jax.eval_shape(lambda: DecodingModel(GPTModel(TINY, None), 1))
+    inputs = jax.tree.map(jnp.asarray, request.inputs)
+    state = jax.eval_shape(
+        lambda decoder, tokens, inputs: _start(decoder, tokens, inputs, cache_length=32, static=static),
+        decoder, request.tokens, inputs,
+    )  # fmt: skip
+    traced = _cached_loop.trace(decoder, state, inputs, np.int32(9), static=static)
+    return traced.lower(lowering_platforms=(platform,)).as_text(), len(jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, EVERY_RULE], ids=str)
+def test_on_a_gpu_only_the_loop_over_tokens_waits_for_the_host(options):
+    """The host reads the condition of a while loop before each iteration, and the index of a case."""
+    program, n_donated = lowered_loop(options, "cuda")
+    assert program.count("stablehlo.while") == 1
+    for case in re.finditer(r'"stablehlo.case"\((%\w+)\)', program):  # of platform_dependent(): XLA removes it
+        defined_by = re.findall(rf'{case[1]} = "?([\w.]+)', program[: case.start()])[-1]
+        assert defined_by in ("stablehlo.constant", "stablehlo.case")
+    for operation in ("stablehlo.if", "custom_call", "infeed", "outfeed", "send", "recv"):
+        assert operation not in program, operation
+    assert len(re.findall("tf.aliasing_output", program)) == n_donated
+
+
+@pytest.mark.parametrize(("rule", "dtype"), [("top_k", np.float32), ("top_p", np.float32), ("top_k", np.float64)])
+def test_both_searches_find_the_same_threshold(rule, dtype):
+    generator = np.random.default_rng(0)
+    values = (generator.normal(size=(60, 97)) * 3).astype(dtype)
+    values[::3] = np.round(values[::3])  # ties
+    values[1], values[4] = np.abs(values[1]), -np.abs(values[4])
+    values[2, 5:] = -np.inf
+    if rule == "top_p":
+        values = np.exp(values) / np.exp(values).sum(axis=-1, keepdims=True)
+    with jax.enable_x64(dtype == np.float64):
+        top_k, top_p = generator.integers(1, 98, 60), generator.random(60).astype(dtype)
+
+        def few_enough(larger):
+            if rule == "top_k":
+                return larger.sum(axis=-1) < top_k
+            return jnp.where(larger, values, 0).sum(axis=-1) < top_p
+
+        ordered = in_order(jnp.asarray(values))
+        kept = [
+            ordered >= search(ordered, few_enough)[:, None]
+            for search in (bisect, jax.jit(search_digits, static_argnums=1))
+        ]
+    assert kept[0].any(axis=-1).all()
+    assert not kept[0].all()
+    np.testing.assert_array_equal(kept[1], kept[0])
