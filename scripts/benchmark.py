@@ -4,6 +4,7 @@
     python scripts/benchmark.py generate    # greedy decoding at 124M; peers: transformers, gpt_torch
     python scripts/benchmark.py load        # weights from files into a model; peers: gpt_torch, transformers
     python scripts/benchmark.py compile     # start to first step, without and with a filled compilation cache
+    python scripts/benchmark.py start       # whole processes of train_jax.py and generate.py, cold and warm
     python scripts/benchmark.py options --preset small   # effect of unroll, remat and accumulate on a preset's step
     python scripts/benchmark.py prepare     # text to token shards; peer: plain tiktoken
     python scripts/benchmark.py all         # compile, train, generate and load

@@ -98,3 +98,13 @@ def test_a_missing_gpu_is_an_error(tmp_path):
     assert result.returncode == 2
     assert "sees only cpu devices here" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_whole_processes_are_measured_with_and_without_a_cache(tmp_path):
+    result = run_script("benchmark.py", "start", "--rounds", "1", "--out", tmp_path / "out", timeout=500)
+    assert result.returncode == 0, result.stderr
+    measurements = json.loads((tmp_path / "out" / "results.json").read_text())["measurements"]
+    assert [measurement["title"].split()[0] for measurement in measurements] == ["train_jax.py", "generate.py"]
+    for measurement in measurements:
+        assert list(measurement["peers"]) == ["cold", "warm", "no cache"]

@@ -11,10 +11,14 @@ from measure.timing import Spec, Workload
 from parity.errors import InputError
 from parity.weights.openai_files import Size
 
+What = Literal["train", "generate", "load", "compile", "start", "options", "prepare", "all"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    what: tyro.conf.Positional[Literal["train", "generate", "load", "compile", "options", "prepare", "all"]] = "train"
+    what: tyro.conf.Positional[
+        Literal["train", "generate", "load", "compile", "start", "options", "prepare", "all"]
+    ] = "train"
     """What to measure; see the examples above."""
     gpu: bool = False
     """Measure on a GPU, with larger models and batches; by default on the CPU."""

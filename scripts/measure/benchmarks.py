@@ -10,7 +10,7 @@ from pydoc_data.topics import topics
 
 import numpy as np
 
-from measure import peers
+from measure import peers, starting
 from measure.args import Args
 from measure.report import Measurement
 from measure.timing import Spec, Timings, first_calls, interleave
@@ -152,6 +152,36 @@ def compile(args: Args) -> list[Measurement]:
     return [Measurement(f"Start to first step: {description}", "start", 1, "starts", merged)]
 
 
+def start(args: Args) -> list[Measurement]:
+    """Measure whole processes with an empty (cold) and a filled (warm) cache folder, and without a compilation cache.
+
+    train_jax.py makes one step, evaluates, saves and samples; generate.py continues a prompt by 16 tokens.
+    """
+    model = ("--preset", "124M", "--tokenizer", "bytes", "--n-vocab", "50257") if args.gpu else ("--preset", "small")
+    commands = {
+        "train_jax.py": (*model, "--steps", "1", "--eval-every", "1", "--run", "run"),
+        "generate.py": ("--run", "run", "--max-new-tokens", "16", "The "),
+    }
+    runs: dict[str, dict[str, list[Timings]]] = {name: {} for name in commands}
+    for _ in range(args.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            for state in ("cold", "warm", "no cache"):
+                options = ("--no-compilation-cache",) if state == "no cache" else ()
+                for name, arguments in commands.items():
+                    spec = args.spec(starting.script, Path(folder), name, (*options, *arguments))
+                    runs[name].setdefault(state, []).append(first_calls({name: spec}, 1)[name])
+    return [
+        Measurement(
+            f"{name} {' '.join(commands[name])}",
+            "process",
+            1,
+            "processes",
+            {state: Timings.merge(timings) for state, timings in by_state.items()},
+        )
+        for name, by_state in runs.items()
+    ]
+
+
 def options(args: Args) -> list[Measurement]:
     """Measure the training step of one model with different values of unroll, remat and accumulate."""
     description, config, settings = _training_work(args)
@@ -194,6 +224,7 @@ BENCHMARKS: Mapping[str, Callable[[Args], list[Measurement]]] = {
     "generate": generate,
     "load": load,
     "compile": compile,
+    "start": start,
     "options": options,
     "prepare": prepare,
 }
