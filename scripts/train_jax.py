@@ -24,6 +24,9 @@ with exit_with_message():
     from gpt_jax.compilation_cache import enable_compilation_cache
     from gpt_jax.devices import choose_attention, choose_device, describe
     from gpt_jax.distributed import processes
+    from gpt_jax.lowering import StepOptions
+    from gpt_jax.memory import memory
+    from gpt_jax.micro_batches import choose_micro_batch, memory_limit
     from gpt_jax.sharding import MeshShape, make_mesh
     from gpt_jax.train import Trainer
 
@@ -36,11 +39,11 @@ class Args(JobArgs):
     """Attention: the formula as written in the model file (explicit), or cuDNN's fused kernel (cudnn); auto takes cuDNN
     where it can run."""
     unroll: int | None = None
-    """Number of layers per iteration of the compiled loop over layers; larger values compile longer. By default the
-    preset's value."""
+    """Number of layers per iteration of the compiled loop over layers; larger values compile longer. By default all
+    layers on a GPU, otherwise the preset's value."""
     remat: Literal["none", "products", "all"] | None = None
     """What the backward pass recomputes instead of keeping it in memory: nothing (none), everything but the results
-    of matrix products (products), or everything (all). By default the preset's value."""
+    of matrix products (products), or everything (all). By default nothing on a GPU, otherwise the preset's value."""
     compilation_cache: bool = True
     """Keep compiled programs in the cache folder, so that the next start with the same options need not compile them.
     A run of several processes keeps them only if JAX_COMPILATION_CACHE_DIR names a folder that all of them share."""
@@ -80,17 +83,40 @@ def train(args: Args, these: Processes) -> int:
     job = load_job(args, these)
     attention = choose_attention(args.attention, device, dtype, job.config)
 
+    unroll, remat = recipe(args.preset).program(job.config.n_layer, device.platform)
+    unroll, remat = min(args.unroll or unroll, job.config.n_layer), args.remat or remat
+    limit = memory_limit(jax.local_devices(backend=device.platform))
+    is_gpu_default = args.accumulate_is_default and device.platform == "gpu"
+    is_automatic = limit is not None and (is_gpu_default or job.settings.accumulate == "auto")
+    micro_size = 0 if is_automatic else job.micro_size
+
     # Mesh
-    mesh, mesh_info = None, ""
+    mesh, shape, mesh_info = None, MeshShape(), ""
     if args.mesh is not None or these.count > 1:
         shape = MeshShape(jax.device_count()) if args.mesh is None else MeshShape.parse(args.mesh)
-        shape.check(job.config, job.micro_size)
+        shape.check(job.config, micro_size or shape.data * shape.fsdp)
         mesh, mesh_info = make_mesh(shape, device.platform), f", {shape.size} of them: {shape}"
         mesh_info += f" in {these.count} processes" * (these.count > 1)
 
+    # Micro-batches
+    memory_info = {}
+    if limit is not None:
+        config, settings = job.config, job.settings
+        if is_automatic:
+            options = StepOptions(attention.name, unroll, remat)
+            devices = device if mesh is None else mesh
+            settings, needed = choose_micro_batch(config, settings, options, devices, limit, these, console.print)
+            job = dataclasses.replace(job, settings=settings)
+        else:
+            kind = settings.dtype, remat, attention.name, device.platform
+            needed = memory(config, shape, settings.micro_size, *kind).total
+        source = "the compiled step takes" if is_automatic else "the step is estimated to take"
+        memory_info["memory"] = (
+            f"{source} {needed / 1e9:.1f} of {limit / 1e9:.1f} GB, with {job.micro_size} windows per micro-batch "
+            f"(--accumulate {settings.accumulate})"
+        )
+
     # Model and optimizer
-    unroll = min(args.unroll or recipe(args.preset).unroll, job.config.n_layer)
-    remat = args.remat or recipe(args.preset).remat
     trainer = Trainer(job.config, job.settings, job.init_from, attention.name, unroll, mesh, remat)
 
     # Run folder
@@ -98,6 +124,7 @@ def train(args: Args, these: Processes) -> int:
         "device": describe(device) + mesh_info,
         "precision": describe_precision(job.settings, str(attention)),
         "program": f"layers per loop iteration {unroll}; recomputed in the backward pass: {remat}",
+        **memory_info,
     }
     job = start_run(job, "jax", device_info, console)
 

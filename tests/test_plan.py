@@ -5,6 +5,7 @@ import sys
 
 import plan
 import pytest
+from support.gpu import has_cuda_plugin
 from support.runs import run_script
 
 from gpt_jax.memory import communication_bytes, memory
@@ -87,7 +88,10 @@ def test_the_memory_model_against_xla(preset, mesh, more):
     ("options", "message"),
     [
         (("--device", "toaster"), "--device toaster: its peak rate is unknown; give --tokens-per-s"),
-        (("--mesh", "fsdp=8"), "micro-batches of 12 windows are not divisible by data x fsdp = 8"),
+        (
+            ("--mesh", "fsdp=8", "--accumulate", "40"),
+            "micro-batches of 12 windows are not divisible by data x fsdp = 8",
+        ),
         (("--mfu", "0"), "--mfu must be between 0 and 1"),
         (("--mfu", "1.5"), "--mfu must be between 0 and 1"),
         (("--tokens", "nan"), "--tokens must be positive"),
@@ -95,6 +99,10 @@ def test_the_memory_model_against_xla(preset, mesh, more):
         (("--preset", "9B"), "unknown preset '9B'"),
         (("--accumulate", "7"), "batch_size=480 is not divisible by accumulate=7"),
         (("--accumulate", "0"), "accumulate must be between 1 and"),
+        (
+            ("--preset", "shakespeare-char", "--mesh", "data=3"),
+            "batches of 64 windows are not divisible by data",
+        ),
     ],
     ids=str,
 )
@@ -108,3 +116,25 @@ def test_what_does_not_fit_is_refused(options, message, monkeypatch):
 def test_estimates_of_unknown_implementations_are_refused(unknown):
     with pytest.raises(InputError, match=f"^{next(iter(unknown))} must be .*, got"):
         memory(PRESETS["tiny"], MeshShape(), 8, "float32", **unknown)
+
+
+def test_by_default_the_micro_batch_is_the_largest_that_fits(monkeypatch, capsys):
+    def printed(*options):
+        monkeypatch.setattr(sys, "argv", ["plan.py", *options])
+        plan.main()
+        return capsys.readouterr().out
+
+    assert "--accumulate 3: 160 windows" in printed("--preset", "124M")
+    assert "--accumulate 2: 240 windows" in printed("--device", "H200")
+    assert "--accumulate 40: 12 windows" in printed("--preset", "1558M")
+    assert "--accumulate 3: 160 windows" in printed("--preset", "1558M", "--mesh", "fsdp=8")
+    small = printed("--preset", "1558M", "--memory-gb", "24")
+    assert "--accumulate 480: 1 windows" in small
+    assert "This is more than fits the 75% that JAX reserves of 24 GB: raise --accumulate" in small
+
+
+@pytest.mark.skipif(has_cuda_plugin(), reason="the extra cuda13 is installed")
+def test_compiling_for_a_gpu_needs_the_extra(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--compile-for", "H100"])
+    with pytest.raises(InputError, match=r"no program can be compiled for an H100 here .*the extra cuda13: pip"):
+        plan.main()

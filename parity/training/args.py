@@ -49,6 +49,8 @@ class JobArgs:
     """Also write TensorBoard event files into the run folder (requires the extra tensorboard)."""
     wandb: bool = False
     """Also log to Weights & Biases (requires the extra wandb; WANDB_MODE=offline keeps the data local)."""
+    accumulate_is_default: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = True
+    """Whether the command line leaves --accumulate out. A resumed run never does: it keeps its number."""
     model: tyro.conf.OmitArgPrefixes[GPTConfig] = dataclasses.field(default_factory=lambda: PRESETS["small"])
     settings: tyro.conf.OmitArgPrefixes[TrainSettings] = dataclasses.field(default_factory=TrainSettings)
 
@@ -69,6 +71,7 @@ class _Decisive:
     lr: float | None = None
     min_lr: float | None = None
     warmup: int | None = None
+    accumulate: str | None = None
 
 
 def parse_job_args(cls: type[Args], description: str | None, args: Sequence[str] | None = None) -> Args:
@@ -91,7 +94,12 @@ def parse_job_args(cls: type[Args], description: str | None, args: Sequence[str]
         raise InputError("--resume continues the run in --run; name its folder")
     if given.resume and given.run is not None:
         saved = read_run(RunFolder(given.run))
-        return cli.parse(cls, description, dataclasses.replace(cls(), **saved._asdict()), args)
+        default = dataclasses.replace(cls(), **saved._asdict(), accumulate_is_default=False)
+        parsed = cli.parse(cls, description, default, args)
+        if parsed.settings.accumulate == "auto":
+            settings = dataclasses.replace(parsed.settings, accumulate=saved.settings.accumulate)
+            parsed = dataclasses.replace(parsed, settings=settings)
+        return parsed
     preset = given.preset or ("small" if given.init_from is None else FINE_TUNING)
     if preset == FINE_TUNING and given.init_from is None:
         raise InputError(f"--preset {FINE_TUNING} needs weights to start from; name them with --init-from")
@@ -105,7 +113,13 @@ def parse_job_args(cls: type[Args], description: str | None, args: Sequence[str]
         if given.tokenizer is None:
             by_size: Literal["bytes", "gpt2"] = "gpt2" if model.n_vocab >= GPT2Tokenizer.n_vocab else "bytes"
             settings = dataclasses.replace(settings, tokenizer=own_tokenizer(given.init_from) or by_size)
-    default = dataclasses.replace(cls(), preset=preset, model=model, settings=_derived(settings, given))
+    default = dataclasses.replace(
+        cls(),
+        preset=preset,
+        model=model,
+        settings=_derived(settings, given),
+        accumulate_is_default=given.accumulate is None,
+    )
     parsed = cli.parse(cls, description, default, args)
     if parsed.settings.min_lr > parsed.settings.lr:
         raise InputError(

@@ -77,7 +77,7 @@ class Job:
     @property
     def micro_size(self) -> int:
         """Number of windows in a micro-batch."""
-        return self.settings.batch_size // self.settings.accumulate
+        return self.settings.micro_size
 
     def log(self, entries: Mapping[str, Any]) -> None:
         """Write one line to metrics.jsonl, and hand it to the other loggers."""

@@ -167,7 +167,7 @@ def train_loop(trainer: Trainer, job: Job, done: int | None, console: Console) -
 def _batches(trainer: Trainer, job: Job, done: int) -> Generator[tuple[Any, Any], None, None]:
     """Yield the batches of the steps from `done` on, as to_device() returns them, prefetched on another thread."""
     settings, n_ctx = job.settings, job.train.n_ctx
-    rows = np.arange(settings.batch_size).reshape(settings.accumulate, job.micro_size)  # [A, B]
+    rows = np.arange(settings.batch_size).reshape(-1, job.micro_size)  # [A, B]
     local_rows = rows[:, trainer.local_slice(job.micro_size)]
     flat_rows = local_rows.flatten().tolist()
 

@@ -35,9 +35,10 @@ class TrainSettings:
     """Number of optimizer steps."""
     batch_size: int = 480
     """Number of windows (sequences of n_ctx tokens) per optimizer step."""
-    accumulate: int = 40
+    accumulate: int | Literal["auto"] = 40
     """Number of micro-batches that the batch is divided into. Their gradients are summed, so more of them take less
-    memory and do not change the result."""
+    memory and do not change the result. With auto, which is the default of train_jax.py on a GPU, the smallest number
+    is taken whose compiled step fits the device's memory; elsewhere the default is the preset's number."""
     lr: float = 6e-4
     """Peak learning rate, reached at the end of the warm-up."""
     min_lr: float = 6e-5
@@ -96,8 +97,19 @@ class TrainSettings:
             if isinstance(value, int | float) and not low <= value <= high:
                 hint = "; a clip of 1e9 turns clipping off" if name == "clip" and value > high else ""
                 raise InputError(f"{name} must be between {low} and {high}, got {value!r:.80}{hint}")
-        if self.batch_size % self.accumulate:
+        if self.accumulate != "auto" and self.batch_size % self.accumulate:
             raise InputError(f"batch_size={self.batch_size} is not divisible by accumulate={self.accumulate}")
+
+    @property
+    def micro_size(self) -> int:
+        """Number of windows in a micro-batch.
+
+        Raises:
+            InputError: If `accumulate` is still "auto".
+        """
+        if self.accumulate == "auto":
+            raise InputError("--accumulate auto works in train_jax.py on a GPU only; give a number")
+        return self.batch_size // self.accumulate
 
 
 # {setting: (smallest, largest value)}. The limits keep float32 arithmetic finite, alike in both backends: eps and clip
@@ -131,7 +143,7 @@ def _has_type(value: Any, kind: Any) -> bool:
 
 def _describe(kind: Any) -> str:
     if get_origin(kind) is Literal:
-        return "one of " + ", ".join(get_args(kind))
+        return "one of " + ", ".join(get_args(kind)) if len(get_args(kind)) > 1 else str(get_args(kind)[0])
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(_describe(part) for part in get_args(kind))
     return {int: "an integer", float: "a number", str: "text", types.NoneType: "nothing"}[kind]
@@ -154,9 +166,17 @@ class Recipe:
     model: GPTConfig
     settings: TrainSettings
     remat: Literal["none", "products", "all"] = "none"
-    """What gpt_jax recomputes in the backward pass instead of keeping it in memory."""
+    """What gpt_jax recomputes in the backward pass instead of keeping it in memory, on a CPU."""
     unroll: int = 1
-    """Number of layers per iteration of gpt_jax's scan. See docs/results/performance.md."""
+    """Number of layers per iteration of gpt_jax's scan, on a CPU. See docs/results/performance.md."""
+
+    def program(self, n_layer: int, platform: str) -> tuple[int, Literal["none", "products", "all"]]:
+        """Return (unroll, remat) for a model with `n_layer` layers on a platform, by JAX's name of it.
+
+        On GPUs nothing is recomputed and all layers are written out, in each size: both are faster, and take less
+        memory than a loop that copies activations into stacked arrays. See docs/results/gpu-program.md.
+        """
+        return (n_layer, "none") if platform == "gpu" else (min(self.unroll, n_layer), self.remat)
 
 
 # For two CPU cores.
@@ -178,7 +198,7 @@ RECIPES: dict[str, Recipe] = {
     "124M": Recipe(PRESETS["124M"], TrainSettings(), unroll=12),
     "355M": Recipe(PRESETS["355M"], TrainSettings()),
     "774M": Recipe(PRESETS["774M"], TrainSettings()),
-    "1558M": Recipe(PRESETS["1558M"], TrainSettings(), remat="products"),  # otherwise its 12 windows take 70 GB
+    "1558M": Recipe(PRESETS["1558M"], TrainSettings(), remat="products"),
     "124M-openwebtext": Recipe(PRESETS["124M"], TrainSettings(), unroll=12),
     # llm.c's scripts/run_gpt2_124M.sh: 524,288 tokens per step, decay to zero, 10 billion tokens of FineWeb-Edu.
     "124M-fineweb-edu": Recipe(

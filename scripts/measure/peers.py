@@ -15,7 +15,7 @@ from parity.training.settings import TrainSettings
 
 def batch(config: GPTConfig, settings: TrainSettings) -> tuple[np.ndarray, np.ndarray]:
     """Draw random inputs and targets, both int32 [A, B, T]."""
-    shape = (settings.accumulate, settings.batch_size // settings.accumulate, config.n_ctx + 1)
+    shape = (settings.batch_size // settings.micro_size, settings.micro_size, config.n_ctx + 1)
     ids = np.random.default_rng(0).integers(0, config.n_vocab, shape, dtype=np.int32)
     return ids[..., :-1].copy(), ids[..., 1:].copy()
 
