@@ -101,13 +101,13 @@ def head_loss(x: Array, head: Array, targets: Array, tiling: Tiling = CPU_TILING
         A scalar of dtype float32 or float64.
     """
     counted = is_counted(targets)
-    valid = counted & (targets >= 0) & (targets < head.shape[0])
-    targets = jnp.where(valid, targets, IGNORE_INDEX)
+    invalid = counted & ((targets < 0) | (targets >= head.shape[0]))
+    # x becomes NaN rather than the loss, because the gradient of the head would be multiplied by the loss's.
+    x = x * jnp.where(invalid.any(), jnp.nan, 1.0).astype(x.dtype)
+    targets = jnp.where(counted, jnp.where(invalid, 0, targets), IGNORE_INDEX)
     if mesh is None:
-        loss = _head_loss(x, head, targets, tiling)
-    else:
-        loss = _over_mesh(functools.partial(_head_loss, tiling=tiling), mesh, x.shape[1])(x, head, targets)
-    return loss * jnp.where((counted & ~valid).any(), jnp.nan, 1.0)
+        return _head_loss(x, head, targets, tiling)
+    return _over_mesh(functools.partial(_head_loss, tiling=tiling), mesh, x.shape[1])(x, head, targets)
 
 
 def _over_mesh(loss: Callable[..., Array], mesh: Mesh, T: int) -> Callable[..., Array]:
@@ -151,7 +151,7 @@ def _pad_vocabulary(head: Array, multiple: int) -> Array:
 
 def _chunk(x: Array, head: Array, targets: Array, n_vocab: int) -> tuple[Array, Array]:
     """x [R, D], targets [R] -> (summed loss, softmax [R, V] with zeros in the rows whose target is ignored)."""
-    logits = at_least_float32(x @ head.T)
+    logits = at_least_float32(jnp.einsum("RD,VD->RV", x, head))
     if head.shape[0] > n_vocab:
         # Not jnp.where: JAX moves its two broadcasts, which are as large as the logits, out of the loop over chunks.
         nothing, padding = jnp.asarray(-jnp.inf, logits.dtype), head.shape[0] - n_vocab

@@ -62,7 +62,7 @@ class MultiHeadAttention(nnx.Module):
         self, x: Array, mask: Array, cache: LayerCache | None = None, slot: Any = 0, key: Array | None = None
     ) -> tuple[Array, LayerCache | None]:
         qkv = self.qkv_proj(x)  # [B, T, C, N, H]
-        q, k, v = jnp.moveaxis(qkv, 2, 0)  # each [B, T, N, H]
+        q, k, v = (qkv[:, :, i] for i in range(3))  # each [B, T, N, H]
         q = tap("attn.q", q)
         k = tap("attn.k", k)
         v = tap("attn.v", v)
