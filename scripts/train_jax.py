@@ -13,6 +13,7 @@ from typing import Literal
 from parity.console import PlainConsole
 from parity.errors import InputError, exit_with_message
 from parity.training.args import JobArgs, parse_job_args
+from parity.training.flops import estimated_time
 from parity.training.job import describe_precision, load_job, start_run
 from parity.training.loop import resume_and_train
 from parity.training.processes import JOIN_SECONDS, Processes
@@ -99,7 +100,7 @@ def train(args: Args, these: Processes) -> int:
         mesh_info += f" in {these.count} processes" * (these.count > 1)
 
     # Micro-batches
-    memory_info = {}
+    estimates = {}
     if limit is not None:
         config, settings = job.config, job.settings
         if is_automatic:
@@ -111,10 +112,12 @@ def train(args: Args, these: Processes) -> int:
             kind = settings.dtype, remat, attention.name, device.platform
             needed = memory(config, shape, settings.micro_size, *kind).total
         source = "the compiled step takes" if is_automatic else "the step is estimated to take"
-        memory_info["memory"] = (
+        estimates["memory"] = (
             f"{source} {needed / 1e9:.1f} of {limit / 1e9:.1f} GB, with {job.micro_size} windows per micro-batch "
             f"(--accumulate {settings.accumulate})"
         )
+        if time := estimated_time(config, settings, device.device_kind, shape.size):
+            estimates["time"] = time
 
     # Model and optimizer
     trainer = Trainer(job.config, job.settings, job.init_from, attention.name, unroll, mesh, remat)
@@ -124,7 +127,7 @@ def train(args: Args, these: Processes) -> int:
         "device": describe(device) + mesh_info,
         "precision": describe_precision(job.settings, str(attention)),
         "program": f"layers per loop iteration {unroll}; recomputed in the backward pass: {remat}",
-        **memory_info,
+        **estimates,
     }
     job = start_run(job, "jax", device_info, console)
 

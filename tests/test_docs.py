@@ -114,6 +114,9 @@ def check_command(line, monkeypatch, parse_only=True):
         case ["make", *targets]:
             known = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             assert {target for target in targets if "=" not in target} <= set(known), line
+            for options in (target.removeprefix("ARGS=") for target in targets if target.startswith("ARGS=")):
+                assert targets[0] == "train", line
+                run_main("scripts/train_jax.py", shlex.split(options), monkeypatch, parse_only=True)
         case ["python", "-m", "build"] | ["pip", "install", "pre-commit", *_]:
             pass
         case ["sbatch", file] | ["kubectl", "apply", "-f", file]:

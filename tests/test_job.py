@@ -18,6 +18,7 @@ from parity.data.tokenizer_files import write_tokenizer
 from parity.errors import InputError
 from parity.training import checkpoints
 from parity.training.args import JobArgs, parse_job_args
+from parity.training.flops import estimated_time
 from parity.training.initial import initial_arrays, own_tokenizer, weights_folder
 from parity.training.job import load_job, start_run
 from parity.training.loop import resume_and_train
@@ -213,3 +214,13 @@ def test_the_vocabulary_of_gpt2_beside_the_weights(tmp_path, vocab_bpe):
     assert parse("--init-from", folder).settings.tokenizer == "gpt2"
     with pytest.raises(InputError, match=r"--tokenizer bytes: the weights in .* belong to the gpt2 tokenizer"):
         load_job(parse("--init-from", folder, "--tokenizer", "bytes"))
+
+
+def test_the_time_of_a_run_is_stated_for_gpus_whose_peak_is_known():
+    preset = recipe("124M-fineweb-edu")
+    name = "NVIDIA H100 80GB HBM3"
+    text = estimated_time(preset.model, preset.settings, name)
+    assert text.startswith("6.0 hours for 19,073 steps of 1.1 s, if each GPU reaches 40% of its peak, 989 TFLOP/s")
+    assert estimated_time(preset.model, preset.settings, name, 8).startswith("45.0 minutes for 19,073 steps of 0.14 s")
+    assert not estimated_time(preset.model, preset.settings, "cpu")
+    assert not estimated_time(preset.model, dataclasses.replace(preset.settings, dtype="float32"), name)

@@ -1,7 +1,11 @@
 """FLOPs of training per token, and the peak rates of GPUs."""
 
 from parity.config import GPTConfig
+from parity.training.settings import TrainSettings
 from parity.weights import n_params
+
+UTILIZATION = 0.4
+"""Fraction of a GPU's peak rate that training is assumed to reach where nothing has been measured."""
 
 # FLOP/s of dense bfloat16 matmuls with float32 accumulation, from the manufacturers' data sheets.
 _PEAKS = {
@@ -38,3 +42,27 @@ def peak_flops(device: str) -> float | None:
     # The longest name that matches counts: "H100 PCIe" rather than "H100".
     known = [name for name in _PEAKS if name in device]
     return _PEAKS[max(known, key=len)] if known else None
+
+
+def estimated_time(config: GPTConfig, settings: TrainSettings, device: str, n_devices: int = 1) -> str:
+    """Return a sentence with the estimated time of a run.
+
+    Args:
+        config: The model's configuration.
+        settings: Settings of the run.
+        device: The name that the GPU reports.
+        n_devices: Number of such devices.
+
+    Returns:
+        The sentence; empty if the peak rate is not known, as for a CPU or another dtype than bfloat16.
+    """
+    peak = peak_flops(device)
+    if peak is None or settings.dtype != "bfloat16":
+        return ""
+    step = settings.batch_size * config.n_ctx * flops_per_token(config) / (UTILIZATION * peak * n_devices)
+    total = step * settings.steps
+    length = f"{total / 3600:,.1f} hours" if total >= 3600 else f"{total / 60:,.1f} minutes"
+    return (
+        f"{length} for {settings.steps:,} steps of {step:.2g} s, if each GPU reaches {UTILIZATION:.0%} of its peak, "
+        f"{peak / 1e12:,.0f} TFLOP/s; an estimate, without compilation and evaluations"
+    )
