@@ -7,7 +7,7 @@ token.
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,15 @@ import numpy as np
 from jax import Array
 
 from gpt_jax.decoding import Cache, DecodingModel, for_decoding
-from gpt_jax.model import GPTModel
+from gpt_jax.model import GPTModel, LayerCache
 from gpt_jax.sampling import choose
 from parity.generation import Request, RowInputs, check_finite
 from parity.sampling import ActiveRules
+
+SMALLEST_GROWTH = 128
+"""Smallest number of slots by which a cache grows."""
+SMALL_CACHE = 2**24
+"""A cache of so many bytes is read so fast that it need not be shorter."""
 
 
 class Chunk(NamedTuple):
@@ -81,19 +86,21 @@ def run(model: GPTModel | DecodingModel, request: Request, steps_per_call: int) 
     decoder = for_decoding(model)
     inputs = request.inputs
     static = StaticOptions(request.active, request.return_logprobs)
-    state = _start(decoder, request.tokens, inputs, cache_length=request.cache_length, static=static)
+    B, P = request.tokens.shape
+    growth = cache_growth(decoder, B)
+    cache_length = min(request.cache_length, P // growth * growth + growth)
+    state = _start(decoder, request.tokens, inputs, cache_length=cache_length, static=static)
     last_cached = request.n_cached_steps + 1
     first, done = 0, 0  # numbers of new tokens: before this segment, and in it
     while True:
-        if (failed_at := int(state.failed_at)) >= 0:
-            check_finite(first + failed_at)
-        step, is_running = int(state.step), bool(state.running)
-        columns = slice(done, min(step, request.max_new_tokens - first))
-        # The buffers of a state are donated to the next call, so these are copies.
-        arrays = (np.array(state.new_tokens)[:, columns], np.array(state.logprobs)[:, columns], np.array(state.lengths))
-        done = step
-        yield Chunk(*arrays)
-        if first + done >= request.max_new_tokens or not is_running:
+        # One transfer of all that the host needs; copies, because the buffers are donated to the next call.
+        host: Any = jax.tree.map(np.array, jax.device_get(state._replace(seen=None, cache=[])))
+        if host.failed_at >= 0:
+            check_finite(first + int(host.failed_at))
+        columns = slice(done, min(int(host.step), request.max_new_tokens - first))
+        done = int(host.step)
+        yield Chunk(host.new_tokens[:, columns], host.logprobs[:, columns], host.lengths)
+        if first + done >= request.max_new_tokens or not host.running:
             return
         if done == request.segment:
             state = _next_segment(state)
@@ -103,11 +110,35 @@ def run(model: GPTModel | DecodingModel, request: Request, steps_per_call: int) 
             )
         end = min(request.segment, request.max_new_tokens - first)
         if first + done < last_cached:
-            until = np.int32(min(done + steps_per_call, last_cached, end))
+            if P + done > cache_length:
+                cache_length = min(request.cache_length, cache_length + growth)
+                for number, layer_cache in enumerate(state.cache):  # so that two layers' caches exist twice at most
+                    state.cache[number] = _lengthened(layer_cache, length=cache_length)
+            until = np.int32(min(done + steps_per_call, last_cached, end, cache_length - P + 1))
             state = _cached_loop(decoder, state, inputs, until, static=static)
         else:
             until = np.int32(min(done + steps_per_call, end))
             state = _cropped_loop(decoder, state, inputs, until, static=static, context_size=request.context_size)
+
+
+def cache_growth(decoder: DecodingModel, batch_size: int) -> int:
+    """Return the number of slots by which the cache of `batch_size` rows grows when it is full.
+
+    Each token reads all weights and the whole cache. The keys and values of this number of slots have about as many
+    bytes as the weights, so that empty slots at most double what a token reads. It is not smaller, because each length
+    of the cache has a compiled program of its own.
+    """
+    leaves = jax.tree.leaves(decoder)
+    itemsize = leaves[0].dtype.itemsize
+    weight_bytes = sum(leaf.size for leaf in leaves) * itemsize
+    slot_bytes = 2 * decoder.config.n_layer * batch_size * decoder.config.n_embd * itemsize
+    n_slots = max(weight_bytes, SMALL_CACHE) // slot_bytes
+    return max(SMALLEST_GROWTH, 1 << max(0, n_slots.bit_length() - 1))
+
+
+@functools.partial(jax.jit, static_argnames="length")
+def _lengthened(layer_cache: LayerCache, *, length: int) -> LayerCache:
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0))), layer_cache)  # [G, S, H]
 
 
 @functools.partial(jax.jit, static_argnames=("cache_length", "static"))

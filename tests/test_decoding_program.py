@@ -1,16 +1,19 @@
 """The compiled program of generation: what it contains on a GPU, and the search and the cache that only it has."""
 
+import dataclasses
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.models import TINY
+from support.models import TINY, probing_weights
 
+import gpt_jax.adapter
+from gpt_jax import generation_loop
 from gpt_jax.decoding import DecodingModel
-from gpt_jax.generation_loop import StaticOptions, _cached_loop, _start
-from gpt_jax.model import GPTModel
+from gpt_jax.generation_loop import StaticOptions, _cached_loop, _start, cache_growth
+from gpt_jax.model import GPTModel, cast
 from gpt_jax.sampling import bisect, in_order, search_digits
 from parity.generation import prepare
 
@@ -69,3 +72,29 @@ def test_both_searches_find_the_same_threshold(rule, dtype):
     assert kept[0].any(axis=-1).all()
     assert not kept[0].all()
     np.testing.assert_array_equal(kept[1], kept[0])
+
+
+def test_a_cache_that_grows_gives_the_same_rows(monkeypatch):
+    """The prompts take 16 slots, and the cache has room for 32, or for 24 and then for 32."""
+    prompts, options, lengths = [[5], [90, 0, 7]], {"temperature": 0.8, "seed": 3}, []
+    config = dataclasses.replace(TINY, n_layer=1)
+    decoder = gpt_jax.for_decoding(gpt_jax.adapter.build(config, probing_weights(config, np.float32)))
+    expected, logprobs = gpt_jax.generate(decoder, prompts, 14, return_logprobs=True, **options)
+
+    def recording(decoder, state, *args, **keywords):
+        lengths.append(state.cache[0][0].shape[1])
+        return _cached_loop(decoder, state, *args, **keywords)
+
+    monkeypatch.setattr(generation_loop, "cache_growth", lambda *_: 8)
+    monkeypatch.setattr(generation_loop, "_cached_loop", recording)
+    rows, same_logprobs = gpt_jax.generate(decoder, prompts, 14, return_logprobs=True, **options)
+    assert rows == expected
+    np.testing.assert_allclose(same_logprobs, logprobs, rtol=1e-5)
+    assert lengths == [24, 32]
+
+
+def test_a_cache_grows_where_it_is_larger_than_the_weights():
+    decoder = jax.eval_shape(lambda: DecodingModel(cast(GPTModel("124M", None), jnp.bfloat16), 1))
+    assert [cache_growth(decoder, B) for B in (1, 8, 32, 1000)] == [4096, 512, 128, 128]
+    small = jax.eval_shape(lambda: DecodingModel(GPTModel(TINY, None), 1))
+    assert cache_growth(small, 8) > TINY.n_ctx
