@@ -50,8 +50,9 @@ def train(args: Args) -> list[Measurement]:
 
 def _training_step(args: Args, name: str, with_peers: bool) -> Measurement:
     description, config, settings = _training_work(args, name)
-    options = recipe(args.preset or name)
-    unroll, remat = (options.unroll, options.remat) if args.gpu or args.preset else (1, "none")
+    unroll, remat = 1, "none"
+    if args.gpu or args.preset:
+        unroll, remat = recipe(args.preset or name).program(config.n_layer, "gpu" if args.gpu else "cpu")
     ours: dict[str, Spec] = {"gpt_jax": args.spec(peers.jax_step, config, settings, unroll, remat)}
     theirs: dict[str, Spec] = {
         "gpt_torch, eager": args.spec(peers.torch_step, config, settings, False, args.threads),

@@ -16,7 +16,9 @@ from measure.parts import ROOT, Command, Outcome, Part, Status, log_file
 # Both trainers compute the same function. In float64, where rounding has no time to grow, their losses are the same;
 # in float32 the trajectories of an ill-conditioned batch drift apart.
 _LOSS_TOLERANCE = {"float64": 1e-9, "float32": 1e-2}
-_RESUMED_TOLERANCE = 1e-5  # a GPU does not add in a fixed order
+# Losses are bit-identical with deterministic operations. Where a GPU adds in another order, ill-conditioned batches
+# move a float32 loss by up to 6e-4; a wrong batch or a lost moment moves it more.
+_RESUMED_TOLERANCE = 1e-3
 _EXACT = {
     "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true",
@@ -39,7 +41,7 @@ class Sizes:
 
 
 GPU = Sizes(
-    "124M", 64, 48, "small", 200,
+    "124M", 64, 32, "small", 200,
     [["train", "--gpu", "--rounds", "3"], ["generate", "--gpu", "--rounds", "3"],
      ["compile", "--gpu", "--peers", "gpt_jax"], ["load", "--gpu", "--rounds", "1"]],
 )  # fmt: skip
@@ -70,7 +72,9 @@ def parts(device: str, folder: Path) -> list[Part]:
         return script("check_parity.py", "torch", "jax", *options, "--out", folder / "parity" / name)
 
     def train(backend: str, run: Path, *options: object) -> Command:
-        return script(f"train_{backend}.py", "--device", device, "--run", run / backend, *options, **_EXACT)
+        # The fused attention of torch does not add in a fixed order.
+        exact = ("--attention", "explicit", "--device", device, "--run", run / backend)
+        return script(f"train_{backend}.py", *exact, *options, **_EXACT)
 
     def train_anew(backend: str, run: Path, dtype: str) -> Command:
         lengths = ("--steps", sizes.steps, "--eval-every", sizes.steps // 2)
@@ -84,18 +88,18 @@ def parts(device: str, folder: Path) -> list[Part]:
         name = f"benchmark {arguments[0]}"
         peers = () if "--peers" in arguments or importlib.util.find_spec("transformers") else ("--peers", "gpt_torch")
         command = script("benchmark.py", *arguments, *peers, "--out", folder / name.replace(" ", "-"))
-        return Part(name, {"train": 16, "generate": 10}.get(arguments[0], 5), [[command]], _summarize_benchmark)
+        return Part(name, {"train": 16, "generate": 8}.get(arguments[0], 4), [[command]], _summarize_benchmark)
 
     out = folder / "sampled-tokens" / "tokens.json"
     tokens = Command(["-m", "measure.sampled_tokens", device, sizes.preset, str(sizes.new_tokens), str(out)], on_device)
     trained = [train_anew(b, folder / "training" / dtype, dtype) for dtype in _LOSS_TOLERANCE for b in _BACKENDS]
     resumed = [train(backend, folder / "kill-and-resume", "--resume") for backend in _BACKENDS]
     return [
-        Part("doctor", 2, [[Command(["-m", "parity.doctor"], on_device)]], _summarize_doctor),
-        Part("parity", 8, [[parity(name) for name in _PARITY]], _summarize_parity),
-        Part("sampled tokens", 4, [[tokens]], _summarize_tokens),
-        Part("training", 5, [trained], _summarize_training),
-        Part("kill and resume", 6, [[killed(backend) for backend in _BACKENDS], resumed], _summarize_resuming),
+        Part("doctor", 4, [[Command(["-m", "parity.doctor"], on_device)]], _summarize_doctor),
+        Part("parity", 12, [[parity(name) for name in _PARITY]], _summarize_parity),
+        Part("sampled tokens", 8, [[tokens]], _summarize_tokens),
+        Part("training", 6, [trained], _summarize_training),
+        Part("kill and resume", 7, [[killed(backend) for backend in _BACKENDS], resumed], _summarize_resuming),
         *map(benchmark, sizes.benchmarks),
     ]
 

@@ -15,7 +15,6 @@ from parity.config import as_config
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
-    "sampled": {"temperature": 0.8},
     "top-k, top-p": {"temperature": 0.8, "top_k": 50, "top_p": 0.95},
 }
 
