@@ -16,7 +16,7 @@ from parity.config import PRESETS, GPTConfig
 from parity.data.tokenizer import ByteTokenizer
 from parity.data.tokenizer_files import write_tokenizer
 from parity.errors import InputError
-from parity.training import checkpoints
+from parity.training import checkpoints, loop
 from parity.training.args import JobArgs, parse_job_args
 from parity.training.flops import estimated_time
 from parity.training.initial import initial_arrays, own_tokenizer, weights_folder
@@ -99,6 +99,31 @@ def test_samples_follow_the_settings(short_run, tmp_path):
 
     assert last_sample(run) == job.tokenizer.decode(greedy) + "\n\n"
     assert last_sample(short_run) == job.tokenizer.decode(sampled) + "\n\n"
+
+
+def test_the_prompts_of_an_evaluation_are_continued_together(tmp_path, monkeypatch):
+    """In batches, with the texts that each prompt has alone; the last prompt nearly fills the context of 24 tokens."""
+    texts, batches = ["The ", "B", "a prompt of 22 bytes: "], []
+
+    def recording(model, prompts, *args, **options):
+        batches.append(len(prompts))
+        return gpt_torch.generate(model, prompts, *args, **options)
+
+    monkeypatch.setattr(gpt_torch.train, "generate", recording)
+    Path("prompts.txt").write_text("\n".join(texts), encoding="utf-8")
+    for at_once, expected in ((32, [3]), (2, [2, 1])):
+        monkeypatch.setattr(loop, "SAMPLES_AT_ONCE", at_once)
+        batches.clear()
+        run = tmp_path / str(at_once)
+        job = train(*SHORT, "--steps", 1, "--eval-prompts", "prompts.txt", "--run", run)
+        assert batches == expected * 2  # before training, and after the step
+        model = gpt_torch.load_pretrained(checkpoints.newest_intact(run / "checkpoints"))
+        alone = [
+            gpt_torch.generate(model, [prompt], min(8, 24 - len(prompt)), temperature=0.8, top_k=50, seed=0)[0]
+            for prompt in job.prompts
+        ]
+        samples = (run / "samples.txt").read_text(encoding="utf-8").split("--- step 1 ---\n")[1:]
+        assert samples == [job.tokenizer.decode(row) + "\n\n" for row in alone]
 
 
 def test_training_starts_from_a_run_or_a_checkpoint(short_run):

@@ -23,6 +23,9 @@ from parity.training.job import Job
 from parity.training.schedule import learning_rate
 from parity.training.trainer import Trainer
 
+SAMPLES_AT_ONCE = 32
+"""Number of prompts that an evaluation continues in one batch. Each batch gathers the weights of a mesh."""
+
 
 class StopRequest:
     """Receive SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal was closed).
@@ -193,12 +196,21 @@ def _evaluate_and_save(trainer: Trainer, job: Job, step: int, console: Console) 
 def _sample_and_plot(trainer: Trainer, job: Job, step: int, console: Console) -> None:
     """Write and print samples, and draw the losses: after the save, and without ending the run if it fails."""
     with _without_ending(job, "the samples were not written", console):
-        texts = []
-        for prompt in job.prompts:
-            room = min(job.settings.sample_tokens, trainer.config.n_ctx - len(prompt))
-            options = {"temperature": job.settings.sample_temperature, "top_k": job.settings.sample_top_k}
-            [row] = trainer.generate([prompt], room, seed=job.settings.seed, **options)
-            texts.append("".join(stream_text(job.tokenizer, row)))  # skips ids without text, of a padded vocabulary
+        settings = job.settings
+        options = {
+            "seed": settings.seed,
+            "temperature": settings.sample_temperature,
+            "top_k": settings.sample_top_k,
+        }
+        rows = []
+        for first in range(0, len(job.prompts), SAMPLES_AT_ONCE):
+            prompts = job.prompts[first : first + SAMPLES_AT_ONCE]
+            # The random numbers of each prompt are those that it has alone, in row 0.
+            room = [min(settings.sample_tokens, trainer.config.n_ctx - len(prompt)) for prompt in prompts]
+            own = [{"row": 0, "max_new_tokens": n} for n in room]
+            rows += trainer.generate(prompts, max(room), per_prompt=own, **options)
+        # stream_text skips ids without text, of a padded vocabulary.
+        texts = ["".join(stream_text(job.tokenizer, row)) for row in rows]
         job.run.add_samples(step, texts)
         for text in texts:
             console.print(f"             {text!r}", style="dim", markup=False, highlight=False, soft_wrap=True)
