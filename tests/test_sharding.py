@@ -102,6 +102,17 @@ def test_collectives_are_those_that_the_mesh_needs(runs):
     assert tensor["all-reduce"] >= 4
 
 
+def test_a_step_sends_what_is_planned_and_nothing_in_the_loop_over_chunks(runs):
+    """Summed after each chunk, the head's gradient would be most of what a step sends."""
+    _, shapes, results = runs
+    if shapes is not FEW:
+        pytest.skip("the program is the same as in the other runs")
+    assert len(results["communication"]) == 3
+    for shape, facts in results["communication"].items():
+        assert 0.5 < facts["sent"] / facts["planned"] < 1.2, shape
+        assert facts["chunk loops"] == [{"iterations": 4, "collectives": []}], shape
+
+
 def test_what_cannot_be_sharded_evenly_is_refused():
     assert MeshShape.parse("tensor=2, data=4") == MeshShape(data=4, tensor=2)
     for bad in ("", "data", "data=0", "model=2", "data=2,data=2", "data=x"):

@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import gpt_jax.train
+from gpt_jax import hlo, roofline
 from gpt_jax.generate import generate
 from gpt_jax.loss import Tiling, head_loss
+from gpt_jax.lowering import StepOptions, lower_train_step
+from gpt_jax.memory import communication_bytes
 from gpt_jax.sharding import MeshShape, make_mesh
 from gpt_jax.train import Trainer
-from parity.config import GPTConfig
+from parity.config import PRESETS, GPTConfig
 from parity.training import checkpoints
 from parity.training.settings import recipe
 
@@ -27,7 +30,8 @@ FEW = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 GENERATING = [(8, 1, 1), (2, 2, 2)]  # of FEW: replicated, and sharded over each axis
 SMALL_CHUNKS = Tiling(largest_chunk=2 * CONFIG.n_vocab, vocab_multiple=1)
 PROMPTS = [[1, 2, 3], [4]]
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+OF_THE_SCALING_PAGE = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
 
 
 def batch(step):
@@ -69,6 +73,35 @@ def facts(trainer):
     }
 
 
+def communication(shape):
+    """Return the bytes that a device sends in a step of 124M, those of plan.py, and the loops over the loss's chunks.
+
+    The head is untied: on a CPU, XLA sums the two gradients of a tied embedding separately.
+    """
+    shape = MeshShape(*shape)
+    config = dataclasses.replace(PRESETS["124M"], tied_head=False)
+    settings = dataclasses.replace(recipe("124M").settings, batch_size=32, accumulate=2, dtype="float32")
+    text = lower_train_step(config, settings, StepOptions(), make_mesh(shape)).compile().as_text()
+    program = hlo.parse(text)
+
+    def operations(computation):
+        for operation in program.computations[computation].values():
+            yield operation
+            if operation.called:
+                yield from operations(operation.called)
+
+    chunk_loops = []
+    for loop in program.loops():
+        body = list(operations(loop.called))
+        is_innermost = not any(operation.kind == "while" for operation in body)
+        if is_innermost and any("_head_loss_jvp" in program.functions(operation) for operation in body):
+            collectives = [operation.kind for operation in body if operation.kind.startswith(COLLECTIVES)]
+            chunk_loops.append({"iterations": loop.trip_count, "collectives": collectives})
+    planned = communication_bytes(config, shape, settings.micro_size, 2, "float32", "cpu")
+    sent = roofline.read(program, "H100", shape.size).total(messages=True).nbytes
+    return {"sent": sent, "planned": sum(planned.values()), "chunk loops": chunk_loops}
+
+
 def main(dtype, shapes, out):
     jax.config.update("jax_enable_x64", dtype == "float64")
     gpt_jax.train.tiling_for = lambda platform: SMALL_CHUNKS
@@ -93,6 +126,8 @@ def main(dtype, shapes, out):
             trainer = make(settings, shape)
             trainer.restore(saved)
             results[f"restored {shape}"] = {"losses": losses(trainer, 10, 20)}
+    if shapes is FEW:
+        results["communication"] = {str(shape): communication(shape) for shape in OF_THE_SCALING_PAGE}
     out.write_text(json.dumps(results))
 
 
