@@ -38,7 +38,7 @@ $(VENV)/.vocabulary: constraints-vocabulary.txt | $(VENV)/.extras-$(TEST_EXTRAS)
 
 train: $(FOR_TRAINING)
 	@$(SAY_DRIVER)
-	$(RUN) scripts/train_jax.py $(ARGS)
+	$(RUN) scripts/train_jax.py $(if $(findstring cuda,$(EXTRAS)),--device gpu) $(ARGS)
 
 test: $(FOR_TESTS)
 	$(RUN) -m pytest $(PARALLEL) --durations=20

@@ -6,9 +6,11 @@ import shutil
 import subprocess
 
 import pytest
+import train_jax
 from support.runs import ROOT
 
 from parity import doctor
+from parity.training.args import parse_job_args
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 
@@ -38,10 +40,14 @@ def test_a_driver_for_cuda_13_selects_it(answer, tmp_path):
     train = commands("train", answer, tmp_path)
     assert extras(train) == ["jax,cuda13"]
     assert f"NVIDIA driver {answer[:3]}: JAX for CUDA 13" in train
+    assert "train_jax.py --device gpu \n" in train  # an error if JAX cannot use it
+    assert "train_jax.py --device gpu --device cpu\n" in commands("train", answer, tmp_path, "ARGS=--device cpu")
+    assert parse_job_args(train_jax.Args, "", ["--device", "gpu", "--device", "cpu"]).device == "cpu"
     for target in ("test", "test-gpu"):
         assert extras(commands(target, answer, tmp_path)) == [f"{TESTS},cuda13"]
     chosen = commands("train", answer, tmp_path, "EXTRAS=jax")
     assert extras(chosen) == ["jax"]
+    assert "--device" not in chosen
     assert "NVIDIA" not in chosen
     assert extras(commands("test", answer, tmp_path, "TEST_EXTRAS=jax")) == ["jax"]
 
