@@ -50,6 +50,10 @@ def test_checks_run_linters_and_packaging():
     assert commands(workflow("checks.yml")) == ["make check", "make test-package"]
 
 
+def test_programs_are_compiled_for_gpus():
+    assert commands(workflow("gpu-program.yml")) == ["make test-gpu-program"]
+
+
 def test_pre_commit_has_the_pinned_ruff():
     [repository] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     [pin] = re.findall(r"^ruff==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)

@@ -1,6 +1,18 @@
-"""Whether programs can be compiled for GPUs here."""
+"""Programs for GPUs that are not here."""
 
+import functools
 from importlib.metadata import PackageNotFoundError, version
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from gpt_jax.decoding import DecodingModel
+from gpt_jax.generation_loop import StaticOptions, _cached_loop, _start, cache_growth
+from gpt_jax.gpu_targets import COMPILER_OPTIONS, target
+from gpt_jax.model import GPTModel, cast
+from gpt_jax.sharding import MeshShape
+from parity.generation import prepare
 
 
 def has_cuda_plugin():
@@ -9,3 +21,27 @@ def has_cuda_plugin():
         return bool(version("jax-cuda13-plugin"))
     except PackageNotFoundError:
         return False
+
+
+def compile_decoding(config, batch_size, n_prompt, options, gpu="H100", dtype="bfloat16"):
+    """Compile the loop over tokens for a GPU, with caches that hold the prompt and the first tokens after it.
+
+    With XLA's own kernels for the products: for a few rows they read the weights as they are, and cuBLAS does not.
+    """
+    device = SingleDeviceSharding(target(gpu, MeshShape()))
+    request = prepare(config, [[0] * n_prompt] * batch_size, config.n_ctx - n_prompt, options)
+    static = StaticOptions(request.active, request.return_logprobs)
+    decoder = jax.eval_shape(lambda: DecodingModel(cast(GPTModel(config, None), dtype), 1))
+    growth = cache_growth(decoder, batch_size)
+    length = min(request.cache_length, n_prompt // growth * growth + growth)
+    inputs = jax.tree.map(jnp.asarray, request.inputs)
+    state = jax.eval_shape(
+        functools.partial(_start, cache_length=length, static=static), decoder, jnp.asarray(request.tokens), inputs
+    )
+    arguments = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        (decoder, state, inputs, jnp.int32(0)),
+    )
+    return _cached_loop.lower(*arguments, static=static).compile(
+        {**COMPILER_OPTIONS, "xla_gpu_enable_triton_gemm": True}
+    )
