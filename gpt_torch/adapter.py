@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gpt_torch.activations import run_with_cache
+from gpt_torch.devices import choose_device
 from gpt_torch.generate import generate as generate_rows
 from gpt_torch.loss import calc_loss
 from gpt_torch.model import GPTModel
@@ -135,5 +136,5 @@ def to_device(ids: np.ndarray, compute: Compute) -> Tensor:
     return torch.from_numpy(ids).long().to(_device(compute))
 
 
-def _device(compute: Compute) -> str:
-    return "cuda" if compute.device == "gpu" else compute.device
+def _device(compute: Compute) -> torch.device:
+    return choose_device(compute.device)

@@ -41,7 +41,7 @@ def test_every_part_reports_whatever_becomes_of_the_others(tmp_path):
     assert [result.outcome.status for result in results.values()] == ["failed", "timed out", "failed", "passed"]
     assert results["fails"].outcome.lines == ["statuses [3]", "a reason"]
     assert results["hangs"].outcome.lines[1] == "statuses [0, None, None]"
-    assert "No such file" in results["writes nothing"].outcome.lines[0]
+    assert results["writes nothing"].outcome.lines[0].startswith("nothing was written to ")
     assert str(ROOT) in log_file(tmp_path / "out" / "passes").read_text()  # nothing need be installed
 
     write_results(tmp_path, {"card": "H100 | 580", "machine": "m"}, list(results.values()))
@@ -119,6 +119,14 @@ def test_resuming_is_compared_with_the_other_backend_if_there_is_no_uninterrupte
     outcome = gpu_parts._summarize_resuming(tmp_path / "kill-and-resume", [-9, -9, 0, 0])
     assert outcome.status == "passed"
     assert "those of torch's resumed run" in outcome.lines[0]
+
+
+@pytest.mark.parametrize(("device", "status"), [("gpu", "failed"), ("cpu", "passed")])
+def test_frameworks_that_see_no_gpu_fail_the_part_doctor(device, status, tmp_path):
+    log_file(tmp_path).write_text("  jax's devices     cpu (cpu)\n  torch's devices   NVIDIA H100; cpu (8 threads)\n")
+    outcome = gpu_parts._summarize_doctor(device, tmp_path, [0])
+    assert outcome.status == status
+    assert outcome.lines == (["jax sees no GPU"] if device == "gpu" else ["no problems found"])
 
 
 def test_parity_reports_state_the_distance_of_both_sides_from_float64(tmp_path):

@@ -6,12 +6,13 @@ import importlib.util
 import json
 import math
 import os
+import re
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from measure.parts import ROOT, Command, Outcome, Part, Status, log_file
+from measure.parts import ROOT, Command, Outcome, Part, Status, failure, log_file
 
 # Both trainers compute the same function. In float64, where rounding has no time to grow, their losses are the same;
 # in float32 the trajectories of an ill-conditioned batch drift apart.
@@ -90,12 +91,13 @@ def parts(device: str, folder: Path) -> list[Part]:
         command = script("benchmark.py", *arguments, *peers, "--out", folder / name.replace(" ", "-"))
         return Part(name, {"train": 16, "generate": 8}.get(arguments[0], 4), [[command]], _summarize_benchmark)
 
+    doctor = Command(["-m", "parity.doctor"], on_device)
     out = folder / "sampled-tokens" / "tokens.json"
     tokens = Command(["-m", "measure.sampled_tokens", device, sizes.preset, str(sizes.new_tokens), str(out)], on_device)
     trained = [train_anew(b, folder / "training" / dtype, dtype) for dtype in _LOSS_TOLERANCE for b in _BACKENDS]
     resumed = [train(backend, folder / "kill-and-resume", "--resume") for backend in _BACKENDS]
     return [
-        Part("doctor", 4, [[Command(["-m", "parity.doctor"], on_device)]], _summarize_doctor),
+        Part("doctor", 4, [[doctor]], functools.partial(_summarize_doctor, device)),
         Part("parity", 12, [[parity(name) for name in _PARITY]], _summarize_parity),
         Part("sampled tokens", 8, [[tokens]], _summarize_tokens),
         Part("training", 6, [trained], _summarize_training),
@@ -111,7 +113,7 @@ def _combined(outcomes: Mapping[str, Callable[[], Outcome]]) -> Outcome:
         try:
             found[name] = summarize()
         except Exception as error:
-            found[name] = Outcome("failed", [f"{type(error).__name__}: {error}"])
+            found[name] = failure(error)
     statuses = {outcome.status for outcome in found.values()}
     lines = [f"{name}: {line}" for name, outcome in found.items() for line in outcome.lines]
     data = {name: {"status": outcome.status, **outcome.data} for name, outcome in found.items()}
@@ -122,11 +124,15 @@ def _passed(passed: bool) -> Status:
     return "passed" if passed else "failed"
 
 
-def _summarize_doctor(folder: Path, statuses: Sequence[int | None]) -> Outcome:
+def _summarize_doctor(device: str, folder: Path, statuses: Sequence[int | None]) -> Outcome:
     report = log_file(folder).read_text(encoding="utf-8", errors="replace")
     problems = [line for line in report.splitlines() if line.startswith("problem: ")]
+    on_cpu = [name for name in _BACKENDS if re.search(rf"^ *{name}'s devices +cpu ", report, re.MULTILINE)]
+    if device == "gpu":
+        problems += [f"{name} sees no GPU" for name in on_cpu]
+    status = _passed(statuses == [0] and not problems)
     markdown = f"## doctor\n\n```text\n{report}```\n"
-    return Outcome(_passed(statuses == [0]), problems or ["no problems found"], {"report": report}, markdown)
+    return Outcome(status, problems or ["no problems found"], {"report": report}, markdown)
 
 
 def _summarize_parity(folder: Path, statuses: Sequence[int | None]) -> Outcome:

@@ -85,13 +85,20 @@ def run_part(part: Part, folder: Path, seconds: float) -> Outcome:
     try:
         outcome = part.summarize(folder, statuses)
     except Exception as error:  # a command that failed has not written what is summarized
-        outcome = Outcome("failed", [f"{type(error).__name__}: {error}"])
+        outcome = failure(error)
     if None in statuses:
         return outcome._replace(status="timed out", lines=[f"stopped after {seconds:.0f} s", *outcome.lines])
     if outcome.status == "failed":
-        ends = [line for number in range(len(statuses)) for line in _last_lines(log_file(folder, number))]
+        ends = dict.fromkeys(line for n in range(len(statuses)) for line in _last_lines(log_file(folder, n)))
         return outcome._replace(lines=[*outcome.lines, *ends])
     return outcome
+
+
+def failure(error: Exception) -> Outcome:
+    """Return the outcome of a part whose files cannot be read."""
+    if isinstance(error, FileNotFoundError):
+        return Outcome("failed", [f"nothing was written to {error.filename}"])
+    return Outcome("failed", [f"{type(error).__name__}: {error}"])
 
 
 def log_file(folder: Path, number: int = 0) -> Path:
