@@ -174,6 +174,7 @@ def test_decoding_reads_the_weights_and_the_cache_once(batch_size, options, most
     assert whole.host_loops == [loop.name], "the host waits once per token"
     token = roofline.read(dataclasses.replace(program, entry=loop.called), "H100")
     total = token.total()
+    assert whole.total().calls == total.calls, "no weights are rearranged before the first token of each call"
     speed = batch_size / (token.seconds + 10e-6)  # and the time in which the host reads the condition of the loop
     print(f"{total.calls} kernels, {total.nbytes / 1e9:.3f} GB per token, {speed:,.0f} tokens/s")
     assert total.nbytes <= most_gb * 1e9
