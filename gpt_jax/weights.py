@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -49,7 +48,7 @@ def load_weights(
     config = config_of(model)
     current = {name: parameter.get_value() for name, parameter in parameters(model).items()}
     loaded = {}
-    for name, array in weights.convert(arrays, format, "flax", config, origin=origin):
+    for name, array in weights.convert(arrays, format, "flax", config, origin=origin, copy=True):
         weights.warn_if_not_finite(name, array, origin)
         loaded[name] = nnx.Param(jax.block_until_ready(_like(array, current[name])))
         del array  # a stack of layers is large, so never hold two
@@ -57,11 +56,12 @@ def load_weights(
 
 
 def _like(array: np.ndarray, current: Any) -> Any:
-    """The array in the dtype of a parameter, and on its devices if it was put there (committed)."""
+    """A new array in the dtype of a parameter, and on its devices if it was put there (committed); not copied if both
+    are possible without it."""
     is_concrete = isinstance(current, Array) and not isinstance(current, jax.core.Tracer)
     if is_concrete and current.committed:
         return jax.device_put(np.asarray(array, current.dtype), current.sharding)
-    return jnp.asarray(array, dtype=current.dtype)
+    return jax.device_put(np.asarray(array, current.dtype), may_alias=True)
 
 
 def export_weights(model: nnx.Module, format: str = "huggingface") -> dict[str, np.ndarray]:

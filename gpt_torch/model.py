@@ -27,6 +27,11 @@ Cache = list[LayerCache]  # one entry per layer
 ATTENTIONS = ("explicit", "sdpa")
 
 
+def Embedding(num_embeddings: int, n_embd: int) -> nn.Embedding:
+    # Torch would draw random weights, which are replaced. On the meta device it would import its compiler for that.
+    return nn.Embedding(num_embeddings, n_embd, _weight=torch.zeros(num_embeddings, n_embd))
+
+
 class MultiHeadAttention(nn.Module):
     """Causal self-attention (Vaswani et al. 2017, section 3.2.2; OpenAI's `attn`).
 
@@ -137,8 +142,8 @@ class GPTModel(nn.Module):
 
     Args:
         config: A GPTConfig, the name of a preset, or a dict with the notebook's keys.
-        seed: Seed of the initial weights, which equal those of gpt_jax.GPTModel with the same seed. None keeps
-            torch's own initial weights, for a model whose weights are loaded next.
+        seed: Seed of the initial weights, which equal those of gpt_jax.GPTModel with the same seed. None leaves
+            those of torch's layers, for a model whose weights are loaded next.
         attention: "explicit" or "sdpa"; see MultiHeadAttention.
 
     Raises:
@@ -150,8 +155,8 @@ class GPTModel(nn.Module):
         check_choice("attention", attention, ATTENTIONS)
         self.config = config = as_config(config)
         self.attention = attention
-        self.tok_emb = nn.Embedding(config.n_vocab, config.n_embd)
-        self.pos_emb = nn.Embedding(config.n_ctx, config.n_embd)
+        self.tok_emb = Embedding(config.n_vocab, config.n_embd)
+        self.pos_emb = Embedding(config.n_ctx, config.n_embd)
         self.drop_emb = nn.Dropout(config.drop_rate)
         self.trf_blocks = nn.ModuleList(TransformerBlock(config, attention) for _ in range(config.n_layer))
         self.final_norm = LayerNorm(config.n_embd)

@@ -7,7 +7,7 @@ import torch
 
 from gpt_torch.model import GPTModel
 from gpt_torch.modes import unwrap
-from gpt_torch.weights import export_weights, load_weights
+from gpt_torch.weights import export_weights, load_weights, new_state
 from parity import notebook
 from parity.data.tokenizer import Tokenizer
 from parity.hub import save_model
@@ -68,6 +68,6 @@ def load_pretrained(path: str | Path, *, device: torch.device | str | None = Non
     config, arrays, format = read_folder(path)
     with torch.device("meta"):  # allocates nothing and draws no random weights, which would be overwritten
         model = GPTModel(config, seed=None, **options)
-    model.to_empty(device=device or "cpu")
-    load_weights(model, arrays, format, origin=str(path))
+    # Not model.to_empty(), which imports much of torch's compiler for tensors on the meta device.
+    model.load_state_dict(new_state(arrays, format, config, device or "cpu", str(path)), assign=True)
     return model

@@ -11,7 +11,7 @@ Comments, einsums, the weight table and the sharding rules all use the same lett
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 from parity.errors import InputError
 
@@ -158,6 +158,10 @@ def is_counted(targets: Any) -> Any:
     return (targets != first) & (targets != second)
 
 
+Size = Literal["124M", "355M", "774M", "1558M"]
+SIZES: tuple[Size, ...] = get_args(Size)
+"""The models that OpenAI published, by their number of parameters."""
+
 PRESETS: dict[str, GPTConfig] = {
     "124M": GPTConfig(),
     "355M": GPTConfig(n_embd=1024, n_head=16, n_layer=24),
@@ -170,7 +174,7 @@ PRESETS: dict[str, GPTConfig] = {
     # For tests. No two axes have the same size, so that they cannot be confused.
     "tiny": GPTConfig(n_vocab=97, n_ctx=24, n_embd=20, n_head=4, n_layer=3),
 }
-"""Configurations by name: OpenAI's four models by their number of parameters, and small ones."""
+"""Configurations by name: those of SIZES, and small ones."""
 
 
 def as_config(config: "GPTConfig | Mapping[str, Any] | str") -> GPTConfig:

@@ -24,7 +24,7 @@ def download_and_load_gpt2(model_size: str, models_dir: str | Path) -> tuple[dic
     """Return one of OpenAI's models, in the notebook's nesting.
 
     Args:
-        model_size: A size of `parity.weights.openai_files.SIZES`, such as "124M".
+        model_size: A size of `parity.config.SIZES`, such as "124M".
         models_dir: The files are read from models_dir/model_size, and downloaded to it if they are missing.
 
     Returns:

@@ -10,8 +10,9 @@ from pathlib import Path
 import tyro
 
 from parity.cli import parse
+from parity.config import Size
 from parity.errors import exit_with_message
-from parity.weights.openai_files import Size, download_model
+from parity.weights.openai_files import download_model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ import gpt_jax
 import gpt_torch
 from gpt_jax.weights import parameters
 from parity import weights as table
+from parity.arrays import aligned_empty, copy_into
 from parity.config import PRESETS, GPTConfig
 from parity.errors import InputError
 from parity.weights.lazy import LazyTensor
@@ -139,3 +140,40 @@ def test_initial_weights():
     assert not np.array_equal(weights["h.3.mlp.c_fc.weight"], weights["h.4.mlp.c_fc.weight"])
     again = table.initial_weights(dataclasses.replace(config, n_layer=8), seed=1)
     assert all(np.array_equal(again[name], weights[name]) for name in weights)
+
+
+def test_large_arrays_are_copied_in_parts_to_aligned_memory():
+    source = np.arange(3 * 2**20, dtype=np.float32).reshape(3, 1024, 1024)
+    for array in (source, source.T, source[:, ::2]):
+        copy = aligned_empty(array.shape, array.dtype)
+        copy_into(copy, array)
+        assert np.array_equal(copy, array)
+        assert copy.ctypes.data % 64 == 0
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_values_that_are_not_finite_are_found_in_every_part(transposed):
+    array = np.zeros((1536, 2048), np.float32)
+    for place in (0, array.size // 2, array.size - 1):
+        array.flat[place] = np.inf
+        with pytest.warns(UserWarning, match="w has 1 values that are not finite"):
+            table.warn_if_not_finite("w", array.T if transposed else array, "file")
+        array.flat[place] = 0
+    array[0, :] = np.finfo(np.float32).max  # finite, although a float32 sum overflows
+    table.warn_if_not_finite("w", array, "file")
+
+
+@pytest.mark.parametrize("package", [gpt_torch, gpt_jax])
+def test_a_loaded_model_shares_no_memory_with_its_source(package, tmp_path):
+    given = probing_weights(TINY, np.float32)
+    model = package.GPTModel(TINY)
+    package.load_weights(model, given)
+    package.save_pretrained(model, tmp_path)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    loaded = package.load_pretrained(tmp_path)
+    before = {name: array.copy() for name, array in package.export_weights(loaded).items()}
+    for array in given.values():
+        array[...] = 7
+    (tmp_path / "model.safetensors").write_bytes(bytes(len(content)))
+    for current in (model, loaded):
+        assert all(np.array_equal(array, before[name]) for name, array in package.export_weights(current).items())

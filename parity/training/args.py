@@ -8,14 +8,13 @@ from typing import Literal, TypeVar
 import tyro
 
 from parity import cli
-from parity.config import PRESETS, GPTConfig
+from parity.config import PRESETS, SIZES, GPTConfig
 from parity.data.tokenizer import ByteTokenizer, GPT2Tokenizer
 from parity.errors import InputError
 from parity.training.initial import own_tokenizer, weights_folder
 from parity.training.runs import RunFolder, read_run
 from parity.training.settings import FINE_TUNING, RECIPES, TrainSettings, recipe
 from parity.weights.load import read_folder
-from parity.weights.openai_files import SIZES
 
 _N_VOCAB = {tokenizer.name: tokenizer.n_vocab for tokenizer in (ByteTokenizer, GPT2Tokenizer)}
 

@@ -1,6 +1,9 @@
 """The files that hold weights in a folder. It may contain one format only, or the older model might be read."""
 
+import mmap
 from pathlib import Path
+
+import numpy as np
 
 from parity.errors import InputError
 
@@ -39,3 +42,11 @@ def refuse_other(folder: Path, name: str) -> None:
     present = [*folder.glob(f"{SINGLE}*"), *folder.glob(f"{_PICKLE}*"), *tensorflow_files(folder)]
     if others := sorted(file.name for file in present if file.name != name):
         raise InputError(f"{folder} already holds a model in {others[0]}; name another folder, or delete that model")
+
+
+def map_file(path: Path) -> np.ndarray:
+    """Return the bytes of a file as an array that is read when it is used. Writing to it does not change the file."""
+    with path.open("rb") as file:
+        if not path.stat().st_size:  # which cannot be mapped
+            return np.empty(0, np.uint8)
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)

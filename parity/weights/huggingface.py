@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -24,12 +26,12 @@ from parity.weights.table import FORMATS, OUT_HEAD, ROWS
 CONFIG_FILE, WEIGHTS_FILE = "config.json", files.SINGLE
 _PREFIX = "transformer."
 _FORMAT = "weights_format"
-# The dtype that each dtype of safetensors is read as.
-_DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype("f8"),
-    "F32": np.dtype("f4"),
-    "F16": np.dtype("f4"),
-    "BF16": np.dtype("f4"),
+# The dtype in which each dtype of safetensors is stored, and the one that it is read as.
+_DTYPES: dict[str, tuple[np.dtype, np.dtype]] = {
+    "F64": (np.dtype("<f8"), np.dtype("f8")),
+    "F32": (np.dtype("<f4"), np.dtype("f4")),
+    "F16": (np.dtype("<f2"), np.dtype("f4")),
+    "BF16": (np.dtype(ml_dtypes.bfloat16), np.dtype("f4")),
 }
 
 
@@ -183,21 +185,26 @@ def _tensors(path: Path) -> dict[str, LazyTensor]:
         }
     tensors: dict[str, LazyTensor] = {}
     try:
-        with safe_open(path, "numpy") as file:
-            for name, stored_name in names.unique(names.without_prefixes(file.keys()), str(path)).items():
-                entry = file.get_slice(stored_name)
-                dtype = _DTYPES.get(entry.get_dtype())
-                if dtype is None:
-                    kind, known = entry.get_dtype(), ", ".join(_DTYPES)
-                    raise InputError(f"{path}: {printable(name, 120)} has dtype {kind}; weights must be one of {known}")
-                read = functools.partial(_read_tensor, path, stored_name)
-                tensors[name] = LazyTensor(name, tuple(entry.get_shape()), dtype, read)
+        with safe_open(path, "numpy") as file:  # checks the header, and that the tensors fill the file
+            entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
+        content = files.map_file(path)
+        starts = _starts(content)
     except (SafetensorError, OSError) as error:
         text = printable(str(error), 300)
         raise InputError(f"{path} cannot be read as safetensors ({text}); download or save it again") from None
+    for name, stored_name in names.unique(names.without_prefixes(entries), str(path)).items():
+        kind, shape = entries[stored_name].get_dtype(), tuple(entries[stored_name].get_shape())
+        if kind not in _DTYPES:
+            known = ", ".join(_DTYPES)
+            raise InputError(f"{path}: {printable(name, 120)} has dtype {kind}; weights must be one of {known}")
+        stored_dtype, dtype = _DTYPES[kind]
+        view = np.frombuffer(content, stored_dtype, math.prod(shape), starts[stored_name])
+        tensors[name] = LazyTensor(name, shape, dtype, functools.partial(view.reshape, shape))
     return tensors
 
 
-def _read_tensor(path: Path, name: str) -> np.ndarray:
-    with safe_open(path, "numpy") as file:
-        return file.get_tensor(name)
+def _starts(content: np.ndarray) -> dict[str, int]:
+    """Return the place of each tensor's first byte in a valid file of safetensors."""
+    size = int.from_bytes(content[:8].tobytes(), "little")
+    header = json.loads(content[8 : 8 + size].tobytes())
+    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator
 
 import google_crc32c
+import numpy as np
 
 _FOOTER, _TRAILER = 48, 5
 _MAGIC = 0xDB4775248B80FB57
@@ -98,7 +99,7 @@ def _write_block(entries: list[tuple[bytes, bytes]]) -> bytes:
     return content + struct.pack(f"<{len(restarts)}I", *restarts) + struct.pack("<I", len(restarts))
 
 
-def masked_crc(data: bytes) -> int:
+def masked_crc(data: bytes | np.ndarray) -> int:
     """Return LevelDB's masked crc32c, rotated and offset so that data may contain checksums of its own parts."""
     crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF

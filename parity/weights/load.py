@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from parity.config import GPTConfig
+from parity.config import SIZES, GPTConfig
 from parity.errors import InputError
 from parity.storage.manifest import check_weights
 from parity.storage.paths import user_path
@@ -21,9 +21,9 @@ def find_folder(path: str | Path) -> Path:
     Raises:
         InputError: If there is no such folder or file, or the download fails.
     """
-    from parity.weights.openai_files import SIZES, download_model  # here, because it brings an HTTP client
-
     if str(path) in SIZES:
+        from parity.weights.openai_files import download_model  # here, because it brings an HTTP client
+
         return download_model(str(path))
     path = user_path(path)
     if not path.is_dir() and not (path.is_file() and path.suffix in files.SUFFIXES):

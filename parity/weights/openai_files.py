@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, get_args
 
 from rich.progress import (
     BarColumn,
@@ -15,7 +14,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from parity.config import PRESETS
+from parity.config import PRESETS, SIZES
 from parity.console import PlainConsole
 from parity.errors import InputError
 from parity.storage.download import RemoteFile, fetch, openai_addresses
@@ -25,8 +24,6 @@ from parity.weights.leveldb import DamageError
 from parity.weights.table import check, n_params
 from parity.weights.tensor_bundle import check_shard, decode_message, parse_index
 
-Size = Literal["124M", "355M", "774M", "1558M"]
-SIZES: tuple[Size, ...] = get_args(Size)
 DATA = "model.ckpt.data-00000-of-00001"
 
 
@@ -105,7 +102,7 @@ def download_model(
     """Download OpenAI's files of a model, except those that are already there, which are checked.
 
     Args:
-        size: One of SIZES.
+        size: One of parity.config.SIZES.
         folder: Where to store the files; by default models/SIZE in the cache folder.
         base_urls: Addresses of folders that hold SIZE/NAME, in the order to try; by default GPT_PARITY_BASE_URL if it
             is set, otherwise OPENAI_MIRRORS.

@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 from einops import rearrange
 
+from parity.arrays import aligned_empty, copy_into, in_parts
 from parity.config import GPTConfig
 from parity.errors import InputError, printable
 
@@ -211,6 +212,7 @@ def convert(
     config: GPTConfig,
     dtype: Any = None,
     origin: str = "weights",
+    copy: bool = False,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Convert the weights of a model from one format to another.
 
@@ -224,9 +226,10 @@ def convert(
         config: Configuration of the model.
         dtype: Dtype of the result; None keeps the dtype of each tensor.
         origin: Where the weights come from, for messages.
+        copy: Whether each array is a new one, at an address that is a multiple of 64.
 
     Yields:
-        (name, array) of each tensor; arrays may be views of the given ones.
+        (name, array) of each tensor; without `copy`, arrays may be views of the given ones.
 
     Raises:
         InputError: If names or shapes do not fit the model (see `check`), a tensor does not hold floating-point
@@ -243,7 +246,7 @@ def convert(
             yield names[0], _stack(arrays, config.n_layer)
         else:
             for name in names:
-                yield name, next(arrays)
+                yield name, _copied(next(arrays)) if copy else next(arrays)
 
 
 def _arrays(
@@ -270,17 +273,26 @@ def _arrays(
 def _stack(arrays: Iterator[np.ndarray], n_layer: int) -> np.ndarray:
     """Stack the arrays of all layers, holding one of them at a time."""
     first = next(arrays)
-    stacked = np.empty((n_layer, *first.shape), first.dtype)
-    stacked[0] = first
+    stacked = aligned_empty((n_layer, *first.shape), first.dtype)
+    copy_into(stacked[0], first)
     del first
     for layer in range(1, n_layer):
-        stacked[layer] = next(arrays)
+        copy_into(stacked[layer], next(arrays))
     return stacked
+
+
+def _copied(array: np.ndarray) -> np.ndarray:
+    copy = aligned_empty(array.shape, array.dtype)
+    copy_into(copy, array)
+    return copy
 
 
 def warn_if_not_finite(name: str, array: np.ndarray, origin: str) -> None:
     """Warn of a tensor that has NaN or infinite values, and name it."""
-    if not np.isfinite(array.sum(dtype=np.float64)):
+    if array.flags.f_contiguous:
+        array = array.T  # of which slices are contiguous
+    # A sum of finite numbers may overflow; one with NaN or infinity is never finite.
+    if not np.isfinite(sum(in_parts(lambda part: array[part].sum(dtype=np.float64), array))):
         count = array.size - int(np.isfinite(array).sum())
         if count:
             warnings.warn(f"{origin}: {name} has {count} values that are not finite", stacklevel=3)

@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from parity.errors import InputError, printable
+from parity.weights.files import map_file
 from parity.weights.lazy import LazyTensor
 from parity.weights.leveldb import DamageError, encode_varint, masked_crc, read_table, read_varint, write_table
 
@@ -67,13 +68,11 @@ def read_bundle(prefix: Path) -> dict[str, LazyTensor]:
 def _read_tensor(entry: Entry) -> np.ndarray:
     if entry.dtype is _OPAQUE:
         raise InputError(f"{entry.path}: {printable(entry.name, 120)} has a dtype that is not supported")
-    return np.frombuffer(_checked_bytes(entry, entry.path), entry.dtype).reshape(entry.shape)
+    return _checked_bytes(entry, entry.path).view(entry.dtype).reshape(entry.shape)
 
 
-def _checked_bytes(entry: Entry, path: Path) -> bytes:
-    with path.open("rb") as file:
-        file.seek(entry.offset)
-        content = file.read(entry.size)
+def _checked_bytes(entry: Entry, path: Path) -> np.ndarray:
+    content = map_file(path)[entry.offset : entry.offset + entry.size]
     if masked_crc(content) != entry.crc:
         raise InputError(f"{path}: {printable(entry.name, 120)} is damaged (its crc32c differs); download it again")
     return content

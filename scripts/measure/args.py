@@ -8,8 +8,8 @@ from typing import Any, Literal
 import tyro
 
 from measure.timing import Spec, Workload
+from parity.config import Size
 from parity.errors import InputError
-from parity.weights.openai_files import Size
 
 What = Literal["train", "generate", "load", "compile", "start", "options", "prepare", "all"]
 
