@@ -92,6 +92,11 @@ def test_losses_are_compared_step_by_step(tmp_path):
     assert [outcome.data[dtype]["status"] for dtype in ("float64", "float32")] == ["passed", "failed"]
     assert outcome.data["float64"]["largest_difference"] == pytest.approx(5e-13, rel=1e-3)
     assert outcome.data["float32"]["largest_difference"] == math.inf
+    metrics(tmp_path / "none" / "float32/jax", [])
+    metrics(tmp_path / "none" / "float32/torch", [4.0])
+    outcome = gpu_parts._equal_losses(tmp_path / "none" / "float32")
+    assert outcome.status == "failed"
+    assert "last loss jax none, torch 4.000000" in outcome.lines[0]
 
 
 @pytest.mark.parametrize(

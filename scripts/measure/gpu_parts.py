@@ -189,7 +189,8 @@ def _equal_losses(folder: Path) -> Outcome:
     tolerance = _LOSS_TOLERANCE[folder.name]
     losses = {backend: read_losses(folder / backend) for backend in _BACKENDS}
     difference = _largest_difference(*losses.values())
-    ends = ", ".join(f"{name} {list(of_run.values())[-1]:.6f}" for name, of_run in losses.items())
+    last = {name: f"{of_run[max(of_run)]:.6f}" if of_run else "none" for name, of_run in losses.items()}
+    ends = ", ".join(f"{name} {text}" for name, text in last.items())
     text = f"{len(losses['jax'])} steps; last loss {ends}; largest relative difference {difference:.1e}"
     data = {"largest_difference": difference, "losses": losses}
     return Outcome(_passed(difference <= tolerance), [f"{text}, allowed {tolerance:.0e}"], data)
