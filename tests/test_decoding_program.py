@@ -12,7 +12,7 @@ from support.models import TINY, probing_weights
 import gpt_jax.adapter
 from gpt_jax import generation_loop
 from gpt_jax.decoding import DecodingModel
-from gpt_jax.generation_loop import StaticOptions, _cached_loop, _start, cache_growth
+from gpt_jax.generation_loop import FlatModel, StaticOptions, _cached_loop, _start, cache_growth
 from gpt_jax.model import GPTModel, cast
 from gpt_jax.sampling import bisect, in_order, search_digits
 from parity.generation import prepare
@@ -24,13 +24,13 @@ def lowered_loop(options, platform):
     """The loop over tokens, lowered for a platform that this machine need not have."""
     request = prepare(TINY, [[1, 2, 3], [4]], 9, options)
     static = StaticOptions(request.active, request.return_logprobs)
-    decoder = jax.eval_shape(lambda: DecodingModel(GPTModel(TINY, None), 1))
+    weights = FlatModel.of(jax.eval_shape(lambda: DecodingModel(GPTModel(TINY, None), 1)))
     inputs = jax.tree.map(jnp.asarray, request.inputs)
     state = jax.eval_shape(
-        lambda decoder, tokens, inputs: _start(decoder, tokens, inputs, cache_length=32, static=static),
-        decoder, request.tokens, inputs,
+        lambda weights, tokens, inputs: _start(weights, tokens, inputs, cache_length=32, static=static),
+        weights, request.tokens, inputs,
     )  # fmt: skip
-    traced = _cached_loop.trace(decoder, state, inputs, np.int32(9), static=static)
+    traced = _cached_loop.trace(weights, state, inputs, np.int32(9), static=static)
     return traced.lower(lowering_platforms=(platform,)).as_text(), len(jax.tree.leaves(state))
 
 
@@ -81,9 +81,9 @@ def test_a_cache_that_grows_gives_the_same_rows(monkeypatch):
     decoder = gpt_jax.for_decoding(gpt_jax.adapter.build(config, probing_weights(config, np.float32)))
     expected, logprobs = gpt_jax.generate(decoder, prompts, 14, return_logprobs=True, **options)
 
-    def recording(decoder, state, *args, **keywords):
+    def recording(weights, state, *args, **keywords):
         lengths.append(state.cache[0][0].shape[1])
-        return _cached_loop(decoder, state, *args, **keywords)
+        return _cached_loop(weights, state, *args, **keywords)
 
     monkeypatch.setattr(generation_loop, "cache_growth", lambda *_: 8)
     monkeypatch.setattr(generation_loop, "_cached_loop", recording)

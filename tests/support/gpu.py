@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from gpt_jax.decoding import DecodingModel
-from gpt_jax.generation_loop import StaticOptions, _cached_loop, _start, cache_growth
+from gpt_jax.generation_loop import FlatModel, StaticOptions, _cached_loop, _start, cache_growth
 from gpt_jax.gpu_targets import COMPILER_OPTIONS, target
 from gpt_jax.model import GPTModel, cast
 from gpt_jax.sharding import MeshShape
@@ -32,15 +32,16 @@ def compile_decoding(config, batch_size, n_prompt, options, gpu="H100", dtype="b
     request = prepare(config, [[0] * n_prompt] * batch_size, config.n_ctx - n_prompt, options)
     static = StaticOptions(request.active, request.return_logprobs)
     decoder = jax.eval_shape(lambda: DecodingModel(cast(GPTModel(config, None), dtype), 1))
+    weights = FlatModel.of(decoder)
     growth = cache_growth(decoder, batch_size)
     length = min(request.cache_length, n_prompt // growth * growth + growth)
     inputs = jax.tree.map(jnp.asarray, request.inputs)
     state = jax.eval_shape(
-        functools.partial(_start, cache_length=length, static=static), decoder, jnp.asarray(request.tokens), inputs
+        functools.partial(_start, cache_length=length, static=static), weights, jnp.asarray(request.tokens), inputs
     )
     arguments = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        (decoder, state, inputs, jnp.int32(0)),
+        (weights, state, inputs, jnp.int32(0)),
     )
     return _cached_loop.lower(*arguments, static=static).compile(
         {**COMPILER_OPTIONS, "xla_gpu_enable_triton_gemm": True}
