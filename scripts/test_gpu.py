@@ -13,6 +13,7 @@ installed.
 import dataclasses
 import platform
 import shlex
+import signal
 import sys
 import time
 from datetime import datetime
@@ -51,6 +52,7 @@ def main() -> int:
         raise InputError(f"--only {' '.join(args.only)}: no part has such a name; the parts are {names}")
     if not args.budget > 0:
         raise InputError(f"--budget must be positive, got {args.budget}")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # which ends the parts' processes too
     out.mkdir(parents=True, exist_ok=True)
     gpus = nvidia_gpus() if args.device == "gpu" else []
     facts = {

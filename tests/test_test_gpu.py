@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -60,20 +61,22 @@ def test_time_that_a_part_saves_goes_to_the_later_ones(tmp_path, monkeypatch):
     assert limits == [pytest.approx(number, abs=1) for number in (25, 33.3, 100)]
 
 
+def wait_for_end(child):
+    for _ in range(50):
+        stat = Path(f"/proc/{child}/stat")
+        if not stat.exists() or " Z " in stat.read_text():
+            return
+        time.sleep(0.1)
+    os.kill(child, 9)
+    pytest.fail("a process goes on")
+
+
 def test_a_hanging_command_is_killed_with_the_processes_it_started(tmp_path):
     code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', {code!r}])"
     [result] = run_parts([Part("hangs", 1, [[python(parent)]], print_statuses)], tmp_path, 2)
     assert result.outcome.status == "timed out"
-    child = int((tmp_path / "pid").read_text())
-    for _ in range(50):
-        stat = Path(f"/proc/{child}/stat")
-        if not stat.exists() or " Z " in stat.read_text():
-            break
-        time.sleep(0.1)
-    else:
-        os.kill(child, 9)
-        pytest.fail("the command's own process goes on")
+    wait_for_end(int((tmp_path / "pid").read_text()))
 
 
 def metrics(folder, losses):
@@ -166,6 +169,29 @@ def test_a_gpu_that_is_absent_fails_every_part_that_needs_it(tmp_path):
             for command in stage:
                 assert "JAX_PLATFORMS" not in command.environment
                 assert "cpu" not in command.arguments
+
+
+def test_a_script_that_is_terminated_leaves_no_process(tmp_path):
+    """A scheduler's time limit, for example."""
+    child, program, pid = (tmp_path / name for name in ("child.py", "program.py", "pid"))
+    child.write_text(f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)")
+    program.write_text(
+        "import sys\n"
+        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'scripts')!r}]\n"
+        "import test_gpu\n"
+        "from measure.parts import Command, Outcome, Part\n"
+        f"stages = [[Command(['-S', {str(child)!r}])]]\n"
+        "test_gpu.parts = lambda *_: [Part('hangs', 1, stages, lambda *_: Outcome('passed', []))]\n"
+        f"sys.argv = ['test_gpu.py', '--device', 'cpu', '--out', {str(tmp_path / 'out')!r}]\n"
+        "test_gpu.main()\n"
+    )
+    process = subprocess.Popen([sys.executable, str(program)])
+    end = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(30) == 143
+    wait_for_end(int(pid.read_text()))
 
 
 @pytest.mark.parametrize(
