@@ -10,7 +10,7 @@ import numpy as np
 
 _ALIGNMENT = 64  # bytes; JAX can use an array that is aligned so without copying it
 _THREADS = min(4, os.cpu_count() or 1)
-_PART = 2**20  # values; what a thread copies or adds up at a time
+_PART = 2**18  # values; what a thread copies or adds up at a time
 
 
 def as_numpy(array: Any, dtype: Any = None) -> np.ndarray:
@@ -34,7 +34,8 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Return an array like numpy.empty's, whose first value is at an address that is a multiple of 64."""
     dtype = np.dtype(dtype)
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    # Not numpy.empty, which asks for huge pages: where the memory is fragmented, the system takes seconds to make them.
+    buffer = np.zeros(size + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
     return buffer[start : start + size].view(dtype).reshape(shape)
 

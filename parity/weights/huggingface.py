@@ -187,8 +187,7 @@ def _tensors(path: Path) -> dict[str, LazyTensor]:
     try:
         with safe_open(path, "numpy") as file:  # checks the header, and that the tensors fill the file
             entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
-        content = files.map_file(path)
-        starts = _starts(content)
+        starts = _starts(files.map_file(path))
     except (SafetensorError, OSError) as error:
         text = printable(str(error), 300)
         raise InputError(f"{path} cannot be read as safetensors ({text}); download or save it again") from None
@@ -198,9 +197,13 @@ def _tensors(path: Path) -> dict[str, LazyTensor]:
             known = ", ".join(_DTYPES)
             raise InputError(f"{path}: {printable(name, 120)} has dtype {kind}; weights must be one of {known}")
         stored_dtype, dtype = _DTYPES[kind]
-        view = np.frombuffer(content, stored_dtype, math.prod(shape), starts[stored_name])
-        tensors[name] = LazyTensor(name, shape, dtype, functools.partial(view.reshape, shape))
+        read = functools.partial(_read_tensor, path, starts[stored_name], stored_dtype, shape)
+        tensors[name] = LazyTensor(name, shape, dtype, read)
     return tensors
+
+
+def _read_tensor(path: Path, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    return np.frombuffer(files.map_file(path), dtype, math.prod(shape), start).reshape(shape)
 
 
 def _starts(content: np.ndarray) -> dict[str, int]:
