@@ -105,6 +105,11 @@ def test_products_and_attention_run_on_tensor_cores(step):
     assert {k.category for k in step.reading.kernels if k.dtypes.endswith("f32")} == {"loss: products"}
 
 
+def test_gelu_is_computed_by_the_product_before_it(step):
+    n_calls = recipe(step.case.preset).model.n_layer * step.case.accumulate
+    assert sum(k.times for k in step.reading.kernels if '"BIAS_GELU_AUX"' in k.operation.attributes) == n_calls
+
+
 def test_activations_are_written_in_16_bits(step):
     """Large float32 arrays are parameters, their gradients, and the normalized inputs in LayerNorm's gradient."""
     preset, shape = recipe(step.case.preset), MeshShape.parse(step.case.mesh)
@@ -155,17 +160,18 @@ def test_every_kernel_is_attributed_to_a_part_of_the_step(step):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "options", "most_gb"),
+    ("batch_size", "n_prompt", "n_slots", "options", "most_gb"),
     [
-        (1, {"temperature": 0}, 0.30),
-        (1, {"temperature": 0.8, "top_k": 50, "top_p": 0.9}, 0.31),
-        # The weights and a cache of 640 slots, which hold the prompt of 512, are 1.0 GB.
-        (32, {"temperature": 0}, 1.25),
+        (1, 512, None, {"temperature": 0}, 0.30),
+        (1, 512, None, {"temperature": 0.8, "top_k": 50, "top_p": 0.9}, 0.31),
+        # The weights and a cache of 512 slots are 0.85 GB, those of 640 slots, which a prompt of 512 needs, 1.0 GB.
+        (32, 256, 512, {"temperature": 0}, 1.10),
+        (32, 512, None, {"temperature": 0}, 1.25),
     ],
     ids=str,
 )
-def test_decoding_reads_the_weights_and_the_cache_once(batch_size, options, most_gb):
-    compiled = compile_decoding(PRESETS["124M"], batch_size, 512, options)
+def test_decoding_reads_the_weights_and_the_cache_once(batch_size, n_prompt, n_slots, options, most_gb):
+    compiled = compile_decoding(PRESETS["124M"], batch_size, n_prompt, options, n_slots)
     analysis, program = compiled.memory_analysis(), hlo.parse(compiled.as_text())
     assert analysis.output_size_in_bytes - analysis.alias_size_in_bytes < 1000, "the cache is written in place"
     whole = roofline.read(program, "H100")

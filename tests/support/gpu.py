@@ -23,8 +23,8 @@ def has_cuda_plugin():
         return False
 
 
-def compile_decoding(config, batch_size, n_prompt, options, gpu="H100", dtype="bfloat16"):
-    """Compile the loop over tokens for a GPU, with caches that hold the prompt and the first tokens after it.
+def compile_decoding(config, batch_size, n_prompt, options, n_slots=None, gpu="H100", dtype="bfloat16"):
+    """Compile the loop over tokens for a GPU, with caches of `n_slots`, by default those of the first tokens.
 
     With XLA's own kernels for the products: for a few rows they read the weights as they are, and cuBLAS does not.
     """
@@ -34,7 +34,7 @@ def compile_decoding(config, batch_size, n_prompt, options, gpu="H100", dtype="b
     decoder = jax.eval_shape(lambda: DecodingModel(cast(GPTModel(config, None), dtype), 1))
     weights = FlatModel.of(decoder)
     growth = cache_growth(decoder, batch_size)
-    length = min(request.cache_length, n_prompt // growth * growth + growth)
+    length = n_slots or min(request.cache_length, n_prompt // growth * growth + growth)
     inputs = jax.tree.map(jnp.asarray, request.inputs)
     state = jax.eval_shape(
         functools.partial(_start, cache_length=length, static=static), weights, jnp.asarray(request.tokens), inputs
