@@ -102,7 +102,7 @@ def head_loss(x: Array, head: Array, targets: Array, tiling: Tiling = CPU_TILING
     """
     counted = is_counted(targets)
     invalid = counted & ((targets < 0) | (targets >= head.shape[0]))
-    # x becomes NaN rather than the loss, because the gradient of the head would be multiplied by the loss's.
+    # x becomes NaN, and with it the loss. A factor of the loss would be one of the head's gradient too, [V, D].
     x = x * jnp.where(invalid.any(), jnp.nan, 1.0).astype(x.dtype)
     targets = jnp.where(counted, jnp.where(invalid, 0, targets), IGNORE_INDEX)
     if mesh is None:
