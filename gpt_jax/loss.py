@@ -107,23 +107,24 @@ def head_loss(x: Array, head: Array, targets: Array, tiling: Tiling = CPU_TILING
     targets = jnp.where(counted, jnp.where(invalid, 0, targets), IGNORE_INDEX)
     if mesh is None:
         return _head_loss(x, head, targets, tiling)
-    return _over_mesh(functools.partial(_head_loss, tiling=tiling), mesh, x.shape[1])(x, head, targets)
+    return _over_mesh(functools.partial(_head_loss, tiling=tiling), mesh, x.shape[1:])(x, head, targets)
 
 
-def _over_mesh(loss: Callable[..., Array], mesh: Mesh, T: int) -> Callable[..., Array]:
-    """Return the sum over a mesh of loss(x, head, targets), of which each device computes its part."""
-    fsdp, tensor = RULES["D"], RULES["N"]
+def _over_mesh(loss: Callable[..., Array], mesh: Mesh, shape: tuple[int, ...]) -> Callable[..., Array]:
+    """Return the sum over a mesh of loss(x, head, targets), of which each device computes a part; `shape` is (T, D)."""
+    (T, D), fsdp, tensor = shape, RULES["D"], RULES["N"]
     axes = (*BATCH, tensor) if T % mesh.shape[tensor] == 0 else BATCH  # that the positions [B, T] are sharded over
+    head_axes = (fsdp,) if mesh.shape[fsdp] > 1 and D % mesh.shape[fsdp] == 0 else ()
 
     def local(x: Array, head: Array, targets: Array) -> Array:
         # The transpose of these lines sums the gradient of the head over the devices, in the dtype of the head.
-        head = jax.lax.pcast(head, tuple(axis for axis in axes if axis != fsdp), to="varying")
-        if mesh.shape[fsdp] > 1:
+        head = jax.lax.pcast(head, tuple(axis for axis in axes if axis not in head_axes), to="varying")
+        if head_axes:
             head = jax.lax.all_gather(head, fsdp, axis=1, tiled=True)
         return jax.lax.psum(loss(x, head, targets), axes)
 
     rows = P(BATCH, tensor) if tensor in axes else P(BATCH)
-    return jax.shard_map(local, mesh=mesh, in_specs=(rows, P(None, fsdp), rows), out_specs=P())
+    return jax.shard_map(local, mesh=mesh, in_specs=(rows, P(None, *head_axes), rows), out_specs=P())
 
 
 def n_chunks(logits_per_position: int, T: int, largest: int) -> int:

@@ -43,10 +43,10 @@ def make(settings, shape=None):
     return Trainer(CONFIG, settings, mesh=None if shape is None else make_mesh(MeshShape(*shape)))
 
 
-def head_losses(shape):
+def head_losses(shape, width):
     """Return the loss of the head and its gradients, in several chunks and on a mesh that does not divide T."""
     generator = np.random.default_rng(0)
-    x, head = (jnp.asarray(generator.normal(size=size)) for size in ((8, 5, 16), (CONFIG.n_vocab, 16)))
+    x, head = (jnp.asarray(generator.normal(size=size)) for size in ((8, 5, width), (CONFIG.n_vocab, width)))
     targets = generator.integers(-1, CONFIG.n_vocab, (8, 5), dtype=np.int32)
     mesh = None if shape is None else make_mesh(MeshShape(*shape))
     loss = jax.jit(jax.value_and_grad(lambda *arrays: head_loss(*arrays, targets, SMALL_CHUNKS, mesh), (0, 1)))
@@ -110,7 +110,7 @@ def main(dtype, shapes, out):
     single = make(settings)
     expected = single.generate(PROMPTS, 20, seed=1)
     results["tokens"], results["same tokens"] = expected, {}
-    results["head"] = {str(shape): head_losses(shape) for shape in (None, *shapes)}
+    results["head"] = {str(shape): head_losses(shape, 16) + head_losses(shape, 15) for shape in (None, *shapes)}
     results["single"] = {"losses": losses(single, 0, 20), **facts(single)}
     with tempfile.TemporaryDirectory() as folder:
         for shape in shapes:
