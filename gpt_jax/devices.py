@@ -75,7 +75,7 @@ def choose_attention(name: str, device: jax.Device, dtype: str, config: GPTConfi
     if config.drop_rate > 0:  # jax.nn has none, and the kernel's own has a seed that is fixed when it is compiled
         obstacles.append("it does not support dropout; use --drop-rate 0")
     capability = float(getattr(device, "compute_capability", "9.0"))
-    head_size, largest = config.n_embd // config.n_head, 256 if capability >= 9 else 128
+    head_size, largest = config.head_width, 256 if capability >= 9 else 128
     if head_size % 8 or head_size > largest:
         obstacles.append(f"it needs heads of 8, 16, ... or {largest} numbers, these have {head_size}")
     if capability < 8:

@@ -52,13 +52,11 @@ def lower_train_step(
     everywhere: Any
     by_rows: Any
     if isinstance(devices, Mesh):
-        platform = devices.devices.flat[0].platform
         state_sharding = sharding.shardings(state, config, devices, parameter_name)
         everywhere, by_rows = (NamedSharding(devices, PartitionSpec(*p)) for p in ((), (None, sharding.BATCH)))
         out_shardings = (state_sharding, everywhere)
         state = jax.tree.map(_abstract, state, state_sharding)
     else:
-        platform = devices.platform
         # Trainer's arrays are not committed to the default device, and the programs would differ.
         is_default = devices in jnp.zeros(()).devices()
         everywhere = by_rows = None if is_default else SingleDeviceSharding(devices)
@@ -74,9 +72,14 @@ def lower_train_step(
         settings.seed if config.drop_rate else None,
         mesh,
         out_shardings,
-        tiling_for(platform),
+        tiling_for(platform_of(devices)),
     )
     return step.lower(state, tokens, tokens, lr, step_number)
+
+
+def platform_of(devices: Mesh | jax.Device) -> str:
+    """Return JAX's name of the platform of a mesh or a device."""
+    return (devices.devices.flat[0] if isinstance(devices, Mesh) else devices).platform
 
 
 def _abstract(leaf: Any, leaf_sharding: Any) -> jax.ShapeDtypeStruct:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 from jax.sharding import Mesh
 
-from gpt_jax.lowering import StepOptions, lower_train_step, memory_bytes
+from gpt_jax.lowering import StepOptions, lower_train_step, memory_bytes, platform_of
 from gpt_jax.memory import memory
 from gpt_jax.sharding import MeshShape
 from parity.config import GPTConfig
@@ -73,13 +73,14 @@ def choose_micro_batch(
         InputError: If not even the smallest micro-batch fits.
     """
     shape = MeshShape(**devices.shape) if isinstance(devices, Mesh) else MeshShape()
-    platform = devices.devices.flat[0].platform if isinstance(devices, Mesh) else devices.platform
     numbers = possible_numbers(settings.batch_size, shape)
     limit = -processes.all_reduce_max(-limit)
 
     def estimate(number: int) -> int:
         micro_size = settings.batch_size // number
-        return memory(config, shape, micro_size, settings.dtype, options.remat, options.attention, platform).total
+        return memory(
+            config, shape, micro_size, settings.dtype, options.remat, options.attention, platform_of(devices)
+        ).total
 
     def compile_step(number: int) -> int:
         report(f"compiling  the step with {settings.batch_size // number} windows per micro-batch, to see if it fits")

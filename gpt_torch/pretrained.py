@@ -7,7 +7,7 @@ import torch
 
 from gpt_torch.model import GPTModel
 from gpt_torch.modes import unwrap
-from gpt_torch.weights import export_weights, load_weights, new_state
+from gpt_torch.weights import export_weights, load_weights
 from parity import notebook
 from parity.data.tokenizer import Tokenizer
 from parity.hub import save_model
@@ -69,5 +69,7 @@ def load_pretrained(path: str | Path, *, device: torch.device | str | None = Non
     with torch.device("meta"):  # allocates nothing and draws no random weights, which would be overwritten
         model = GPTModel(config, seed=None, **options)
     # Not model.to_empty(), which imports much of torch's compiler for tensors on the meta device.
-    model.load_state_dict(new_state(arrays, format, config, device or "cpu", str(path)), assign=True)
+    memory = {name: torch.empty(tensor.shape, device=device or "cpu") for name, tensor in model.state_dict().items()}
+    model.load_state_dict(memory, assign=True)
+    load_weights(model, arrays, format, origin=str(path))
     return model

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from gpt_torch.modes import require_values, unwrap
 from parity import weights
-from parity.config import GPTConfig
 from parity.errors import InputError
 
 
@@ -37,28 +36,9 @@ def load_weights(
     with torch.no_grad():
         for name, array in weights.convert(arrays, format, "torch", gpt.config, origin=origin):
             weights.warn_if_not_finite(name, array, origin)
-            parameters[name].copy_(_as_tensor(array))
-
-
-def new_state(
-    arrays: Mapping[str, Any], format: str, config: GPTConfig, device: torch.device | str, origin: str = "weights"
-) -> dict[str, Tensor]:
-    """Return a state dict of new tensors in torch's default dtype, for a model that has no memory yet.
-
-    The arguments and errors are those of `load_weights`.
-    """
-    state = {}
-    for name, array in weights.convert(arrays, format, "torch", config, origin=origin):
-        weights.warn_if_not_finite(name, array, origin)
-        state[name] = torch.empty(array.shape, device=device).copy_(_as_tensor(array))
-    return state
-
-
-def _as_tensor(array: np.ndarray) -> Tensor:
-    """A tensor of the same values, which may share the array's memory."""
-    if array.dtype == ml_dtypes.bfloat16:  # torch cannot read this NumPy dtype
-        array = array.astype(np.float32)
-    return torch.from_numpy(np.require(array, requirements=["W"]))
+            if array.dtype == ml_dtypes.bfloat16:  # torch cannot read this NumPy dtype
+                array = array.astype(np.float32)
+            parameters[name].copy_(torch.from_numpy(np.require(array, requirements=["W"])))
 
 
 def export_weights(model: nn.Module, format: str = "huggingface") -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +34,7 @@ def as_numpy(array: Any, dtype: Any = None) -> np.ndarray:
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Return an array like numpy.empty's, whose first value is at an address that is a multiple of 64."""
     dtype = np.dtype(dtype)
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     # Not numpy.empty, which asks for huge pages: where the memory is fragmented, the system takes seconds to make them.
     buffer = np.zeros(size + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT

@@ -22,7 +22,7 @@ from parity.cli import parse
 from parity.config import GPTConfig
 from parity.console import PlainConsole
 from parity.errors import InputError, exit_with_message
-from parity.training.flops import flops_per_token, peak_flops
+from parity.training.flops import UTILIZATION, flops_per_token, peak_flops
 from parity.training.settings import TrainSettings, recipe
 from parity.weights import n_params
 
@@ -53,7 +53,7 @@ class Args:
     --compile-for, or H100."""
     memory_gb: float | None = None
     """Memory of each device in GB; by default 85 for an H100, 151 for an H200, and 80 for any other."""
-    mfu: float = 0.4
+    mfu: float = UTILIZATION
     """Assumed model FLOPs utilization: the fraction of the device's peak that training reaches."""
     tokens_per_s: float | None = None
     """Measured speed of one device in tokens per second; by default it is estimated from --device and --mfu."""

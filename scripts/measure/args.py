@@ -16,9 +16,7 @@ What = Literal["train", "generate", "load", "compile", "start", "options", "prep
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    what: tyro.conf.Positional[
-        Literal["train", "generate", "load", "compile", "start", "options", "prepare", "all"]
-    ] = "train"
+    what: tyro.conf.Positional[What] = "train"
     """What to measure; see the examples above."""
     gpu: bool = False
     """Measure on a GPU, with larger models and batches; by default on the CPU."""

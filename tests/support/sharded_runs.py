@@ -84,19 +84,15 @@ def communication(shape):
     text = lower_train_step(config, settings, StepOptions(), make_mesh(shape)).compile().as_text()
     program = hlo.parse(text)
 
-    def operations(computation):
-        for operation in program.computations[computation].values():
-            yield operation
-            if operation.called:
-                yield from operations(operation.called)
+    def collectives(loop):
+        body = dataclasses.replace(program, entry=loop.called)
+        return roofline.read(body, "H100", shape.size).categories(messages=True)
 
-    chunk_loops = []
-    for loop in program.loops():
-        body = list(operations(loop.called))
-        is_innermost = not any(operation.kind == "while" for operation in body)
-        if is_innermost and any("_head_loss_jvp" in program.functions(operation) for operation in body):
-            collectives = [operation.kind for operation in body if operation.kind.startswith(COLLECTIVES)]
-            chunk_loops.append({"iterations": loop.trip_count, "collectives": collectives})
+    chunk_loops = [
+        {"iterations": loop.trip_count, "collectives": collectives(loop)}
+        for loop in program.loops()
+        if "head_loss" in program.functions(loop)
+    ]
     planned = communication_bytes(config, shape, settings.micro_size, 2, "float32", "cpu")
     sent = roofline.read(program, "H100", shape.size).total(messages=True).nbytes
     return {"sent": sent, "planned": sum(planned.values()), "chunk loops": chunk_loops}
