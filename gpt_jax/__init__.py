@@ -5,6 +5,7 @@ from gpt_jax.decoding import DecodingModel, for_decoding
 from gpt_jax.generate import generate, generate_text_simple, stream
 from gpt_jax.model import GPTModel, cast
 from gpt_jax.pretrained import load_pretrained, load_weights_into_gpt, save_pretrained
+from gpt_jax.scoring import token_logprobs
 from gpt_jax.weights import export_weights, load_weights
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "run_with_patches",
     "save_pretrained",
     "stream",
+    "token_logprobs",
 ]

@@ -4,6 +4,7 @@ from gpt_torch.activations import run_with_cache, run_with_patches
 from gpt_torch.generate import generate, generate_text_simple, stream
 from gpt_torch.model import GPTModel, cast
 from gpt_torch.pretrained import load_pretrained, load_weights_into_gpt, save_pretrained
+from gpt_torch.scoring import token_logprobs
 from gpt_torch.weights import export_weights, load_weights
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "run_with_patches",
     "save_pretrained",
     "stream",
+    "token_logprobs",
 ]

@@ -23,6 +23,7 @@ COMMON = {
     "run_with_patches",
     "save_pretrained",
     "stream",
+    "token_logprobs",
 }
 NAMES = {
     parity: {"PRESETS", "GPTConfig", "InputError", "as_config", "load_model_and_tokenizer", "load_tokenizer"},

@@ -1,0 +1,145 @@
+"""Log-probabilities of given tokens in PyTorch; gpt_jax/scoring.py has the same functions."""
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor, distributed
+
+from gpt_torch.model import GPTModel, check_ids, head_logits
+from gpt_torch.modes import eval_mode, unwrap
+from parity.errors import InputError
+from parity.evaluation.batches import TokenLogprobs, check_scoring, chunk_sizes
+
+_LARGEST_CHUNK = {"cpu": 2**25}
+"""Largest number of logits that exist at a time, by the type of the device; elsewhere the next line's."""
+_LARGEST_CHUNK_OF_ACCELERATORS = 2**29
+
+
+def token_logprobs(
+    model: GPTModel, tokens: Tensor, first: int | None = None, last: int | None = None, top: int = 0
+) -> TokenLogprobs:
+    """Return the log-probabilities that the model gives to tokens of a text, each after the tokens before it.
+
+    The vocabulary is projected at the scored positions only, and never all of [B, T, V] is in memory. The result has
+    no gradient, and dropout is off.
+
+    Args:
+        model: The model.
+        tokens: Integer ids [B, T], where T is at most n_ctx + 1, because the last token of a row is only scored.
+        first: The first position that is scored; by default 0. Position i scores tokens[:, i + 1].
+        last: The position after the last one that is scored; by default T - 1, which scores all tokens but the first.
+        top: Number of the most likely tokens to return for each position.
+
+    Returns:
+        Tensors [B, last - first] on the model's device; see TokenLogprobs for each.
+
+    Raises:
+        InputError: If T exceeds n_ctx + 1, an id is outside the vocabulary, or first, last or top is out of range.
+    """
+    config, weight = unwrap(model).config, unwrap(model).tok_emb.weight
+    tokens = torch.as_tensor(tokens, device=weight.device)
+    positions = check_scoring(config, tuple(tokens.shape), first, last, top)
+    B, K = len(tokens), len(positions)
+    rows = torch.arange(B).repeat_interleave(K)
+    columns = torch.arange(positions.start, positions.stop).repeat(B)
+    flat = _flat_logprobs(model, tokens, rows, columns, top)
+    return TokenLogprobs(*(array.unflatten(0, (B, K)) for array in flat))
+
+
+class BatchScorer:
+    """Scores the batches of parity.evaluation.scorer.Scorer. If torchrun started several processes, each of them
+    computes its share of the rows, and all of them get all results.
+
+    Args:
+        model: The model, the same in all processes.
+        mesh: Must be None; gpt_jax has meshes of devices.
+
+    Raises:
+        InputError: For a mesh.
+    """
+
+    def __init__(self, model: GPTModel, mesh: None = None):
+        if mesh is not None:
+            raise InputError("--mesh is for --backend jax; to use several devices in torch, start it with torchrun")
+        self.model = model
+        self.config = unwrap(model).config
+        is_shared = distributed.is_available() and distributed.is_initialized()
+        self.n_shards = distributed.get_world_size() if is_shared else 1
+        """The number of rows of a batch must be a multiple of this."""
+        self._device = unwrap(model).tok_emb.weight.device
+        self.tokens_per_batch = 2**11 if self._device.type == "cpu" else 2**15
+        """Number of tokens per batch, with padding, that this device is fast with."""
+
+    def __call__(self, tokens: np.ndarray, rows: np.ndarray, columns: np.ndarray, top: int = 0) -> TokenLogprobs:
+        """Score positions of a batch; all processes must call this with the same arguments.
+
+        Args:
+            tokens: Integer ids [B, T]; see token_logprobs().
+            rows: Row of each scored position, int [R], ascending.
+            columns: Column of each scored position, int [R]; position i scores tokens[:, i + 1].
+            top: See token_logprobs().
+
+        Returns:
+            NumPy arrays [R].
+        """
+        if self.n_shards == 1:
+            flat = self._flat_logprobs(tokens, rows, columns, top)
+            return TokenLogprobs(*(array.cpu().numpy() for array in flat))
+        n_rows = len(tokens) // self.n_shards
+        counts = np.bincount(rows // n_rows, minlength=self.n_shards)
+        bounds = np.concatenate([[0], counts.cumsum()])
+        rank = distributed.get_rank()
+        mine = slice(bounds[rank], bounds[rank + 1])
+        own_tokens = tokens[rank * n_rows : (rank + 1) * n_rows]
+        flat = self._flat_logprobs(own_tokens, rows[mine] - rank * n_rows, columns[mine], top)
+        return TokenLogprobs(*(self._gather(array, counts) for array in flat))
+
+    def _flat_logprobs(self, tokens: np.ndarray, rows: np.ndarray, columns: np.ndarray, top: int) -> TokenLogprobs:
+        on_device = functools.partial(torch.as_tensor, device=self._device)
+        return _flat_logprobs(self.model, on_device(tokens), on_device(rows), on_device(columns), top)
+
+    def _gather(self, array: Tensor, counts: np.ndarray) -> np.ndarray:
+        """Concatenate an array [R, ...] of all processes, which have `counts` elements each."""
+        padded = array.new_zeros((int(counts.max()), *array.shape[1:]))
+        padded[: len(array)] = array
+        parts = [torch.empty_like(padded) for _ in counts]
+        distributed.all_gather(parts, padded)
+        return np.concatenate([part[:count].cpu().numpy() for part, count in zip(parts, counts, strict=True)])
+
+
+@torch.no_grad()
+def _flat_logprobs(model: GPTModel, tokens: Tensor, rows: Tensor, columns: Tensor, top: int) -> TokenLogprobs:
+    """tokens [B, T], rows and columns [R] -> tensors [R]"""
+    gpt: GPTModel = unwrap(model)
+    check_ids(tokens[:, 1:], gpt.config)  # those that hidden() does not see
+    with eval_mode(gpt):
+        x = gpt.hidden(tokens[:, :-1])[rows, columns]  # [R, D]
+    targets = tokens[rows, columns + 1].long()  # [R]
+    largest = _LARGEST_CHUNK.get(x.device.type, _LARGEST_CHUNK_OF_ACCELERATORS)
+    sizes = chunk_sizes(len(x), gpt.config.n_vocab, largest)
+    sizes[-1:] = [len(x) - sum(sizes[:-1])]
+    chunks = zip(x.split(sizes), targets.split(sizes), strict=True)
+    parts = [_chunk_logprobs(gpt, x, targets, top) for x, targets in chunks]
+    return TokenLogprobs(*(torch.cat(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def _chunk_logprobs(model: GPTModel, x: Tensor, targets: Tensor, top: int) -> TokenLogprobs:
+    """x [R, D], targets [R] -> tensors [R]"""
+    logits = head_logits(model, x)  # [R, V]
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # small numbers, so that float32 loses less
+    log_total = logits.exp().sum(dim=-1, keepdim=True).log()  # [R, 1]
+    target_logits = logits.gather(-1, targets[:, None])  # [R, 1]
+    others = logits.scatter(-1, targets[:, None], -torch.inf).amax(dim=-1, keepdim=True)  # [R, 1]
+    if top:  # not topk(), which returns any of several equal elements
+        ordered = logits.sort(dim=-1, descending=True, stable=True)
+        top_logits, top_ids = ordered.values[:, :top], ordered.indices[:, :top]
+    else:
+        top_logits, top_ids = logits[:, :0], targets[:, None][:, :0]
+    return TokenLogprobs(
+        logprobs=(target_logits - log_total)[:, 0],
+        is_greedy=logits.argmax(dim=-1) == targets,
+        margins=(target_logits - others)[:, 0],
+        top_ids=top_ids,
+        top_logprobs=top_logits - log_total,
+    )

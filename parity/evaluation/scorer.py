@@ -1,0 +1,273 @@
+"""The scorer: log-probabilities of continuations after their contexts, in batches of similar length."""
+
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from parity.errors import InputError
+from parity.evaluation.batches import Batch, TokenLogprobs, plan_batches
+
+Progress = Callable[[int, int], None]
+"""Called after each batch with the number of tokens that were computed so far, and with their number at the end, both
+with padding. The time for a token is about the same in all batches."""
+
+
+class Request(NamedTuple):
+    """A continuation that is scored after a context."""
+
+    context: Sequence[int] | np.ndarray
+    """Token ids, at least one. For a text without a context put the end-of-text token here."""
+    continuation: Sequence[int] | np.ndarray
+    """Token ids, at least one and at most n_ctx."""
+
+
+class Score(NamedTuple):
+    """The result of a request."""
+
+    logprob: float
+    """Log-probability of the continuation in nats: the sum of token_logprobs, in float64."""
+    is_greedy: bool
+    """Whether each token is the most likely one. Among equal logits the first id is the most likely."""
+    token_logprobs: np.ndarray
+    """Log-probability of each token of the continuation, float32 [n] (float64 if the parameters are)."""
+    n_truncated: int
+    """Number of tokens that were cut from the left of the context."""
+    margin: float
+    """The smallest margin of a token: its logit minus the largest logit of any other token. Backends can disagree on
+    `is_greedy` only where rounding can change the sign of this."""
+
+
+class Top(NamedTuple):
+    """The most likely tokens after a context, in descending order; the first id first among equal logits."""
+
+    ids: np.ndarray
+    """int [k]"""
+    logprobs: np.ndarray
+    """In nats, [k]"""
+
+
+class Scorer:
+    """Scores requests with a model.
+
+    Args:
+        backend: The package gpt_torch or gpt_jax.
+        model: A GPTModel of the backend.
+        batch_size: Number of sequences per batch. By default, as many as together have a number of tokens with which
+            the device is fast.
+        mesh: Devices that share each batch (gpt_jax only); see gpt_jax.sharding.make_mesh. If torchrun started several
+            processes, they share each batch without a mesh.
+
+    Raises:
+        InputError: For a batch_size below 1, and for a mesh that the backend does not support.
+    """
+
+    def __init__(self, backend: Any, model: Any, batch_size: int | None = None, mesh: Any = None):
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"--batch-size {batch_size}: at least one sequence per batch is needed")
+        self._batch_size = batch_size
+        self._score_batch = backend.scoring.BatchScorer(model, mesh)
+        self.config = self._score_batch.config
+
+    def score(
+        self, requests: Sequence[Request], progress: Progress | None = None, skip: Container[int] = ()
+    ) -> Iterator[tuple[int, Score]]:
+        """Score each request.
+
+        Args:
+            requests: The requests, in any order.
+            progress: Called after each batch.
+            skip: Indices of requests whose scores are known already. The batches, and so the results, are those of a
+                call without it.
+
+        Yields:
+            The index of a request and its score, as soon as its batch is computed; the longest requests come first.
+
+        Raises:
+            InputError: For an empty context or continuation, a continuation longer than n_ctx, or an id outside the
+                vocabulary, in the call itself; and if the model's log-probabilities are not finite.
+        """
+        cut = [truncate(request, self.config.n_ctx, f"request {index}") for index, request in enumerate(requests)]
+        sequences = [self._checked(sequence, f"request {index}") for index, (sequence, _) in enumerate(cut)]
+        counts = [len(request.continuation) for request in requests]
+        return self._scores(sequences, counts, [n_truncated for _, n_truncated in cut], progress, skip)
+
+    def top(
+        self,
+        contexts: Sequence[Sequence[int] | np.ndarray],
+        k: int,
+        progress: Progress | None = None,
+        skip: Container[int] = (),
+    ) -> Iterator[tuple[int, Top]]:
+        """Find the k most likely tokens after each context.
+
+        Args:
+            contexts: Token ids, at least one per context. Only the last n_ctx of them are read.
+            k: Number of tokens, at most n_vocab.
+            progress: As in score().
+            skip: As in score().
+
+        Yields:
+            The index of a context and the tokens, in the order of score().
+
+        Raises:
+            InputError: For k out of range, an empty context, and an id outside the vocabulary.
+        """
+        if not 1 <= k <= self.config.n_vocab:
+            raise InputError(f"the number of most likely tokens must be in 1..{self.config.n_vocab}, got {k}")
+        requests = [Request(context, [0]) for context in contexts]  # the token that is scored has no effect
+        cut = [truncate(request, self.config.n_ctx, f"context {index}") for index, request in enumerate(requests)]
+        sequences = [self._checked(sequence, f"context {index}") for index, (sequence, _) in enumerate(cut)]
+        results = self._computed(sequences, [1] * len(sequences), k, progress, skip)
+        return ((index, Top(result.top_ids[0], result.top_logprobs[0])) for index, result in results)
+
+    def plan(self, lengths: Sequence[int]) -> list[Batch]:
+        """Return the batches of sequences that have these numbers of input tokens."""
+        return plan_batches(lengths, self.config.n_ctx, self._n_rows)
+
+    def _n_rows(self, n_inputs: int) -> int:
+        """The number of rows of a batch, given its padded length: a multiple of the number of devices."""
+        n_shards = self._score_batch.n_shards
+        wanted = self._batch_size or self._score_batch.tokens_per_batch // n_inputs
+        return max(1, -(-wanted // n_shards)) * n_shards
+
+    def _checked(self, sequence: np.ndarray, name: str) -> np.ndarray:
+        low, high = int(sequence.min()), int(sequence.max())
+        if low < 0 or high >= self.config.n_vocab:
+            bad = low if low < 0 else high
+            raise InputError(
+                f"{name}: token id {bad} is outside the vocabulary 0..{self.config.n_vocab - 1}; "
+                "was the text encoded for this model?"
+            )
+        return sequence
+
+    def _scores(
+        self,
+        sequences: Sequence[np.ndarray],
+        counts: Sequence[int],
+        truncated: Sequence[int],
+        progress: Progress | None,
+        skip: Container[int],
+    ) -> Iterator[tuple[int, Score]]:
+        for index, result in self._computed(sequences, counts, 0, progress, skip):
+            if not np.isfinite(result.logprobs).all():
+                raise InputError(
+                    f"request {index}: the model's log-probabilities are not finite; are its weights damaged, or is "
+                    "its dtype too narrow for them?"
+                )
+            logprob = float(result.logprobs.sum(dtype=np.float64))
+            margin = float(result.margins.min())
+            yield index, Score(logprob, bool(result.is_greedy.all()), result.logprobs, truncated[index], margin)
+
+    def _computed(
+        self,
+        sequences: Sequence[np.ndarray],
+        counts: Sequence[int],
+        top: int,
+        progress: Progress | None,
+        skip: Container[int],
+    ) -> Iterator[tuple[int, TokenLogprobs]]:
+        """Yield, for each sequence, its index and the results for its last `counts[index]` tokens."""
+        batches = self.plan([len(sequence) - 1 for sequence in sequences])
+        batches = [batch for batch in batches if any(index not in skip for index in batch.indices)]
+        total = sum(batch.n_rows * batch.n_inputs for batch in batches)
+        done = 0
+        for batch in batches:
+            tokens, rows, columns = lay_out(batch, sequences, counts)
+            flat = self._score_batch(tokens, rows, columns, top)
+            ends = np.cumsum([counts[index] for index in batch.indices])
+            parts = zip(*(np.split(array, ends[:-1]) for array in flat), strict=True)
+            for index, arrays in zip(batch.indices, parts, strict=True):
+                if index not in skip:
+                    yield index, TokenLogprobs(*arrays)
+            done += batch.n_rows * batch.n_inputs
+            if progress is not None:
+                progress(done, total)
+
+
+def lay_out(
+    batch: Batch, sequences: Sequence[np.ndarray], counts: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the tokens of a batch, padded on the right, which changes nothing because attention is causal.
+
+    Returns:
+        tokens int32 [B, T], where T is one more than the number of inputs; and the row and the column of each scored
+        position, int [R]: for each sequence its last counts[index] tokens. Position i scores tokens[:, i + 1].
+    """
+    tokens = np.zeros((batch.n_rows, batch.n_inputs + 1), np.int32)
+    rows, columns = [], []
+    for row, index in enumerate(batch.indices):
+        sequence, count = sequences[index], counts[index]
+        tokens[row, : len(sequence)] = sequence
+        rows.append(np.full(count, row))
+        columns.append(np.arange(len(sequence) - 1 - count, len(sequence) - 1))
+    return tokens, np.concatenate(rows), np.concatenate(columns)
+
+
+def truncate(request: Request, n_ctx: int, name: str = "the request") -> tuple[np.ndarray, int]:
+    """Join context and continuation, and cut the context from the left, so that they fit.
+
+    The last token of the continuation is only scored, so that n_ctx + 1 tokens fit.
+
+    Args:
+        request: The request.
+        n_ctx: Largest number of tokens that enter the model.
+        name: What the request is called in error messages.
+
+    Returns:
+        The remaining tokens, and the number of those that were cut.
+
+    Raises:
+        InputError: If the context or the continuation is empty, or the continuation is longer than n_ctx.
+    """
+    if len(request.context) == 0:
+        raise InputError(f"{name} has an empty context; put the end-of-text token before the text")
+    if len(request.continuation) == 0:
+        raise InputError(f"{name} has an empty continuation, so there is nothing to score")
+    if len(request.continuation) > n_ctx:
+        raise InputError(
+            f"{name} has a continuation of {len(request.continuation)} tokens, more than the model's context, "
+            f"n_ctx={n_ctx}; shorten it, or divide it into windows"
+        )
+    tokens = np.concatenate([np.asarray(request.context, np.int64), np.asarray(request.continuation, np.int64)])
+    return tokens[-(n_ctx + 1) :], max(0, len(tokens) - (n_ctx + 1))
+
+
+def windows(tokens: Sequence[int], length: int, stride: int | None = None, is_last_full: bool = False) -> list[Request]:
+    """Divide a text that is longer than the context into windows, in which each token is scored once at most.
+
+    Windows start at tokens 0, stride, 2 stride, ... and hold `length` tokens each, fewer at the end of the text. A
+    window scores the tokens that no earlier window has scored, except its own first token, which has no context there.
+
+    The protocols in use are: `length=n_ctx, stride=S` (Hugging Face's page on perplexity; with S = n_ctx, the tokens
+    0, n_ctx, 2 n_ctx, ... are never scored); `length=n_ctx + 1, stride=n_ctx, is_last_full=True` on a text that begins
+    with the end-of-text token (lm-evaluation-harness); `length=n_ctx + 1, stride=32` (Megatron-LM's overlapping
+    evaluation).
+
+    Args:
+        tokens: Token ids of the whole text, at least two. The first one is never scored.
+        length: Number of tokens per window, at most n_ctx + 1.
+        stride: Distance between the starts of windows; by default length - 1, which scores all tokens but the first.
+        is_last_full: Whether the last window starts earlier, so that it has `length` tokens too (if the text has).
+
+    Raises:
+        InputError: For fewer than two tokens, and for a length or a stride out of range.
+    """
+    stride = length - 1 if stride is None else stride
+    if len(tokens) < 2:
+        raise InputError(f"a text of {len(tokens)} tokens has no token to score after another; two are needed")
+    if length < 2 or not 1 <= stride <= length:
+        raise InputError(f"windows of {length} tokens with stride {stride}: the stride must be in 1..{length}")
+    ids = np.asarray(tokens)
+    requests = []
+    scored = 0  # tokens before this one are done
+    for start in range(0, len(ids), stride):
+        end = min(start + length, len(ids))
+        first = max(scored, start + 1)
+        begin = max(0, end - length) if is_last_full else start
+        if first < end:
+            requests.append(Request(ids[begin:first], ids[first:end]))
+        scored = end
+        if end == len(ids):
+            break
+    return requests
