@@ -36,15 +36,9 @@ class Score(NamedTuple):
     margin: float
     """The smallest margin of a token: its logit minus the largest logit of any other token. Backends can disagree on
     `is_greedy` only where rounding can change the sign of this."""
-
-
-class Top(NamedTuple):
-    """The most likely tokens after a context, in descending order; the first id first among equal logits."""
-
-    ids: np.ndarray
-    """int [k]"""
-    logprobs: np.ndarray
-    """In nats, [k]"""
+    top_ids: np.ndarray
+    """Ids of the `top` most likely tokens at the position of each token of the continuation, int [n, top], in
+    descending order; the first id first among equal logits."""
 
 
 class Scorer:
@@ -70,7 +64,11 @@ class Scorer:
         self.config = self._score_batch.config
 
     def score(
-        self, requests: Sequence[Request], progress: Progress | None = None, skip: Container[int] = ()
+        self,
+        requests: Sequence[Request],
+        progress: Progress | None = None,
+        skip: Container[int] = (),
+        top: int = 0,
     ) -> Iterator[tuple[int, Score]]:
         """Score each request.
 
@@ -79,47 +77,22 @@ class Scorer:
             progress: Called after each batch.
             skip: Indices of requests whose scores are known already. The batches, and so the results, are those of a
                 call without it.
+            top: Number of the most likely tokens to return for each position.
 
         Yields:
             The index of a request and its score, as soon as its batch is computed; the longest requests come first.
 
         Raises:
-            InputError: For an empty context or continuation, a continuation longer than n_ctx, or an id outside the
-                vocabulary, in the call itself; and if the model's log-probabilities are not finite.
+            InputError: For an empty context or continuation, a continuation longer than n_ctx, an id outside the
+                vocabulary, or `top` out of range, in the call itself; and if the log-probabilities are not finite.
         """
+        if not 0 <= top <= self.config.n_vocab:
+            raise InputError(f"top must be between 0 and the size of the vocabulary, {self.config.n_vocab}; got {top}")
         cut = [truncate(request, self.config.n_ctx, f"request {index}") for index, request in enumerate(requests)]
-        sequences = [self._checked(sequence, f"request {index}") for index, (sequence, _) in enumerate(cut)]
+        for index, (sequence, _) in enumerate(cut):
+            self._check_ids(sequence, f"request {index}")
         counts = [len(request.continuation) for request in requests]
-        return self._scores(sequences, counts, [n_truncated for _, n_truncated in cut], progress, skip)
-
-    def top(
-        self,
-        contexts: Sequence[Sequence[int] | np.ndarray],
-        k: int,
-        progress: Progress | None = None,
-        skip: Container[int] = (),
-    ) -> Iterator[tuple[int, Top]]:
-        """Find the k most likely tokens after each context.
-
-        Args:
-            contexts: Token ids, at least one per context. Only the last n_ctx of them are read.
-            k: Number of tokens, at most n_vocab.
-            progress: As in score().
-            skip: As in score().
-
-        Yields:
-            The index of a context and the tokens, in the order of score().
-
-        Raises:
-            InputError: For k out of range, an empty context, and an id outside the vocabulary.
-        """
-        if not 1 <= k <= self.config.n_vocab:
-            raise InputError(f"the number of most likely tokens must be in 1..{self.config.n_vocab}, got {k}")
-        requests = [Request(context, [0]) for context in contexts]  # the token that is scored has no effect
-        cut = [truncate(request, self.config.n_ctx, f"context {index}") for index, request in enumerate(requests)]
-        sequences = [self._checked(sequence, f"context {index}") for index, (sequence, _) in enumerate(cut)]
-        results = self._computed(sequences, [1] * len(sequences), k, progress, skip)
-        return ((index, Top(result.top_ids[0], result.top_logprobs[0])) for index, result in results)
+        return self._scores(cut, counts, progress, skip, top)
 
     def plan(self, lengths: Sequence[int]) -> list[Batch]:
         """Return the batches of sequences that have these numbers of input tokens."""
@@ -131,43 +104,24 @@ class Scorer:
         wanted = self._batch_size or self._score_batch.tokens_per_batch // n_inputs
         return max(1, -(-wanted // n_shards)) * n_shards
 
-    def _checked(self, sequence: np.ndarray, name: str) -> np.ndarray:
+    def _check_ids(self, sequence: np.ndarray, name: str) -> None:
         low, high = int(sequence.min()), int(sequence.max())
         if low < 0 or high >= self.config.n_vocab:
-            bad = low if low < 0 else high
             raise InputError(
-                f"{name}: token id {bad} is outside the vocabulary 0..{self.config.n_vocab - 1}; "
+                f"{name}: token id {low if low < 0 else high} is outside the vocabulary 0..{self.config.n_vocab - 1}; "
                 "was the text encoded for this model?"
             )
-        return sequence
 
     def _scores(
         self,
-        sequences: Sequence[np.ndarray],
+        cut: Sequence[tuple[np.ndarray, int]],
         counts: Sequence[int],
-        truncated: Sequence[int],
         progress: Progress | None,
         skip: Container[int],
-    ) -> Iterator[tuple[int, Score]]:
-        for index, result in self._computed(sequences, counts, 0, progress, skip):
-            if not np.isfinite(result.logprobs).all():
-                raise InputError(
-                    f"request {index}: the model's log-probabilities are not finite; are its weights damaged, or is "
-                    "its dtype too narrow for them?"
-                )
-            logprob = float(result.logprobs.sum(dtype=np.float64))
-            margin = float(result.margins.min())
-            yield index, Score(logprob, bool(result.is_greedy.all()), result.logprobs, truncated[index], margin)
-
-    def _computed(
-        self,
-        sequences: Sequence[np.ndarray],
-        counts: Sequence[int],
         top: int,
-        progress: Progress | None,
-        skip: Container[int],
-    ) -> Iterator[tuple[int, TokenLogprobs]]:
-        """Yield, for each sequence, its index and the results for its last `counts[index]` tokens."""
+    ) -> Iterator[tuple[int, Score]]:
+        """Yield the scores of the last `counts[index]` tokens of each sequence; `cut` is what truncate() returned."""
+        sequences = [sequence for sequence, _ in cut]
         batches = self.plan([len(sequence) - 1 for sequence in sequences])
         batches = [batch for batch in batches if any(index not in skip for index in batch.indices)]
         total = sum(batch.n_rows * batch.n_inputs for batch in batches)
@@ -179,10 +133,26 @@ class Scorer:
             parts = zip(*(np.split(array, ends[:-1]) for array in flat), strict=True)
             for index, arrays in zip(batch.indices, parts, strict=True):
                 if index not in skip:
-                    yield index, TokenLogprobs(*arrays)
+                    yield index, _score(TokenLogprobs(*arrays), cut[index][1], f"request {index}")
             done += batch.n_rows * batch.n_inputs
             if progress is not None:
                 progress(done, total)
+
+
+def _score(result: TokenLogprobs, n_truncated: int, name: str) -> Score:
+    if not np.isfinite(result.logprobs).all():
+        raise InputError(
+            f"{name}: the model's log-probabilities are not finite; are its weights damaged, or is its dtype too "
+            "narrow for them?"
+        )
+    return Score(
+        logprob=float(result.logprobs.sum(dtype=np.float64)),
+        is_greedy=bool(result.is_greedy.all()),
+        token_logprobs=result.logprobs,
+        n_truncated=n_truncated,
+        margin=float(result.margins.min()),
+        top_ids=result.top_ids,
+    )
 
 
 def lay_out(
