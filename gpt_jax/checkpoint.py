@@ -1,29 +1,30 @@
-"""The train state on disk: an orbax folder with all of it, and model.safetensors, which either backend can load."""
+"""The train state on disk: an orbax folder with all of it, and the weights, which either backend can load."""
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from jax import Array
 
-from gpt_jax.model import GPTModel
-from gpt_jax.pretrained import save_weights
 from parity.errors import InputError
 from parity.training import checkpoints
 from parity.training.optimizer_state import ORBAX_FOLDER, plain_path
 
 
-def save(folder: Path, model: GPTModel, arrays: dict[str, Array]) -> None:
+def save(folder: Path, model: Any, arrays: dict[str, Array], write: Callable[[Any, Path], None]) -> None:
     """Write a train state, and return when all of it has been written.
 
     All processes of a run call this: each writes its shards of `arrays`, and the first one writes the model.
 
     Args:
         folder: An existing folder.
-        model: The model, unsharded; it becomes model.safetensors with config.json.
+        model: What `write` writes: the model, or the part of it that is trained, unsharded.
         arrays: The train state by name; it becomes the folder state/.
+        write: Writes the model into the folder, in files that either backend can load.
 
     Raises:
         OSError: If the disk has no room for it or refuses a write.
@@ -41,7 +42,7 @@ def save(folder: Path, model: GPTModel, arrays: dict[str, Array]) -> None:
         finally:
             logger.disabled = before
     if jax.process_index() == 0:
-        save_weights(model, folder)
+        write(model, folder)
 
 
 def _wait_until_unchanged(folder: Path, quiet: float = 1.0, deadline: float = 30.0) -> None:

@@ -19,6 +19,7 @@ from flax import nnx
 from jax import Array
 
 from gpt_jax.arrays import widened
+from gpt_jax.lora import lora_config, merge
 from gpt_jax.model import GPTModel, LayerCache, head_logits
 from gpt_jax.weights import config_of
 from parity.errors import InputError
@@ -155,18 +156,22 @@ def for_decoding(model: GPTModel | DecodingModel) -> DecodingModel:
     generate() and stream() convert a GPTModel in each call, which takes about as long as generating three tokens.
 
     Args:
-        model: A GPTModel, which is not changed. A DecodingModel is returned as it is.
+        model: A GPTModel, which is not changed; adapters are merged. A DecodingModel is returned as it is.
 
     Returns:
         The model with its weights arranged for decoding, in the same dtype and on the same device; on one
         device if the model is replicated over several.
 
     Raises:
-        InputError: For another class, and for a model without values (traced or abstract).
+        InputError: For another class, for a model without values (traced or abstract), and for adapters in 16 bits.
     """
     if isinstance(model, DecodingModel):
         return model
     config_of(model)  # raises for another class
+    if lora_config(model) is not None:
+        if jnp.finfo(model.tok_emb.embedding[...].dtype).bits < 32:
+            raise InputError("adapters are merged for generation, which needs float32: merge() before cast()")
+        model = merge(model)
     parameters = jax.tree.leaves(model)
     if any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in parameters):
         raise InputError(

@@ -11,7 +11,8 @@ from gpt_jax import sharding
 from gpt_jax.arrays import widened
 from gpt_jax.loss import tiling_for
 from gpt_jax.model import GPTModel, cast
-from gpt_jax.train import TrainState, make_optimizer, make_train_step, parameter_name
+from gpt_jax.train_step import TrainState, make_optimizer, make_train_step
+from gpt_jax.trainable import parameter_name
 from parity.config import GPTConfig
 from parity.training.settings import TrainSettings
 

@@ -11,7 +11,7 @@ inserts the collectives. The axes of the mesh are
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -108,7 +108,9 @@ def partition_spec(row: Row, config: GPTConfig, mesh: Mesh) -> P:
     return P(*([None] if row.per_layer else []), *mesh_axes)
 
 
-def shardings(tree: Any, config: GPTConfig, mesh: Mesh, name_of: Callable[[tuple], str]) -> Any:
+def shardings(
+    tree: Any, config: GPTConfig, mesh: Mesh, name_of: Callable[[tuple], str], table: Sequence[Row] | None = None
+) -> Any:
     """Return a NamedSharding for each leaf of a model, an optimizer state, or both.
 
     Args:
@@ -117,8 +119,10 @@ def shardings(tree: Any, config: GPTConfig, mesh: Mesh, name_of: Callable[[tuple
         mesh: The mesh.
         name_of: Returns the dotted name of a leaf's path. A leaf is sharded like the parameter whose
             name its name ends with; other leaves, such as the optimizer's count, are replicated.
+        table: The rows of the parameters, by default those of the model.
     """
-    specs = {row.flax: partition_spec(row, config, mesh) for row in weights.rows(config)}
+    table = weights.rows(config) if table is None else table
+    specs = {row.flax: partition_spec(row, config, mesh) for row in table}
 
     def leaf_sharding(path: tuple, _: Any) -> NamedSharding:
         name = name_of(path)

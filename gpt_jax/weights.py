@@ -1,6 +1,6 @@
 """Copying NumPy arrays into and out of a Flax model, by the table in parity/weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jax import Array
 from parity import weights
 from parity.config import GPTConfig
 from parity.errors import InputError
+from parity.weights import Row
 
 
 def config_of(model: Any) -> GPTConfig:
@@ -45,10 +46,17 @@ def load_weights(
     Raises:
         InputError: For missing and unknown names and wrong shapes; the message lists all of them.
     """
-    config = config_of(model)
+    config_of(model)
+    copy_arrays(model, arrays, format, origin)
+
+
+def copy_arrays(
+    model: Any, arrays: Mapping[str, Any], format: str, origin: str, table: Sequence[Row] | None = None
+) -> None:
+    """Replace the parameters of the rows of a table, by default all of the model's; see load_weights."""
     current = {name: parameter.get_value() for name, parameter in parameters(model).items()}
     loaded = {}
-    for name, array in weights.convert(arrays, format, "flax", config, origin=origin, copy=True):
+    for name, array in weights.convert(arrays, format, "flax", model.config, origin=origin, copy=True, table=table):
         weights.warn_if_not_finite(name, array, origin)
         loaded[name] = nnx.Param(jax.block_until_ready(_like(array, current[name])))
         del array  # a stack of layers is large, so never hold two
@@ -65,13 +73,19 @@ def _like(array: np.ndarray, current: Any) -> Any:
 
 
 def export_weights(model: nnx.Module, format: str = "huggingface") -> dict[str, np.ndarray]:
-    """Return the parameters of a `GPTModel` as NumPy arrays, in the naming and layout of `format`."""
+    """Return the parameters of a `GPTModel` as NumPy arrays, in the naming and layout of `format`.
+
+    Raises:
+        InputError: If the model has adapters, which would be lost.
+    """
     config = config_of(model)
-    arrays = {name: _values(name, parameter.get_value()) for name, parameter in parameters(model).items()}
+    if getattr(model, "lora", None) is not None:
+        raise InputError("the model has an adapter: merge() it first, or write it alone with save_adapter()")
+    arrays = {name: to_numpy(name, parameter.get_value()) for name, parameter in parameters(model).items()}
     return dict(weights.convert(arrays, "flax", format, config))
 
 
-def _values(name: str, array: Any) -> np.ndarray:
+def to_numpy(name: str, array: Any) -> np.ndarray:
     if isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct):
         raise InputError(
             f"the model's parameter {name} has no values: it is traced (by jax.jit, jax.vmap, ...) or abstract "

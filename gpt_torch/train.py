@@ -16,24 +16,30 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt_torch.distributed import all_sum
 from gpt_torch.generate import generate
+from gpt_torch.lora import add_lora, save_adapter
 from gpt_torch.loss import summed_loss
 from gpt_torch.model import GPTModel
 from gpt_torch.pretrained import save_weights
-from gpt_torch.weights import load_weights
+from gpt_torch.weights import copy_arrays, load_weights
 from parity import weights
 from parity.config import GPTConfig, is_counted
 from parity.training import checkpoints, optimizer_state
-from parity.training.initial import initial_arrays
+from parity.training.initial import Base, base_of, check_base, initial_arrays
 from parity.training.processes import ALONE, Processes
 from parity.training.settings import TrainSettings
-from parity.weights import rows
+from parity.weights import Row, rows
+from parity.weights.adapters import LoraConfig, adapter_rows
 
 
-def make_optimizer(model: GPTModel, settings: TrainSettings) -> torch.optim.AdamW:
-    """Return AdamW (Loshchilov & Hutter 2019); each step sets its learning rate."""
-    decayed = {row.torch.format(layer) for row in rows(model.config) if row.decayed
-               for layer in range(model.config.n_layer)}  # fmt: skip
-    parameters = dict(model.named_parameters())
+def make_optimizer(model: GPTModel, settings: TrainSettings, table: Sequence[Row] | None = None) -> torch.optim.AdamW:
+    """Return AdamW (Loshchilov & Hutter 2019); each step sets its learning rate.
+
+    `table` has the rows of the parameters that are trained, by default all of the model's.
+    """
+    table = rows(model.config) if table is None else table
+    decayed = {name for row in table if row.decayed for name in row.names("torch", model.config)}
+    trained = weights.shapes(model.config, "torch", table)
+    parameters = {name: p for name, p in model.named_parameters() if name in trained}
     groups = [
         {"params": [p for name, p in parameters.items() if name in decayed], "weight_decay": settings.weight_decay},
         {"params": [p for name, p in parameters.items() if name not in decayed], "weight_decay": 0.0},
@@ -78,6 +84,11 @@ class Trainer:
         compile: Whether to compile the loss with torch.compile.
         processes: The processes of torchrun (gpt_torch/distributed.py). Each computes its rows of a batch, and the
             gradients are summed over all of them.
+        lora: Train adapters with these options, and nothing else. Checkpoints then hold the adapters alone, so a run
+            that is resumed needs `init_from` as well.
+        table: The rows of the parameters to train (parity/weights/table.py), by default all; a row that is limited to
+            some layers trains those alone.
+        objective: The loss, summed over the targets that count; a function with the arguments of summed_loss().
     """
 
     def __init__(
@@ -89,17 +100,31 @@ class Trainer:
         device: torch.device | str = "cpu",
         compile: bool = False,
         processes: Processes = ALONE,
+        lora: LoraConfig | None = None,
+        table: Sequence[Row] | None = None,
+        objective: Callable[..., Tensor] = summed_loss,
     ):
         self.config, self.settings, self.device = config, settings, torch.device(device)
         self.processes = processes
         dtype = getattr(torch, settings.dtype)
         param_dtype = torch.promote_types(dtype, torch.float32)
+        self.lora = lora
+        initial = initial_arrays(config, settings, init_from)
+        self.base = Base() if lora is None else base_of(config, initial, init_from)
         model = GPTModel(config, None, attention)
-        load_weights(model, *initial_arrays(config, settings, init_from))
+        load_weights(model, *initial)
+        del initial
+        if lora is not None:
+            add_lora(model, lora, settings.seed)
+        self.stored: Sequence[Row] = rows(config) if lora is None else adapter_rows(lora)
+        self.trainable: Sequence[Row] = self.stored if table is None else list(table)
+        trained = weights.shapes(config, "torch", self.trainable)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
         self.model = model.to(self.device, param_dtype)
-        self.optimizer = make_optimizer(self.model, settings)
+        self.optimizer = make_optimizer(self.model, settings, self.trainable)
         self._compute_dtype = None if dtype == param_dtype else dtype
-        self._summed_loss = torch.compile(summed_loss) if compile else summed_loss
+        self._summed_loss = torch.compile(objective) if compile else objective
         self._loss_module: nn.Module = SummedLoss(self.model, self._summed_loss)
         if processes.count > 1:
             self._loss_module = DistributedDataParallel(self._loss_module)
@@ -120,7 +145,7 @@ class Trainer:
         return copy(inputs), copy(targets)
 
     def train_step(self, inputs: Tensor, targets: Tensor, lr: float, step: int) -> dict[str, Tensor]:
-        if self.config.drop_rate:
+        if self.config.drop_rate or (self.lora is not None and self.lora.dropout):
             seeds = [self.settings.seed, step, self.processes.index]
             torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
         self.model.train()
@@ -159,16 +184,24 @@ class Trainer:
     def save(self, folder: Path) -> None:
         if not self.processes.first:
             return
-        checkpoints.require_space(folder, 3 * sum(p.nbytes for p in self.model.parameters()))
-        save_weights(self.model, folder)
+        names = weights.shapes(self.config, "torch", self.stored)
+        checkpoints.require_space(folder, 3 * sum(p.nbytes for n, p in self.model.named_parameters() if n in names))
+        if self.lora is None:
+            save_weights(self.model, folder)
+        else:
+            save_adapter(self.model, folder, *self.base)
         step, moments = self._moments()
-        named = {moment: {n: a.cpu().numpy() for n, a in arrays.items()} for moment, arrays in moments.items()}
-        converted = {m: dict(weights.convert(a, "torch", "huggingface", self.config)) for m, a in named.items()}
+        converted = {
+            moment: dict(weights.convert(arrays, "torch", "huggingface", self.config, table=self.trainable))
+            for moment, arrays in moments.items()
+        }
         optimizer_state.write_optimizer(folder, step, converted)
 
     def restore(self, folder: Path) -> None:
-        stored = optimizer_state.read(folder, self.config)
-        load_weights(self.model, stored.arrays["parameters"], stored.format, origin=str(folder))
+        if self.lora is not None:
+            check_base(folder, self.lora, self.base)
+        stored = optimizer_state.read(folder, self.config, self.stored, self.trainable)
+        copy_arrays(self.model, stored.arrays["parameters"], stored.formats["parameters"], str(folder), self.stored)
         moments = {moment: stored.converted(moment, "torch", self.config) for moment in optimizer_state.MOMENTS}
         # The optimizer numbers its parameters across its groups.
         name_of = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -181,13 +214,15 @@ class Trainer:
         }
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
-    def _moments(self) -> tuple[int, dict[str, dict[str, Tensor]]]:
-        """Return the number of updates, and {moment: {parameter: tensor}}, with zeros before the first update."""
+    def _moments(self) -> tuple[int, dict[str, dict[str, np.ndarray]]]:
+        """Return the number of updates, and {moment: {parameter: array}}, with zeros before the first update."""
         moments: dict[str, Any] = {moment: {} for moment in optimizer_state.MOMENTS}
         step = 0
         for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             state = self.optimizer.state.get(parameter) or {}
             step = int(state.get("step", 0))
             for moment in optimizer_state.MOMENTS:
-                moments[moment][name] = state.get(moment, torch.zeros_like(parameter))
+                moments[moment][name] = state.get(moment, torch.zeros_like(parameter)).cpu().numpy()
         return step, moments

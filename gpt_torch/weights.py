@@ -1,6 +1,6 @@
 """Copying NumPy arrays into and out of a PyTorch model, by the table in parity/weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gpt_torch.modes import require_values, unwrap
 from parity import weights
 from parity.errors import InputError
+from parity.weights import Row
 
 
 def load_weights(
@@ -28,13 +29,19 @@ def load_weights(
         InputError: For missing and unknown names and wrong shapes; the message lists all of them. Also for a model
             without memory (on the meta device).
     """
-    gpt: Any = unwrap(model)
+    copy_arrays(unwrap(model), arrays, format, origin)
+
+
+def copy_arrays(
+    gpt: Any, arrays: Mapping[str, Any], format: str, origin: str, table: Sequence[Row] | None = None
+) -> None:
+    """Copy arrays into the parameters of the rows of a table, by default all of the model's; see load_weights."""
     require_values(gpt)
     parameters = dict(gpt.named_parameters())
     if not torch.is_inference_mode_enabled() and any(p.is_inference() for p in parameters.values()):
         raise InputError("a model that was made under torch.inference_mode can be changed only there; make it outside")
     with torch.no_grad():
-        for name, array in weights.convert(arrays, format, "torch", gpt.config, origin=origin):
+        for name, array in weights.convert(arrays, format, "torch", gpt.config, origin=origin, table=table):
             weights.warn_if_not_finite(name, array, origin)
             if array.dtype == ml_dtypes.bfloat16:  # torch cannot read this NumPy dtype
                 array = array.astype(np.float32)
@@ -42,9 +49,15 @@ def load_weights(
 
 
 def export_weights(model: nn.Module, format: str = "huggingface") -> dict[str, np.ndarray]:
-    """Return the parameters of a `GPTModel` as NumPy arrays, in the naming and layout of `format`."""
+    """Return the parameters of a `GPTModel` as NumPy arrays, in the naming and layout of `format`.
+
+    Raises:
+        InputError: If the model has adapters, which would be lost.
+    """
     gpt: Any = unwrap(model)
     require_values(gpt)
+    if getattr(gpt, "lora", None) is not None:
+        raise InputError("the model has an adapter: merge() it first, or write it alone with save_adapter()")
     arrays = {name: to_numpy(parameter) for name, parameter in gpt.named_parameters()}
     return dict(weights.convert(arrays, "torch", format, gpt.config))
 

@@ -14,7 +14,7 @@ from parity.storage.atomic import replace_text
 from parity.storage.json import LISTING, read_object
 
 MANIFEST = "manifest.json"
-WEIGHTS = "model.safetensors"
+WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 # A file that was changed within this time may change again without a new time stamp; its hash is not remembered.
 _CLOCK_STEP_NS = 2_000_000_000
 
@@ -37,6 +37,11 @@ class Manifest:
     """Size of the run's metrics.jsonl at the time of the save, in bytes."""
     metrics_sha256: str | None = None
     """sha256 of these bytes."""
+
+
+def weights_file(names: Iterable[str]) -> str:
+    """Return the file with the weights among the files of a checkpoint, which may hold an adapter alone."""
+    return ADAPTER if ADAPTER in names else WEIGHTS
 
 
 def hash_file(path: Path) -> str:
@@ -101,7 +106,8 @@ def check_weights(folder: Path) -> None:
         raise InputError(f"{folder}: {error}; copy the folder again") from None
     if manifest is None:  # that of another program
         return
-    names = [name for name in ("config.json", "hparams.json", manifest.weights) if name in manifest.files]
+    configurations = ("config.json", "hparams.json", "adapter_config.json")
+    names = [name for name in (*configurations, manifest.weights) if name in manifest.files]
     if changed := altered(folder, manifest, names):
         raise InputError(
             f"{folder}: {', '.join(changed)} is missing or differs from its sha256 in {MANIFEST}, so it is damaged; "

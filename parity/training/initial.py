@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from parity.config import GPTConfig
+from parity.config import SIZES, GPTConfig
 from parity.data import tokenizer_files
+from parity.errors import InputError
 from parity.storage.paths import user_path
 from parity.training import checkpoints
 from parity.training.runs import RunFolder, read_run
 from parity.training.settings import TrainSettings
-from parity.weights import initial_weights
+from parity.weights import initial_weights, peft_files
+from parity.weights.adapters import LoraConfig
 from parity.weights.load import find_folder, read_folder
 
 
@@ -20,6 +22,15 @@ class InitialArrays(NamedTuple):
     arrays: Mapping[str, Any]
     format: str
     origin: str
+
+
+class Base(NamedTuple):
+    """The weights under an adapter."""
+
+    name: str | None = None
+    """One of OpenAI's sizes, or the path of the folder or file; None for weights that have no file."""
+    sha256: str | None = None
+    """See parity.weights.peft_files.weights_sha256."""
 
 
 def weights_folder(init_from: str | Path) -> Path:
@@ -57,3 +68,24 @@ def initial_arrays(config: GPTConfig, settings: TrainSettings, init_from: str | 
         return InitialArrays(initial_weights(config, settings.seed, scheme=settings.init_scheme), "huggingface", "seed")
     _, arrays, format = read_folder(weights_folder(init_from))
     return InitialArrays(arrays, format, str(init_from))
+
+
+def base_of(config: GPTConfig, initial: InitialArrays, init_from: str | Path | None) -> Base:
+    """Return what an adapter's files record of the weights that it is trained on; this reads all of them."""
+    sha256 = peft_files.weights_sha256(config, initial.arrays, initial.format)
+    if init_from is None or str(init_from) in SIZES:
+        return Base(None if init_from is None else str(init_from), sha256)
+    return Base(str(weights_folder(init_from).resolve()), sha256)
+
+
+def check_base(folder: Path, lora: LoraConfig, base: Base) -> None:
+    """Raise InputError unless a checkpoint holds an adapter with these options, trained on this base."""
+    adapter = peft_files.read(folder)
+    if adapter.lora != lora:
+        raise InputError(f"{folder} holds an adapter with other options: {adapter.lora}; this run has {lora}")
+    if adapter.base_sha256 not in (None, base.sha256):
+        raise InputError(
+            f"{folder}: the adapter was trained on {adapter.base or 'other weights'} (sha256 {adapter.base_sha256}), "
+            f"but the base {base.name or 'of this run'} has sha256 {base.sha256}; name the weights that it was "
+            "trained on with --init-from"
+        )

@@ -17,7 +17,7 @@ from parity.data.tokenizer import stream_text
 from parity.data.windows import Dataset
 from parity.errors import InputError
 from parity.storage import manifest as manifests
-from parity.storage.manifest import Manifest
+from parity.storage.manifest import Manifest, weights_file
 from parity.training import checkpoints, optimizer_state
 from parity.training.job import Job
 from parity.training.schedule import learning_rate
@@ -235,7 +235,14 @@ def _save(trainer: Trainer, job: Job, step: int) -> None:
     identity = job.identity
 
     def describe(files: dict[str, str]) -> Manifest:
-        return Manifest(files, run=identity.run, settings=identity.settings, metrics_size=size, metrics_sha256=sha256)
+        return Manifest(
+            files,
+            weights_file(files),
+            run=identity.run,
+            settings=identity.settings,
+            metrics_size=size,
+            metrics_sha256=sha256,
+        )
 
     checkpoints.save(
         run.checkpoints,
@@ -246,7 +253,7 @@ def _save(trainer: Trainer, job: Job, step: int) -> None:
         run.metrics.best_step(),
         job.processes,
         describe,
-        functools.partial(optimizer_state.read_back, config=trainer.config),
+        functools.partial(optimizer_state.read_back, config=trainer.config, stored=trainer.stored),
     )
 
 

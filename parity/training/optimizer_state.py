@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from parity import weights
 from parity.config import GPTConfig
 from parity.errors import InputError
-from parity.weights import huggingface
+from parity.weights import Row, huggingface, peft_files
 
 ORBAX_FOLDER = "state"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -33,12 +33,17 @@ class StoredState:
     step: int
     """Number of updates made: AdamW's count, which skipped steps do not raise."""
     arrays: Mapping[str, Mapping[str, Any]]
-    """{"parameters", "exp_avg" and "exp_avg_sq": {name: array}}, with the names of `format`."""
-    format: str
+    """{"parameters", "exp_avg" and "exp_avg_sq": {name: array}}. Parameters that were not trained have no moments."""
+    formats: Mapping[str, str]
+    """{part: format of its names}."""
+    trainable: Sequence[Row]
+    """The rows of the parameters that were trained."""
 
     def converted(self, part: str, target: str, config: GPTConfig) -> dict[str, np.ndarray]:
-        """Return one of the parts in another weight format (parity/weights/table.py)."""
-        return dict(weights.convert(self.arrays[part], self.format, target, config, origin=part))
+        """Return the trained parameters, or their moments, in another weight format (parity/weights/table.py)."""
+        format = self.formats[part]
+        arrays = {name: self.arrays[part][name] for name in weights.shapes(config, format, self.trainable)}
+        return dict(weights.convert(arrays, format, target, config, origin=part, table=self.trainable))
 
 
 def write_optimizer(folder: Path, step: int, moments: Mapping[str, Mapping[str, np.ndarray]]) -> None:
@@ -53,16 +58,47 @@ def write_optimizer(folder: Path, step: int, moments: Mapping[str, Mapping[str, 
     huggingface.save_tensors(folder / OPTIMIZER_FILE, named, {"step": str(step)})
 
 
-def read(folder: Path, config: GPTConfig) -> StoredState:
+def read(
+    folder: Path, config: GPTConfig, stored: Sequence[Row] | None = None, trainable: Sequence[Row] | None = None
+) -> StoredState:
     """Return the train state in a checkpoint's folder; parameters are read from disk when they are used.
+
+    Args:
+        folder: The checkpoint's folder.
+        config: Configuration of the model.
+        stored: The rows of the parameters in the checkpoint, by default all of the model's.
+        trainable: The rows of those that were trained, by default all in the checkpoint.
 
     Raises:
         InputError: If the folder holds no optimizer state, or the state of a model of another shape.
     """
-    _, parameters, _ = huggingface.read(folder)
-    weights.check({n: tuple(a.shape) for n, a in parameters.items()}, config, "huggingface", str(folder))
+    stored = weights.rows(config) if stored is None else stored
+    trainable = stored if trainable is None else trainable
+    parameters = read_weights(folder, config, stored)
     if (folder / ORBAX_FOLDER).is_dir():
-        return _from_orbax(folder / ORBAX_FOLDER, config)
+        step, moments = _from_orbax(folder / ORBAX_FOLDER, config, trainable)
+        format = "flax"
+    else:
+        step, moments = _from_safetensors(folder)
+        format = "huggingface"
+    for moment, arrays in moments.items():
+        origin = f"{folder}: {moment}"
+        weights.check({name: tuple(a.shape) for name, a in arrays.items()}, config, format, origin, trainable)
+    formats = {"parameters": "huggingface", **dict.fromkeys(MOMENTS, format)}
+    return StoredState(step, {"parameters": parameters, **moments}, formats, trainable)
+
+
+def read_weights(folder: Path, config: GPTConfig, stored: Sequence[Row] | None) -> Mapping[str, Any]:
+    """Return the parameters that a checkpoint's file of weights, or its adapter, holds; values are read when used."""
+    if (folder / peft_files.CONFIG_FILE).is_file():
+        parameters = peft_files.read(folder).arrays
+    else:
+        parameters = huggingface.read(folder)[1]
+    weights.check({n: tuple(a.shape) for n, a in parameters.items()}, config, "huggingface", str(folder), stored)
+    return parameters
+
+
+def _from_safetensors(folder: Path) -> tuple[int, dict[str, dict[str, np.ndarray]]]:
     file = folder / OPTIMIZER_FILE
     if not file.is_file():
         raise InputError(
@@ -75,37 +111,40 @@ def read(folder: Path, config: GPTConfig) -> StoredState:
             arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file} cannot be read ({error})") from None
-    moments = {
+    return step, {
         moment: {n.removeprefix(f"{moment}."): array for n, array in arrays.items() if n.startswith(f"{moment}.")}
         for moment in MOMENTS
     }
-    return StoredState(step, {"parameters": parameters, **moments}, "huggingface")
 
 
-def read_back(folder: Path, config: GPTConfig) -> None:
+def read_back(folder: Path, config: GPTConfig, stored: Sequence[Row] | None = None) -> None:
     """Read the smallest part of what was just written: names and shapes of the weights, and the optimizer's count.
+
+    Args:
+        folder: The checkpoint's folder.
+        config: Configuration of the model.
+        stored: The rows of the parameters in the checkpoint, by default all of the model's.
 
     Raises:
         InputError: If the files are not those of a checkpoint of this model, although writing them reported no error.
     """
-    _, parameters, _ = huggingface.read(folder)
-    weights.check({n: tuple(a.shape) for n, a in parameters.items()}, config, "huggingface", str(folder))
+    read_weights(folder, config, stored)
     if (folder / ORBAX_FOLDER).is_dir():
         _load_from_orbax(folder / ORBAX_FOLDER, "step")
         return
     try:
-        with safe_open(folder / OPTIMIZER_FILE, "numpy") as stored:
-            int(stored.metadata()["step"])
+        with safe_open(folder / OPTIMIZER_FILE, "numpy") as optimizer:
+            int(optimizer.metadata()["step"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder / OPTIMIZER_FILE} cannot be read ({error})") from None
 
 
-def _from_orbax(folder: Path, config: GPTConfig) -> StoredState:
-    names = weights.shapes(config, "flax")
-    arrays = {
-        part: {name: _load_from_orbax(folder, f"{part}.{name}") for name in names} for part in ("parameters", *MOMENTS)
-    }
-    return StoredState(int(_load_from_orbax(folder, "step")), arrays, "flax")
+def _from_orbax(
+    folder: Path, config: GPTConfig, trainable: Sequence[Row]
+) -> tuple[int, dict[str, dict[str, np.ndarray]]]:
+    names = weights.shapes(config, "flax", trainable)
+    moments = {part: {name: _load_from_orbax(folder, f"{part}.{name}") for name in names} for part in MOMENTS}
+    return int(_load_from_orbax(folder, "step")), moments
 
 
 def _load_from_orbax(folder: Path, name: str) -> np.ndarray:

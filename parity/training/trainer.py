@@ -7,12 +7,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from parity.config import GPTConfig
+from parity.weights import Row
 
 
 class Trainer(Protocol):
     """A model with its optimizer, as a backend implements it."""
 
     config: GPTConfig
+    stored: Sequence[Row]
+    """The rows of the parameters that save() writes: all of the model's, or those of its adapters."""
 
     def local_slice(self, size: int) -> slice:
         """Return the slice of a batch of `size` rows that this process computes (all of it in a one-process run)."""
@@ -54,7 +57,7 @@ class Trainer(Protocol):
         """Continue prompts; the options are those of the backend's `generate`."""
 
     def save(self, folder: Path) -> None:
-        """Write model.safetensors with config.json, and whatever else a resumed run needs.
+        """Write model.safetensors with config.json, or the adapters, and whatever else a resumed run needs.
 
         All processes call it with the same folder.
         """

@@ -1,5 +1,6 @@
 """Weights: the table of parameters, the converter between formats, and the readers and writers of files."""
 
+from parity.weights.conversion import convert, warn_if_not_finite
 from parity.weights.initial import initial_weights
 from parity.weights.table import (
     FORMATS,
@@ -9,11 +10,9 @@ from parity.weights.table import (
     Format,
     Row,
     check,
-    convert,
     n_params,
     rows,
     shapes,
-    warn_if_not_finite,
 )
 
 __all__ = [

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -177,21 +177,39 @@ def _short(name: str) -> str:
 
 def _tensors(path: Path) -> dict[str, LazyTensor]:
     """{name without prefix: tensor} of the parameters in a file of safetensors or of PyTorch."""
-    if path.suffix != ".safetensors":
-        stored = read_pickle(path)
-        return {
-            name: dataclasses.replace(stored[stored_name], name=name)
-            for name, stored_name in names.unique(names.without_prefixes(stored), str(path)).items()
-        }
-    tensors: dict[str, LazyTensor] = {}
+
+    def parameters(stored: Iterable[str]) -> dict[str, str]:
+        return names.unique(names.without_prefixes(stored), str(path))
+
+    if path.suffix == ".safetensors":
+        return read_tensors(path, parameters)[0]
+    stored = read_pickle(path)
+    return {name: dataclasses.replace(stored[old], name=name) for name, old in parameters(stored).items()}
+
+
+def read_tensors(
+    path: Path, rename: Callable[[Iterable[str]], dict[str, str]] | None = None
+) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """Return {name: tensor} of a safetensors file, and the file's metadata.
+
+    Args:
+        path: The file.
+        rename: Returns {name: name in the file} of the tensors to read, given the names in the file. By default all
+            are read under their own names.
+
+    Raises:
+        InputError: If the file is damaged, or one of these tensors does not hold floating-point numbers.
+    """
     try:
         with safe_open(path, "numpy") as file:  # checks the header, and that the tensors fill the file
             entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
+            metadata = file.metadata() or {}
         starts = _starts(files.map_file(path))
     except (SafetensorError, OSError) as error:
         text = printable(str(error), 300)
         raise InputError(f"{path} cannot be read as safetensors ({text}); download or save it again") from None
-    for name, stored_name in names.unique(names.without_prefixes(entries), str(path)).items():
+    tensors: dict[str, LazyTensor] = {}
+    for name, stored_name in (rename(entries) if rename else {name: name for name in entries}).items():
         kind, shape = entries[stored_name].get_dtype(), tuple(entries[stored_name].get_shape())
         if kind not in _DTYPES:
             known = ", ".join(_DTYPES)
@@ -199,7 +217,7 @@ def _tensors(path: Path) -> dict[str, LazyTensor]:
         stored_dtype, dtype = _DTYPES[kind]
         read = functools.partial(_read_tensor, path, starts[stored_name], stored_dtype, shape)
         tensors[name] = LazyTensor(name, shape, dtype, read)
-    return tensors
+    return tensors, metadata
 
 
 def _read_tensor(path: Path, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The table of all parameters: their names, axes and orientation in every format, and the one converter.
+"""The table of all parameters: their names, axes and orientation in every format, by which conversion.py converts.
 
     openai       OpenAI's TensorFlow checkpoint: variables start with `model/`, matrices are [1, in, out].
     huggingface  transformers' GPT2LMHeadModel without the prefix `transformer.`: matrices are [in, out].
@@ -12,15 +12,12 @@ that a square matrix converts as safely as any other.
 import dataclasses
 import math
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from einops import rearrange
 
-from parity.arrays import aligned_empty, copy_into, in_parts
 from parity.config import GPTConfig
 from parity.errors import InputError, printable
 
@@ -57,7 +54,12 @@ class Row:
     axes: Mapping[str, str]
     """{format: einops pattern of one layer's tensor}."""
     init: str
-    """Initial value: normal, residual (normal, scaled down by depth), position, zeros or ones."""
+    """Initial value: normal, residual (normal, scaled down by depth), position, zeros or ones; lora_A and lora_B for
+    the two matrices of an adapter."""
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """{axis letter: size} of axes that the model's configuration does not determine, such as the rank R."""
+    layers: tuple[int, ...] | None = None
+    """The layers that a part of a model has this parameter of; None stands for all."""
 
     def name(self, format: str) -> str | None:
         """The name in a format, with `{}` for the layer."""
@@ -73,7 +75,17 @@ class Row:
             raise InputError(f"the {format} format has no place for {self.huggingface}; use tied_head=True")
         if self.stacked(format) or not self.per_layer:
             return [name]
-        return [name.format(layer) for layer in range(config.n_layer)]
+        return [name.format(layer) for layer in self.layer_numbers(config)]
+
+    def layer_numbers(self, config: GPTConfig) -> Sequence[int]:
+        """The layers that have this parameter."""
+        return range(config.n_layer) if self.layers is None else self.layers
+
+    def shape(self, format: str, config: GPTConfig) -> tuple[int, ...]:
+        """The shape of a tensor as the format stores it."""
+        sizes = {**config.axes, **self.sizes, "1": 1, "L": len(self.layer_numbers(config))}
+        groups = re.findall(r"\(([^)]*)\)|(\S+)", self.pattern(format))
+        return tuple(math.prod(sizes[letter] for letter in (merged or single).split()) for merged, single in groups)
 
     def pattern(self, format: str) -> str:
         """The einops pattern of a tensor as the format stores it: with L in front if layers are stacked."""
@@ -91,7 +103,7 @@ class Row:
     @property
     def decayed(self) -> bool:
         """Whether AdamW decays it: matrices and embeddings are decayed, biases and LayerNorm are not."""
-        return self.init in ("normal", "residual", "position")
+        return self.init not in ("zeros", "ones")
 
 
 def _row(openai: str | None, huggingface: str, torch: str, flax: str, axes: str, init: str) -> Row:
@@ -143,19 +155,19 @@ def rows(config: GPTConfig) -> list[Row]:
     return [row for row in ROWS if row.huggingface not in absent]
 
 
-def _shape(pattern: str, config: GPTConfig) -> tuple[int, ...]:
-    sizes = {**config.axes, "1": 1}
-    groups = re.findall(r"\(([^)]*)\)|(\S+)", pattern)
-    return tuple(math.prod(sizes[letter] for letter in (merged or single).split()) for merged, single in groups)
+def shapes(config: GPTConfig, format: str, table: Sequence[Row] | None = None) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of every tensor in one format, in the table's order.
 
+    Args:
+        config: Configuration of the model.
+        format: The format.
+        table: The rows of the tensors, if they are not all of the model's: a part of it, or its adapters.
 
-def shapes(config: GPTConfig, format: str) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of every tensor of a model in one format, in the table's order.
-
-    Raises InputError if the format cannot hold the model: OpenAI's has no untied head.
+    Raises:
+        InputError: If the format cannot hold the model: OpenAI's has no untied head.
     """
-    by_row = [(row.names(format, config), _shape(row.pattern(format), config)) for row in rows(config)]
-    return {name: shape for names, shape in by_row for name in names}
+    table = rows(config) if table is None else table
+    return {name: row.shape(format, config) for row in table for name in row.names(format, config)}
 
 
 def n_params(config: GPTConfig) -> int:
@@ -163,7 +175,13 @@ def n_params(config: GPTConfig) -> int:
     return sum(math.prod(shape) for shape in shapes(config, "huggingface").values())
 
 
-def check(shapes_by_name: Mapping[str, tuple[int, ...]], config: GPTConfig, format: str, origin: str) -> None:
+def check(
+    shapes_by_name: Mapping[str, tuple[int, ...]],
+    config: GPTConfig,
+    format: str,
+    origin: str,
+    table: Sequence[Row] | None = None,
+) -> None:
     """Check that tensors are exactly those of a model.
 
     Args:
@@ -171,12 +189,13 @@ def check(shapes_by_name: Mapping[str, tuple[int, ...]], config: GPTConfig, form
         config: Configuration of the model.
         format: The format that the names are in.
         origin: Where the tensors come from, for the message.
+        table: The rows of the tensors, if they are not all of the model's.
 
     Raises:
         InputError: If they are not. The message names the first tensors that are missing, unknown or of a wrong
             shape, and counts the others.
     """
-    expected = shapes(config, format)
+    expected = shapes(config, format, table)
     missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in shapes_by_name]
     unknown = [f"{name} {list(shape)}" for name, shape in shapes_by_name.items() if name not in expected]
     misshapen = [
@@ -203,96 +222,3 @@ def enumerate_some(texts: Sequence[str], most: int = 3) -> str:
     """Return the first texts, each on one line and not too long, and how many more there are."""
     listed = ", ".join(printable(text, 120) for text in texts[:most])
     return f"{listed} and {len(texts) - most} more" if len(texts) > most else listed
-
-
-def convert(
-    weights: Mapping[str, Any],
-    from_format: str,
-    to_format: str,
-    config: GPTConfig,
-    dtype: Any = None,
-    origin: str = "weights",
-    copy: bool = False,
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Convert the weights of a model from one format to another.
-
-    The largest tensors come first and each tensor is read once, so that a caller that drops each array after use
-    never holds the model twice.
-
-    Args:
-        weights: {name: array}; values may be lazy (anything that np.asarray reads).
-        from_format: The format of `weights`, one of FORMATS.
-        to_format: The format of the result.
-        config: Configuration of the model.
-        dtype: Dtype of the result; None keeps the dtype of each tensor.
-        origin: Where the weights come from, for messages.
-        copy: Whether each array is a new one, at an address that is a multiple of 64.
-
-    Yields:
-        (name, array) of each tensor; without `copy`, arrays may be views of the given ones.
-
-    Raises:
-        InputError: If names or shapes do not fit the model (see `check`), a tensor does not hold floating-point
-            numbers, or `to_format` cannot hold the model.
-    """
-    check({name: tuple(array.shape) for name, array in weights.items()}, config, from_format, origin)
-    for name, array in weights.items():
-        check_dtype(name, array.dtype, origin)
-    sizes = {name: math.prod(shape) for name, shape in shapes(config, to_format).items()}
-    for row in sorted(rows(config), key=lambda row: -sizes[row.names(to_format, config)[0]]):
-        names = row.names(to_format, config)
-        arrays = _arrays(row, weights, from_format, to_format, config, dtype)
-        if row.stacked(to_format) and not row.stacked(from_format):
-            yield names[0], _stack(arrays, config.n_layer)
-        else:
-            for name in names:
-                yield name, _copied(next(arrays)) if copy else next(arrays)
-
-
-def _arrays(
-    row: Row, weights: Mapping[str, Any], from_format: str, to_format: str, config: GPTConfig, dtype: Any
-) -> Iterator[np.ndarray]:
-    """Yield a row's tensors in the target's axes, or one stack if both formats stack; no two are held at once."""
-    both_stacked = row.stacked(from_format) and row.stacked(to_format)
-    pattern = " -> ".join(row.pattern(f) if both_stacked else row.axes[f] for f in (from_format, to_format))
-    sizes = {letter: size for letter, size in config.axes.items() if letter in pattern}
-
-    def convert_array(array: Any) -> np.ndarray:
-        converted = rearrange(np.asarray(array), pattern, **sizes)
-        return converted if dtype is None else converted.astype(dtype, copy=False)
-
-    for name in row.names(from_format, config):
-        if row.stacked(from_format) and not both_stacked:
-            stack = np.asarray(weights[name])
-            for layer in range(config.n_layer):
-                yield convert_array(stack[layer])
-        else:
-            yield convert_array(weights[name])
-
-
-def _stack(arrays: Iterator[np.ndarray], n_layer: int) -> np.ndarray:
-    """Stack the arrays of all layers, holding one of them at a time."""
-    first = next(arrays)
-    stacked = aligned_empty((n_layer, *first.shape), first.dtype)
-    copy_into(stacked[0], first)
-    del first
-    for layer in range(1, n_layer):
-        copy_into(stacked[layer], next(arrays))
-    return stacked
-
-
-def _copied(array: np.ndarray) -> np.ndarray:
-    copy = aligned_empty(array.shape, array.dtype)
-    copy_into(copy, array)
-    return copy
-
-
-def warn_if_not_finite(name: str, array: np.ndarray, origin: str) -> None:
-    """Warn of a tensor that has NaN or infinite values, and name it."""
-    if array.flags.f_contiguous:
-        array = array.T  # of which slices are contiguous
-    # A sum of finite numbers may overflow; one with NaN or infinity is never finite.
-    if not np.isfinite(sum(in_parts(lambda part: array[part].sum(dtype=np.float64), array))):
-        count = array.size - int(np.isfinite(array).sum())
-        if count:
-            warnings.warn(f"{origin}: {name} has {count} values that are not finite", stacklevel=3)
