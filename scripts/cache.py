@@ -26,7 +26,7 @@ from parity.storage.paths import cache_folder
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    clear: Literal["models", "vocabulary", "corpora", "compiled", "all"] | None = None
+    clear: Literal["models", "vocabulary", "corpora", "evaluation", "compiled", "all"] | None = None
     """Delete this kind of cache, or all of them; by default nothing is deleted."""
     yes: bool = False
     """Delete without asking."""
@@ -67,6 +67,7 @@ def cached_paths() -> dict[str, list[Path]]:
         "models": [cache / "models"],
         "vocabulary": sorted(cache.glob("vocab.bpe*")),
         "corpora": [path for _, file in DOWNLOADS.values() for path in sorted(cache.glob(f"{file.name}*"))],
+        "evaluation": [cache / "evaluation"],
         "compiled": [cache / "compiled", *([Path(compiled)] if compiled else [])],
     }
     return {kind: [path for path in paths if path.exists() or path.is_symlink()] for kind, paths in kinds.items()}

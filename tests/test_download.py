@@ -135,6 +135,7 @@ def test_resumes_where_it_stopped_and_only_the_same_file(server, tmp_path):
     server.script = ["close", "good"]
     get(server, tmp_path)
     headers = server.requests[1][1]
+    assert headers["User-Agent"] == "gpt-parity"
     begin = int(headers["Range"].removeprefix("bytes=").removesuffix("-"))
     assert 500_000 < begin <= 600_000
     assert headers["If-Range"] == TAG

@@ -203,7 +203,9 @@ def truncate(request: Request, n_ctx: int, name: str = "the request") -> tuple[n
     return tokens[-(n_ctx + 1) :], max(0, len(tokens) - (n_ctx + 1))
 
 
-def windows(tokens: Sequence[int], length: int, stride: int | None = None, is_last_full: bool = False) -> list[Request]:
+def windows(
+    tokens: Sequence[int] | np.ndarray, length: int, stride: int | None = None, is_last_full: bool = False
+) -> list[Request]:
     """Divide a text that is longer than the context into windows, in which each token is scored once at most.
 
     Windows start at tokens 0, stride, 2 stride, ... and hold `length` tokens each, fewer at the end of the text. A

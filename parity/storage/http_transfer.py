@@ -18,6 +18,7 @@ from parity.errors import InputError, printable
 _CHUNK = 2**16  # bytes
 _MOST_BYTES = 2**26  # of a file whose size is not known
 _LEAST_RATE, _RATE_WINDOW = 1000, 60.0  # bytes per second, in each window of this many seconds
+_USER_AGENT = "gpt-parity"  # some servers refuse those of HTTP libraries
 _STRONG_TAG = re.compile(rb'"[\x21\x23-\x7e]{0,1000}"')
 
 
@@ -63,7 +64,7 @@ def receive(
     tag = _stored_tag(tag_file)
     have = part.stat().st_size if tag and part.is_file() else 0
     have = have if have < limit else 0
-    headers = {"Accept-Encoding": "identity"}
+    headers = {"Accept-Encoding": "identity", "User-Agent": _USER_AGENT}
     if have:
         headers |= {"Range": f"bytes={have}-", "If-Range": tag}
     try:

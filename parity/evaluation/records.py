@@ -1,0 +1,108 @@
+"""The folder of an evaluation: results.json, and items.jsonl, to which it adds each item as soon as it is computed."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from filelock import BaseFileLock
+
+from parity.errors import InputError
+from parity.storage.atomic import replace_text
+from parity.storage.json import LINE, SETTINGS, as_object, get_entry, parse, read_object
+from parity.storage.locks import LOCK, lock_folder
+
+RESULTS, ITEMS = "results.json", "items.jsonl"
+
+
+class Records:
+    """The records of an evaluation that may have been interrupted.
+
+    Args:
+        folder: The folder, which is made if it does not exist.
+        settings: Everything that the numbers depend on, as JSON. If the folder has records already, they must be of the
+            same settings.
+        writes: Whether this process writes the folder. The others of a run only read what is there at the beginning.
+
+    Raises:
+        InputError: If the folder belongs to an evaluation with other settings or to another process, or its files are
+            damaged.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], writes: bool = True):
+        self.folder = folder
+        self._items: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
+        self._results: dict[str, Any] = {"settings": dict(settings), "results": []}
+        self._file: IO[str] | None = None
+        self._lock: BaseFileLock | None = None
+        if not writes:
+            self._read(settings)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(folder, lambda: f"another process is writing --out {folder}")
+        if (folder / RESULTS).exists():
+            self._read(settings, repair=True)
+        elif any(path.name != LOCK for path in folder.iterdir()):
+            raise InputError(f"--out {folder} is not empty and has no {RESULTS}; name another folder")
+        else:
+            self._write()
+        self._file = (folder / ITEMS).open("a", encoding="utf-8")
+
+    def done(self, protocol: str, model: str) -> dict[int, dict[str, Any]]:
+        """Return the records of the items that are computed already, by index."""
+        return self._items.get((protocol, model), {})
+
+    def add(self, protocol: str, model: str, record: Mapping[str, Any]) -> None:
+        """Add the record of an item."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"protocol": protocol, "model": model, **record}, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def finish(self, results: list[dict[str, Any]]) -> None:
+        """Write the results of all protocols."""
+        self._results["results"] = results
+        if self._file is not None:
+            self._write()
+
+    def close(self) -> None:
+        """Close the folder, so that another process may write it."""
+        if self._file is not None:
+            self._file.close()
+        if self._lock is not None:
+            self._lock.release()
+
+    def _write(self) -> None:
+        replace_text(self.folder / RESULTS, json.dumps(self._results, indent=1, ensure_ascii=False) + "\n")
+
+    def _read(self, settings: Mapping[str, Any], repair: bool = False) -> None:
+        path = self.folder / RESULTS
+        old = get_entry(read_object(path, SETTINGS), "settings", dict, str(path))
+        new = json.loads(json.dumps(settings))
+        changed = [
+            f"{name} was {old.get(name)!r:.200} and is now {new.get(name)!r:.200}"
+            for name in sorted({*old, *new})
+            if old.get(name) != new.get(name)
+        ]
+        if changed:
+            raise InputError(
+                f"--out {self.folder} belongs to an evaluation with other options: {'; '.join(changed)}. Name another "
+                "folder, or repeat the options to go on with this one"
+            )
+        items = self.folder / ITEMS
+        if not items.exists():
+            return
+        with items.open("r+b" if repair else "rb") as file:
+            complete = 0
+            for number, line in enumerate(iter(lambda: file.readline(LINE), b""), 1):
+                if not line.endswith(b"\n"):  # the process was killed while it wrote this one
+                    if repair:
+                        file.truncate(complete)
+                    break
+                complete += len(line)
+                origin = f"{items}, line {number}"
+                record = as_object(parse(line, origin), origin)
+                key = tuple(get_entry(record, name, str, origin) for name in ("protocol", "model"))
+                index = get_entry(record, "index", int, origin)
+                del record["protocol"], record["model"]
+                self._items.setdefault(key, {})[index] = record

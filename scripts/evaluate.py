@@ -1,0 +1,293 @@
+"""Evaluate a model by named protocols: accuracy, perplexity or loss, with standard errors and published numbers.
+
+    python scripts/evaluate.py --list
+    python scripts/evaluate.py --model 124M --protocol lambada-openai/last-word hellaswag/completion
+    python scripts/evaluate.py --run runs/NAME --protocol loss --corpus my.txt --compare 124M
+    python scripts/evaluate.py --model 124M --protocol wikitext-2/hf-1024 --data wiki.test.raw --backend torch
+    torchrun --nproc-per-node 2 -- scripts/evaluate.py --model 124M --protocol lambada-core --backend torch
+
+Writes results.json, and items.jsonl with a line per item, into --out; started again, it goes on where it was stopped.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from parity.cli import parse, read_text
+from parity.console import PlainConsole
+from parity.errors import InputError, exit_with_message
+from parity.evaluation import data, report
+from parity.evaluation.catalog import find
+from parity.evaluation.protocol import Item, Protocol, Task
+from parity.evaluation.records import Records
+from parity.evaluation.run import Record, items_of, records_of, results_of
+from parity.evaluation.scorer import Scorer
+from parity.evaluation.weights import weights_sha256
+from parity.loading import Loaded, ModelArgs
+from parity.training.processes import Processes
+from parity.training.runs import RunFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(ModelArgs):
+    protocol: tuple[str, ...] = ()
+    """Names of the protocols; --list shows them."""
+    list: bool = False
+    """Show all protocols, with their data and the published numbers, and exit."""
+    data: Path | None = None
+    """The protocol's file on this machine, the archive that contains it, or a folder with either. By default the file
+    is downloaded into the cache folder once."""
+    corpus: str | None = None
+    """What the protocol loss evaluates: a text, a folder or the name of a corpus, as for the training scripts."""
+    split: Literal["validation", "all"] = "validation"
+    """Part of the corpus: the validation part, as in training, or all of it."""
+    stop_words: Path | None = None
+    """UTF-8 file with the words, separated by white space, that lambada-openai/stop-words passes over. By default a
+    list of English function words."""
+    limit: int | None = None
+    """Evaluate only the first N items, and say so in the results."""
+    control: bool = False
+    """Give each item the context of another one: the accuracy of a model that reads contexts falls to that of guessing
+    from the options."""
+    compare: str | None = None
+    """Another model (a size, a folder or file with weights, or a run) that is evaluated on the same items; the results
+    contain the differences with their paired standard errors."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the weights and of the computation."""
+    batch_size: int | None = None
+    """Number of sequences that are computed at once. By default as many as the device is fast with."""
+    mesh: str | None = None
+    """Devices that share each batch, with --backend jax, for example data=4. By default one device, or all devices of
+    all processes."""
+    out: Path | None = None
+    """Folder for results.json and items.jsonl. By default evaluations/NAME, with a name made of the options."""
+    distributed: bool = False
+    """With --backend jax: join the other processes that SLURM, Open MPI or Kubernetes started."""
+    coordinator: str | None = None
+    """With --backend jax: HOST:PORT of process 0, to start several processes by hand; requires --num-processes and
+    --process-id."""
+    num_processes: int | None = None
+    """Number of processes, if no scheduler provides it."""
+    process_id: int | None = None
+    """Index of this process, from 0, if no scheduler provides it."""
+
+
+class Model(NamedTuple):
+    """One of the models that are evaluated."""
+
+    name: str
+    loaded: Loaded
+    scorer: Scorer
+    sha256: str
+
+
+def main() -> None:
+    args = parse(Args, __doc__)
+    console = PlainConsole(width=None if sys.stdout.isatty() else 160)
+    if args.list:
+        report.show_list(console)
+        return
+    protocols = check(args)
+    with processes(args) as these:
+        evaluate(args, protocols, these, PlainConsole(width=console.width, quiet=not these.first))
+
+
+def check(args: Args) -> list[Protocol]:
+    """Return the protocols; raise InputError for options that do not fit."""
+    if not args.protocol:
+        raise InputError("give --protocol NAME; --list shows all names")
+    protocols = [find(name) for name in dict.fromkeys(args.protocol)]
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit must be at least 1, got {args.limit}")
+    for protocol in protocols:
+        if args.control and not protocol.has_control:
+            raise InputError(f"--control exchanges contexts, which {protocol.name} does not have")
+    if args.corpus is not None and "loss" not in args.protocol:
+        raise InputError("--corpus is for --protocol loss")
+    if args.stop_words is not None and "lambada-openai/stop-words" not in args.protocol:
+        raise InputError("--stop-words is for --protocol lambada-openai/stop-words")
+    return protocols
+
+
+@contextlib.contextmanager
+def processes(args: Args) -> Iterator[Processes]:
+    """Join the other processes, if there are any."""
+    module = importlib.import_module(f"gpt_{args.backend}.distributed")
+    if args.backend == "jax":
+        options = (args.distributed, args.coordinator, args.num_processes, args.process_id)
+        with module.processes(*options) as these:
+            yield these
+    else:
+        with module.processes() as these:
+            yield these
+
+
+def evaluate(args: Args, protocols: list[Protocol], these: Processes, console: PlainConsole) -> None:
+    models = load_models(args, these)
+    tokenizer = models[0].loaded.tokenizer
+    task = Task(
+        None,
+        tokenizer,
+        min(model.scorer.config.n_ctx for model in models),
+        args.control,
+        args.corpus,
+        args.split,
+        stop_words(args),
+        args.data,
+        args.limit,
+    )
+    tasks = {protocol.name: prepared(protocol, task) for protocol in protocols}
+    common = {
+        "tokenizer": tokenizer.name,
+        "backend": args.backend,
+        "device": models[0].loaded.device_info,
+        "dtype": args.dtype,
+        "limit": args.limit,
+        "control": args.control,
+    }
+    settings = {
+        **common,
+        "weights_sha256": [model.sha256 for model in models],
+        "n_ctx": task.n_ctx,
+        "batch_size": args.batch_size,
+        "mesh": args.mesh,
+        "processes": these.count,
+        "stop_words": sorted(task.stop_words) if task.stop_words is not None else None,
+        "protocols": {
+            protocol.name: {"version": protocol.version, "data_sha256": tasks[protocol.name][1]["sha256"]}
+            for protocol in protocols
+        },
+    }
+    folder = args.out or default_folder(models, settings)
+    items = {protocol.name: items_of(protocol, tasks[protocol.name][0]) for protocol in protocols}
+    with contextlib.closing(open_records(folder, settings, these)) as records:
+        results: list[dict[str, Any]] = []
+        labelled = list(zip("ab", models, strict=False))
+        identities = [(model.name, model.sha256) for model in models]
+        for protocol in protocols:
+            task, source = tasks[protocol.name]
+            of_protocol = items[protocol.name]
+            rows = [score(protocol, task, of_protocol, model, records, label, these) for label, model in labelled]
+            is_comparable = source["is_published"] and args.limit is None and not args.control
+            results.append(
+                {
+                    "protocol": protocol.name,
+                    "version": protocol.version,
+                    "description": protocol.description,
+                    "data": source,
+                    **common,
+                    "items": len(of_protocol),
+                    "truncated_items": sum(n_cut > 0 for _, n_cut in of_protocol),
+                    **results_of(protocol, identities, rows, is_comparable),
+                }
+            )
+            records.finish(results)
+            report.show(console, results[-1])
+    console.print(f"{folder}", soft_wrap=True)
+
+
+def load_models(args: Args, these: Processes) -> list[Model]:
+    """Load --model or --run, and --compare."""
+    chosen = [args]
+    if args.compare is not None:
+        is_run = RunFolder(Path(args.compare)).checkpoints.is_dir()
+        other = {"run": Path(args.compare), "model": None} if is_run else {"run": None, "model": args.compare}
+        chosen.append(dataclasses.replace(args, checkpoint="newest", **other))  # type: ignore[arg-type]
+    models = []
+    for options in chosen:
+        loaded = options.load()
+        model = loaded.backend.cast(loaded.model, args.dtype)
+        scorer = Scorer(loaded.backend, model, args.batch_size, make_mesh(args, these))
+        name = str(options.run or options.model)
+        models.append(Model(name, loaded._replace(model=None), scorer, weights_sha256(loaded.folder)))
+    names = [model.loaded.tokenizer.name for model in models]
+    if len(set(names)) > 1:
+        raise InputError(f"--compare needs models with the same tokenizer; these have {' and '.join(names)}")
+    return models
+
+
+def make_mesh(args: Args, these: Processes) -> Any:
+    """Return the devices that share each batch; None for one device."""
+    if args.backend == "torch":
+        if args.mesh is not None:
+            raise InputError("--mesh is for --backend jax; to use several devices in torch, start it with torchrun")
+        return None
+    if args.mesh is None and these.count == 1:
+        return None
+    import jax
+
+    from gpt_jax.devices import choose_device
+    from gpt_jax.sharding import MeshShape, make_mesh
+
+    shape = MeshShape(jax.device_count()) if args.mesh is None else MeshShape.parse(args.mesh)
+    return make_mesh(shape, choose_device(args.device).platform)
+
+
+def stop_words(args: Args) -> frozenset[str] | None:
+    if args.stop_words is None:
+        return None
+    words = frozenset(read_text(args.stop_words, "--stop-words").lower().split())
+    if not words:
+        raise InputError(f"--stop-words {args.stop_words} is empty")
+    return words
+
+
+def prepared(protocol: Protocol, task: Task) -> tuple[Task, dict[str, Any]]:
+    """Return the task with the protocol's file, and what was read."""
+    if protocol.data is not None:
+        content = data.read(protocol.data, task.path)
+        source = {"name": protocol.data.name, "sha256": content.sha256, "is_published": content.is_published}
+        return task._replace(content=content), source
+    assert protocol.identify is not None
+    name, sha256 = protocol.identify(task)
+    return task, {"name": name, "sha256": sha256, "is_published": False}
+
+
+def default_folder(models: list[Model], settings: dict[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return Path("evaluations") / "-".join([*(Path(model.name).name for model in models), settings["backend"], digest])
+
+
+def open_records(folder: Path, settings: dict[str, Any], these: Processes) -> Records:
+    """Open the folder in the first process, and then, before anything is added, in the others."""
+    records = Records(folder, settings) if these.first else None
+    these.barrier()
+    records = records or Records(folder, settings, writes=False)
+    these.barrier()
+    return records
+
+
+def score(
+    protocol: Protocol,
+    task: Task,
+    items: list[tuple[Item, int]],
+    model: Model,
+    records: Records,
+    label: str,
+    these: Processes,
+) -> list[Record]:
+    """Score the items of a protocol, and show the progress on standard error."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+    console = PlainConsole(stderr=True, lossy=True, quiet=not these.first)
+    done, add = records.done(protocol.name, label), functools.partial(records.add, protocol.name, label)
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task(f"{protocol.name}, {model.name}", total=None)
+
+        def show(n: int, total: int) -> None:
+            progress.update(bar, completed=n, total=total)
+
+        return records_of(protocol, task, items, model.scorer, done, add, show)
+
+
+if __name__ == "__main__":
+    with exit_with_message():
+        main()

@@ -1,0 +1,255 @@
+"""scripts/evaluate.py: what it writes and prints, going on after a kill, comparison of models, and bad options."""
+
+import hashlib
+import json
+import sys
+
+import evaluate
+import numpy as np
+import pytest
+from support.runs import run_script
+
+from parity.config import GPTConfig
+from parity.data.tokenizer import load_tokenizer
+from parity.errors import InputError
+from parity.evaluation import lambada
+from parity.evaluation.data import DataFile
+from parity.evaluation.records import Records
+from parity.evaluation.weights import OPENAI_WEIGHTS
+from parity.storage.download import RemoteFile
+from parity.weights import huggingface, initial_weights
+
+LINES = [
+    {"text": f"{name} went to the {place}, and then back to the {place}"}
+    for name in ("She", "He", "The old man") for place in ("house", "river", "cathedral")
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two small models with GPT-2's vocabulary."""
+    folder = tmp_path_factory.mktemp("models")
+    config = GPTConfig(n_ctx=64, n_embd=24, n_head=2, n_layer=2)
+    for seed in (0, 1):
+        huggingface.write(folder / str(seed), config, initial_weights(config, seed), "huggingface", None)
+    return folder
+
+
+@pytest.fixture
+def workplace(tmp_path, models, vocab_bpe, monkeypatch):
+    """A folder with the file of LAMBADA, in which scripts run offline."""
+    (tmp_path / "lambada_test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GPT_PARITY_OFFLINE", "1")
+    monkeypatch.setenv("GPT_PARITY_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "vocab.bpe").write_bytes(vocab_bpe.read_bytes())
+    return tmp_path
+
+
+@pytest.fixture
+def run(models, monkeypatch, capsys):
+    """Run the script in this process; returns its standard output."""
+
+    def call(*options, backend="torch", model="0"):
+        arguments = ["--model", models / model, "--backend", backend, "--no-compilation-cache", *options]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+            evaluate.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+LAST_WORD = ("--protocol", "lambada-openai/last-word", "--data", "lambada_test.jsonl")
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())["results"]
+
+
+def records(folder):
+    lines = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+    return sorted(lines, key=lambda line: (line["model"], line["protocol"], line["index"]))
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_a_result_states_what_it_is_of(run, workplace, models, backend):
+    text = run(*LAST_WORD, "--out", "out", backend=backend)
+    [result] = results(workplace / "out")
+    assert result["protocol"] == "lambada-openai/last-word"
+    assert (result["version"], result["items"], result["limit"], result["control"]) == (1, 9, None, False)
+    assert (result["tokenizer"], result["backend"], result["dtype"]) == ("gpt2", backend, "float32")
+    assert result["device"].startswith("cpu")
+    content = (workplace / "lambada_test.jsonl").read_bytes()
+    assert result["data"] == {
+        "name": "lambada_test.jsonl",
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "is_published": False,
+    }
+    [model] = result["models"]
+    weights = (models / "0" / "model.safetensors").read_bytes()
+    assert (model["weights_sha256"], model["openai_model"]) == (hashlib.sha256(weights).hexdigest(), None)
+    items = records(workplace / "out")
+    assert [item["target"] for item in items[:3]] == [" house", " river", " cathedral"]
+    accuracy, perplexity = model["metrics"]["accuracy"], model["metrics"]["perplexity"]
+    assert accuracy["value"] == np.mean([item["correct"] for item in items])
+    assert perplexity["value"] == pytest.approx(np.exp(-np.mean([item["logprob"] for item in items])))
+    assert perplexity["unit"] == "per word"
+    assert perplexity["standard_error"] > 0
+    assert "lambada-openai/last-word (version 1): 9 items" in text
+    assert f"{perplexity['value']:.4f}" in text
+    assert "published" not in accuracy
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_results(run, workplace, monkeypatch):
+    options = (*LAST_WORD, "--protocol", "lambada-openai/last-word", "lambada-core", "--batch-size", "2")
+    run(*options, "--out", "whole")
+    add, n_added = Records.add, [0]
+
+    def killed(self, *arguments):
+        add(self, *arguments)
+        n_added[0] += 1
+        if n_added[0] == 13:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Records, "add", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(*options, "--out", "killed")
+    assert len(records(workplace / "killed")) == 13
+    assert results(workplace / "killed") == results(workplace / "whole")[:1]
+    run(*options, "--out", "killed")
+    assert (workplace / "killed" / "results.json").read_text() == (workplace / "whole" / "results.json").read_text()
+    assert records(workplace / "killed") == records(workplace / "whole")
+    with pytest.raises(InputError, match="limit was None and is now 3"):
+        run(*options, "--limit", "3", "--out", "killed")
+    with pytest.raises(InputError, match="weights_sha256 was"):
+        run(*options, "--out", "killed", model="1")
+
+
+def test_another_model_on_the_same_items(run, workplace, models):
+    text = run(*LAST_WORD, "--compare", models / "1", "--limit", "5", "--out", "out")
+    [result] = results(workplace / "out")
+    a, b = ([item["logprob"] for item in records(workplace / "out") if item["model"] == label] for label in "ab")
+    assert len(a) == len(b) == result["items"] == result["limit"] == 5
+    values = [model["metrics"]["perplexity"]["value"] for model in result["models"]]
+    difference = result["differences"]["perplexity"]
+    assert difference["value"] == pytest.approx(values[1] - values[0])
+    slopes = [value * (np.array(x) - np.mean(x)) for value, x in zip(values, (a, b), strict=True)]
+    assert difference["standard_error"] == pytest.approx(np.std(slopes[1] - slopes[0], ddof=1) / np.sqrt(5))
+    assert "the first 5 items" in text
+    assert "second model - first model, paired" in text
+    run(*LAST_WORD, "--compare", models / "0", "--limit", "5", "--out", "same")
+    [same] = results(workplace / "same")
+    assert same["differences"]["perplexity"]["value"] == same["differences"]["perplexity"]["standard_error"] == 0
+
+
+def test_published_numbers_of_a_recognized_model(run, workplace, models, monkeypatch):
+    """With stand-ins for the hashes of OpenAI's weights and of the published file."""
+    content, weights = (
+        path.read_bytes() for path in (workplace / "lambada_test.jsonl", models / "0" / "model.safetensors")
+    )
+    protocol = lambada.PROTOCOLS[0]
+    file = DataFile(RemoteFile("x", 1, hashlib.sha256(content).hexdigest()), ("http://localhost:1/",))
+    monkeypatch.setattr(evaluate, "find", lambda name: protocol.__class__(**{**vars(protocol), "data": file}))
+    run(*LAST_WORD, "--out", "unknown")
+    assert "published" not in results(workplace / "unknown")[0]["models"][0]["metrics"]["accuracy"]
+    monkeypatch.setitem(OPENAI_WEIGHTS, hashlib.sha256(weights).hexdigest(), "124M")
+    text = run(*LAST_WORD, "--out", "out")
+    [model] = results(workplace / "out")[0]["models"]
+    assert model["openai_model"] == "124M"
+    published, perplexity = model["metrics"]["perplexity"]["published"], model["metrics"]["perplexity"]
+    assert published["value"] == 40.0554
+    assert published["difference_in_standard_errors"] == pytest.approx(
+        (perplexity["value"] - 40.0554) / perplexity["standard_error"]
+    )
+    difference = f"difference {published['difference_in_standard_errors']:+.1f} standard errors"
+    assert f"published: 40.0554 (EleutherAI/lm-evaluation-harness#2159), {difference}" in text
+    for option in (("--limit", "9"), ("--control",)):
+        run(*LAST_WORD, *option, "--out", option[0].strip("-"))
+        metrics = results(workplace / option[0].strip("-"))[0]["models"][0]["metrics"]
+        assert "published" not in metrics["perplexity"]
+
+
+def test_controls_stop_words_and_corpora(run, workplace):
+    run(*LAST_WORD, "--out", "plain")
+    text = run(*LAST_WORD, "--control", "--out", "control")
+    assert "each with another one's context (control)" in text
+    plain, control = (records(workplace / name) for name in ("plain", "control"))
+    assert [item["target"] for item in plain] == [item["target"] for item in control]
+    assert all(a["logprob"] != b["logprob"] for a, b in zip(plain, control, strict=True))
+
+    tokenizer = load_tokenizer("gpt2")
+    (workplace / "words.txt").write_text("")
+    options = ("--protocol", "lambada-openai/stop-words", "--data", "lambada_test.jsonl")
+    with pytest.raises(InputError, match=r"words\.txt is empty"):
+        run(*options, "--stop-words", "words.txt", "--out", "stop")
+    run(*options, "--out", "ours")
+    firsts = {tokenizer.decode([item["first_token"]]) for item in records(workplace / "ours")}
+    (workplace / "words.txt").write_text(" ".join(first.strip() for first in firsts))
+    run(*options, "--stop-words", "words.txt", "--out", "stop")
+    assert not firsts & {tokenizer.decode([item["first_token"]]) for item in records(workplace / "stop")}
+
+    (workplace / "text.txt").write_text("A text with some words. " * 30)
+    text = run("--protocol", "loss", "--corpus", "text.txt", "--split", "all", "--out", "loss")
+    [result] = results(workplace / "loss")
+    assert result["data"]["name"] == "text.txt, all"
+    metrics = result["models"][0]["metrics"]
+    items = records(workplace / "loss")
+    n_tokens = len(tokenizer.encode("A text with some words. " * 30))
+    assert sum(item["tokens"] for item in items) == n_tokens + 1  # with the end-of-text token that ends the document
+    nats = -sum(item["logprob"] for item in items)
+    assert metrics["loss"]["value"] == pytest.approx(nats / (n_tokens + 1))
+    bits = -sum(item["text_logprob"] for item in items) / np.log(2)
+    assert metrics["bits_per_byte"]["value"] == pytest.approx(bits / (24 * 30))
+    assert "nats per token" in text
+
+
+def test_the_list_shows_every_protocol(run, workplace):
+    text = run("--list")
+    for name in ("lambada-openai/last-word", "core", "loss"):
+        assert f"{name} (version 1)" in text
+    assert "sha256 4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226" in text
+    assert "published: 124M accuracy 0.3256 (EleutherAI/lm-evaluation-harness#2159)" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "give --protocol NAME"),
+        (("--protocol", "lambada"), "unknown protocol 'lambada'; choose from"),
+        ((*LAST_WORD, "--limit", "0"), "--limit must be at least 1"),
+        ((*LAST_WORD, "--batch-size", "0"), "--batch-size 0"),
+        ((*LAST_WORD, "--corpus", "x"), "--corpus is for --protocol loss"),
+        ((*LAST_WORD, "--stop-words", "x"), "--stop-words is for"),
+        ((*LAST_WORD, "--mesh", "data=2"), "--mesh is for --backend jax"),
+        (("--protocol", "loss", "--control"), "--control exchanges contexts, which loss does not have"),
+        (("--protocol", "loss"), "the protocol loss needs --corpus"),
+        (("--protocol", "core"), "the protocol core needs --data"),
+        (("--protocol", "hellaswag/completion"), "hellaswag_val.jsonl is missing, and downloads are forbidden"),
+        (("--protocol", "ptb", "--data", "nothing"), "--data nothing is neither a file nor a folder"),
+        (("--protocol", "wikitext-2/hf-1024", "--data", "lambada_test.jsonl"), "needs a model with a context of 1024"),
+        ((*LAST_WORD, "--compare", "nothing"), "nothing is not a folder with weights"),
+    ],
+)
+def test_bad_options(run, workplace, options, message):
+    with pytest.raises(InputError) as error:
+        run(*options)
+    assert message in str(error.value)
+    assert not (workplace / "evaluations").exists()
+
+
+def test_the_script_as_a_program(workplace, models):
+    """Its default folder, and an error in one line."""
+    options = ("--model", models / "0", "--backend", "torch", *LAST_WORD)
+    result = run_script("evaluate.py", *options, cwd=workplace)
+    assert result.returncode == 0, result.stderr
+    [folder] = (workplace / "evaluations").iterdir()
+    assert folder.name.startswith("0-torch-")
+    assert str(folder.relative_to(workplace)) in result.stdout
+    assert len(records(folder)) == 9
+    bad = run_script("evaluate.py", *options, "--data", workplace / "cache", cwd=workplace)
+    assert bad.returncode == 2
+    assert "holds no lambada_test.jsonl" in bad.stderr
+    assert "Traceback" not in bad.stderr
