@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.sharding import Mesh
+from optax import tree_utils as otu
 
 from gpt_jax import sharding
 from gpt_jax.arrays import widened
@@ -55,7 +56,7 @@ def make_summed_loss(
 
 def make_optimizer(
     model: GPTModel, settings: TrainSettings, table: Sequence[Row] | None = None
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Return AdamW (Loshchilov & Hutter 2019) without the learning rate, by which each step multiplies the update.
 
     `table` has the rows of the parameters that are trained, by default all of the model's.
@@ -67,9 +68,29 @@ def make_optimizer(
         return jax.tree_util.tree_map_with_path(lambda path, _: parameter_name(path) in decayed, model)
 
     return optax.chain(
-        optax.scale_by_adam(settings.beta1, settings.beta2, settings.eps),
+        scale_by_adam(settings.beta1, settings.beta2, settings.eps),
         optax.add_decayed_weights(settings.weight_decay, mask),
     )
+
+
+def scale_by_adam(beta1: float, beta2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """Return optax.scale_by_adam, whose update() takes one more argument, finite: where it is false, no state changes.
+
+    The update is computed from the moments that are stored. From optax's, which are not stored if finite is false, XLA
+    for CPUs would compute it next to them, from a copy of all old moments.
+    """
+    adam = optax.scale_by_adam(beta1, beta2, eps)
+
+    def update(
+        gradients: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None, *, finite: Array
+    ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
+        _, new = adam.update(gradients, state)
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        mean = otu.tree_bias_correction(new.mu, beta1, new.count)
+        square = otu.tree_bias_correction(new.nu, beta2, new.count)
+        return jax.tree.map(lambda m, s: m / (jnp.sqrt(s) + eps), mean, square), new
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
 def clip_by_global_norm(gradients: GPTModel, largest: float) -> tuple[GPTModel, Array]:
@@ -85,7 +106,7 @@ def clip_by_global_norm(gradients: GPTModel, largest: float) -> tuple[GPTModel, 
 
 
 def make_train_step(
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     clip: float,
     compute_dtype: Any,
     dropout_seed: int | None = None,
@@ -139,11 +160,10 @@ def make_train_step(
             total, _ = jax.lax.scan(micro_batch, zeros, (inputs, targets, keys))
         loss, grads = jax.tree.map(lambda a: a / is_counted(targets).sum(dtype=a.dtype), total)
         grads, norm = clip_by_global_norm(grads, clip)
-        with jax.numpy_dtype_promotion("standard"):  # optax does not run in the strict mode
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
-        model = jax.tree.map(lambda p, u: p - lr * u, state.model, updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)  # otherwise the step is skipped
-        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), TrainState(model, opt_state), state)
-        return state, {"loss": loss, "grad_norm": norm}
+        with jax.numpy_dtype_promotion("standard"):  # optax does not run in the strict mode
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.model, finite=finite)
+        model = jax.tree.map(lambda p, u: jnp.where(finite, p - lr * u, p), state.model, updates)
+        return TrainState(model, opt_state), {"loss": loss, "grad_norm": norm}
 
     return train_step

@@ -1,6 +1,7 @@
 """The JAX training step computes the right values, compiles once, copies nothing, and ignores padding."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -71,6 +72,17 @@ def test_state_is_donated_and_no_batch_compiles_again():
     for step in range(1, 4):
         trainer.train_step(*batches(1, 2, seed=step), 1e-3 * step, step)
     assert trainer._train_step._cache_size() == 1
+
+
+@pytest.mark.optimized
+def test_a_step_copies_no_moments():
+    """On a CPU, XLA copies the old moments if the update is computed from them."""
+    trainer = Trainer(TINY, dataclasses.replace(SETTINGS, batch_size=2))
+    batch = trainer.to_device(*batches(1, 2))
+    program = trainer._train_step.lower(trainer.state, *batch, jnp.float32(1e-3), jnp.int32(0)).compile().as_text()
+    assert "_mu_" in program
+    assert "_nu_" in program
+    assert not re.findall(r"copy\(%state_opt_state\S+(?:mu|nu)_", program)
 
 
 def test_a_step_waits_for_nothing_and_moves_nothing(monkeypatch):
