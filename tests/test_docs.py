@@ -13,9 +13,11 @@ import typing
 import zlib
 from pathlib import Path
 
+import eval_harness
 import numpy as np
 import pytest
 import tyro
+from lm_eval._cli import HarnessCLI
 from support.runs import ROOT
 
 from parity import taps, weights
@@ -108,6 +110,13 @@ def check_command(line, monkeypatch, parse_only=True):
             assert all(Path(ROOT / word).exists() for word in rest if word.startswith("tests/")), line
         case ["python", "-m", "parity.doctor"]:
             pass  # tests/test_doctor.py runs it
+        case ["python", "scripts/eval_harness.py", *arguments]:
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "argv", ["eval_harness.py", *arguments])
+                parsed = HarnessCLI().parse_args()
+            if parsed.command == "run":  # tests/test_harness.py runs it
+                assert parsed.model in eval_harness.MODELS, line
+                eval_harness.parse_model_args(parsed.model_args)
         case ["python", script, *arguments] if (ROOT / script).is_file():
             expanded = [path for word in arguments for path in (sorted(glob.glob(word)) or [word])]
             run_main(script, expanded, monkeypatch, parse_only)
@@ -275,9 +284,11 @@ def test_options_page_is_complete():
 
 def test_options_in_the_text_exist():
     known = {"--help", "--version", *DEPRECATED}.union(*map(options_of, SCRIPTS))
+    harness = HarnessCLI()._subparsers.choices["run"]
+    known.update(option for action in harness._actions for option in action.option_strings)
     for page in PAGES:
         code = [code for code in inline_code(page) if not re.match(rf"({PROGRAMS}) ", code)]
-        for option in re.findall(r"(?<![\w=-])--[a-z][a-z0-9-]*", " ".join(code)):
+        for option in re.findall(r"(?<![\w=-])--[a-z][a-z0-9_-]*", " ".join(code)):
             assert option.replace("--no-", "--", 1) in known, f"{page.name}: {option}"
 
 
