@@ -48,24 +48,30 @@ def save_pretrained(model: GPTModel, folder: str | Path, tokenizer: Tokenizer | 
     save_model(user_path(folder), unwrap(model).config, export_weights(model), tokenizer)
 
 
-def load_pretrained(path: str | Path, *, device: torch.device | str | None = None, **options: Any) -> GPTModel:
+def load_pretrained(
+    path: str | Path, *, device: torch.device | str | None = None, adapter: str | Path | None = None, **options: Any
+) -> GPTModel:
     """Load a model from files.
 
     Args:
         path: A folder with OpenAI's files, as published or as fine-tuning leaves them; a folder saved by transformers
             or `save_pretrained`, or one of our checkpoints; a file .safetensors or .pth with the weights of one of
             these or of the notebook's model, with a config.json beside it; or one of OpenAI's models by its size
-            ("124M"), which is downloaded into the cache once.
+            ("124M"), which is downloaded into the cache once. A folder with a LoRA adapter stands for the base that it
+            names, with the adapter merged.
         device: Device of the parameters; by default the CPU.
+        adapter: A folder with a LoRA adapter in the form of peft or of our checkpoints, which is merged into the
+            weights in float32. lora.load_adapter() keeps it apart, for further training.
         options: Further arguments of `GPTModel`, for example `attention`.
 
     Returns:
         A `GPTModel` in eval mode, with parameters in torch's default dtype (float32).
 
     Raises:
-        InputError: If files are missing or damaged, a download fails, or the weights are not those of a GPT-2.
+        InputError: If files are missing or damaged, a download fails, the weights are not those of a GPT-2, or the
+            adapter does not fit them.
     """
-    config, arrays, format = read_folder(path)
+    config, arrays, format = read_folder(path, adapter)
     with torch.device("meta"):  # allocates nothing and draws no random weights, which would be overwritten
         model = GPTModel(config, seed=None, **options)
     # Not model.to_empty(), which imports much of torch's compiler for tensors on the meta device.

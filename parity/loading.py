@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 from parity.data.tokenizer import Tokenizer, load_tokenizer
 from parity.data.tokenizer_files import own_vocabulary
 from parity.errors import InputError
+from parity.training.initial import weights_folder
 from parity.training.runs import RunFolder, read_run
 from parity.weights.load import find_folder
 
@@ -37,6 +38,9 @@ class ModelArgs:
     model: str | None = None
     """Size of one of OpenAI's models, such as 124M (downloaded if necessary), or a folder or file with weights. The
     tokenizer is GPT-2's; a model of bytes needs --run."""
+    adapter: Path | None = None
+    """Folder with a LoRA adapter for the model, in the form of peft or of a checkpoint, or a run folder with adapters,
+    which stands for its newest intact checkpoint. It is merged into the weights in float32. By default none."""
     backend: Literal["jax", "torch"] = "jax"
     """Framework that runs the model; both generate the same text."""
     device: Literal["auto", "cpu", "gpu", "cuda", "tpu", "mps"] = "auto"
@@ -57,7 +61,9 @@ class ModelArgs:
         device = devices.choose_device(self.device)
         if self.backend == "jax":
             importlib.import_module("gpt_jax.compilation_cache").enable_compilation_cache(self.compilation_cache)
-        loaded = load_model_and_tokenizer(backend, self.run, self.model, self.vocab_bpe, self.checkpoint, device)
+        loaded = load_model_and_tokenizer(
+            backend, self.run, self.model, self.vocab_bpe, self.checkpoint, device, self.adapter
+        )
         return Loaded(backend, devices.describe(device), *loaded)
 
 
@@ -68,6 +74,7 @@ def load_model_and_tokenizer(
     vocab_bpe: Path | None = None,
     checkpoint: str = "newest",
     device: Any = None,
+    adapter: str | Path | None = None,
 ) -> tuple[Any, Tokenizer, Path]:
     """Load a model from a training run, a size or a folder, and the tokenizer that it was trained with.
 
@@ -81,6 +88,7 @@ def load_model_and_tokenizer(
         checkpoint: Which checkpoint of the run: "newest" (the newest intact one), "best" (lowest validation loss), or
             the number of a step.
         device: A device of the backend. By default the backend's own default.
+        adapter: A folder with a LoRA adapter, or a run folder with adapters, that is merged into the weights.
 
     Returns:
         (GPTModel of the backend, tokenizer, folder that the weights were read from).
@@ -102,7 +110,9 @@ def load_model_and_tokenizer(
         folder = find_folder(model or "")
         own = own_vocabulary(folder)
         tokenizer = load_tokenizer("gpt2", vocab_bpe or own)
-    loaded = backend.load_pretrained(folder, device=device)
+    if adapter is not None:
+        adapter = weights_folder(adapter)
+    loaded = backend.load_pretrained(folder, device=device, adapter=adapter)
     if tokenizer.n_vocab > loaded.config.n_vocab:
         raise InputError(
             f"the {tokenizer.name} tokenizer has {tokenizer.n_vocab} tokens, but the model in {folder} has only "

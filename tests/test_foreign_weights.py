@@ -190,7 +190,7 @@ def test_other_ways_to_state_the_same_function(tmp_path, entries):
 def test_an_adapter_beside_the_weights_is_not_ignored(tmp_path):
     folder_with(tmp_path, WEIGHTS)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(InputError, match=r"adapter_config\.json: .* merge it"):
+    with pytest.raises(InputError, match=r"adapter_config\.json: .* --adapter"):
         read_folder(tmp_path)
 
 

@@ -109,7 +109,10 @@ def read(path: str | Path) -> tuple[GPTConfig, dict[str, LazyTensor], str]:
     path = Path(path)
     config_path = (path if path.is_dir() else path.parent) / CONFIG_FILE
     if (adapter := config_path.with_name("adapter_config.json")).is_file():
-        raise InputError(f"{adapter}: the weights have an adapter, which is not supported; merge it into them first")
+        raise InputError(
+            f"{adapter}: these weights have an adapter beside them; move it to a folder of its own and give that as "
+            "--adapter, or delete it"
+        )
     if not config_path.exists() and not path.is_dir():
         entries, config, given_format = {}, None, None
     else:

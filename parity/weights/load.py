@@ -8,7 +8,9 @@ from parity.config import SIZES, GPTConfig
 from parity.errors import InputError
 from parity.storage.manifest import check_weights
 from parity.storage.paths import user_path
-from parity.weights import files, huggingface, openai
+from parity.weights import files, huggingface, openai, peft_files
+from parity.weights.adapters import merged
+from parity.weights.peft_files import Adapter
 from parity.weights.table import check
 
 
@@ -34,14 +36,16 @@ def find_folder(path: str | Path) -> Path:
     return path
 
 
-def read_folder(path: str | Path) -> tuple[GPTConfig, Mapping[str, Any], str]:
+def read_folder(path: str | Path, adapter: str | Path | None = None) -> tuple[GPTConfig, Mapping[str, Any], str]:
     """Read weights by size, folder or file.
 
     OpenAI's folders have hparams.json and model.ckpt.*; those of Hugging Face and our own checkpoints have
-    config.json and model.safetensors.
+    config.json and model.safetensors. A folder with an adapter stands for its base, which it names, with the adapter
+    merged.
 
     Args:
         path: As for `find_folder`.
+        adapter: A folder with an adapter, which is merged into the weights.
 
     Returns:
         The configuration, the weights by name, and the name of their format. The names and shapes are those of the
@@ -50,8 +54,13 @@ def read_folder(path: str | Path) -> tuple[GPTConfig, Mapping[str, Any], str]:
     Raises:
         InputError: If a file is missing, is damaged or differs from its manifest, the weights do not fit the
             configuration, or the folder holds weights in neither or both of the formats; the message names the file.
+            Also if the base of an adapter is missing or is not the one that it was trained on.
     """
+    if adapter is not None:
+        return _merge(read_folder(path), _read_adapter(adapter), str(path))
     path = find_folder(path)
+    if path.is_dir() and (path / peft_files.CONFIG_FILE).is_file() and not files.huggingface_files(path):
+        return _read_with_base(path)
     if path.is_dir():
         check_weights(path)
     bundles = files.tensorflow_files(path) if path.is_dir() else []
@@ -67,3 +76,42 @@ def read_folder(path: str | Path) -> tuple[GPTConfig, Mapping[str, Any], str]:
         config, weights, format = huggingface.read(path)
     check({name: tuple(tensor.shape) for name, tensor in weights.items()}, config, format, str(path))
     return config, weights, format
+
+
+def _read_adapter(folder: str | Path) -> Adapter:
+    path = user_path(folder)
+    if not path.is_dir():
+        raise InputError(f"{path} is not a folder with an adapter")
+    check_weights(path)
+    return peft_files.read(path)
+
+
+def _read_with_base(folder: Path) -> tuple[GPTConfig, Mapping[str, Any], str]:
+    """Read an adapter and the base that it names."""
+    adapter = _read_adapter(folder)
+    both = "give the base as --model, and the adapter as --adapter"
+    if adapter.base is None:
+        raise InputError(f"{folder} holds an adapter that does not name its base; {both}")
+    if user_path(adapter.base).absolute() == folder.absolute():
+        raise InputError(f"{folder} holds an adapter that names itself as its base; {both}")
+    try:
+        base = read_folder(adapter.base)
+    except InputError as error:
+        raise InputError(
+            f"{folder} holds an adapter of the base {adapter.base}, which cannot be read ({error}); if it has moved, "
+            f"{both}"
+        ) from None
+    return _merge(base, adapter, adapter.base)
+
+
+def _merge(
+    base: tuple[GPTConfig, Mapping[str, Any], str], adapter: Adapter, name: str
+) -> tuple[GPTConfig, Mapping[str, Any], str]:
+    config, arrays, format = base
+    adapter.check(config)
+    if adapter.base_sha256 not in (None, peft_files.weights_sha256(config, arrays, format)):
+        raise InputError(
+            f"{name} has other weights than those that the adapter in {adapter.origin} was trained on "
+            f"({adapter.base or 'a base without a name'}, sha256 {adapter.base_sha256}); give that base"
+        )
+    return config, merged(arrays, format, config, adapter.lora, adapter.arrays), format
