@@ -159,7 +159,7 @@ def _logprobs(model: GPTModel, x: Array, targets: Array, top: int) -> TokenLogpr
     logits = head_logits(model, x)  # [R, V]
     logits = logits - logits.max(axis=-1, keepdims=True)  # small numbers, so that float32 loses less
     log_total = jnp.log(jnp.exp(logits).sum(axis=-1, keepdims=True))  # [R, 1]
-    is_target = jnp.arange(logits.shape[1])[None] == targets[:, None]  # [R, V]
+    is_target = jnp.arange(logits.shape[1], dtype=targets.dtype)[None] == targets[:, None]  # [R, V]
     target_logits = jnp.where(is_target, logits, -jnp.inf).max(axis=-1)  # [R]
     target_logits = jnp.where(is_target.any(axis=-1), target_logits, jnp.nan)
     others = jnp.where(is_target, -jnp.inf, logits).max(axis=-1)  # [R]

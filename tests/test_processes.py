@@ -1,10 +1,7 @@
 """A run by several processes has the same losses; each reads its rows, the first one writes, and all end together."""
 
-import contextlib
 import dataclasses
 import json
-import os
-import random
 import re
 import shutil
 import signal
@@ -12,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from types import SimpleNamespace
 
 import jax
@@ -20,6 +16,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from support.interrupting import interrupted
+from support.processes import finish, free_port, spawn
 from support.runs import ROOT, command, metrics
 
 import gpt_jax.distributed
@@ -90,21 +87,6 @@ with exit_with_message(), distributed.processes(False, address, 2, index) as the
 WAITING = JOIN + "with exit_with_message(), distributed.processes(*eval(sys.argv[3])): pass"
 
 
-def free_port(first=16384, last=32767):
-    """Return a port below the range of outgoing connections, one of which could otherwise take it in the meantime."""
-    while True:
-        port = random.randint(first, last)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-
-
-def spawn(arguments, **environment):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **environment}  # compiling takes the most time
-    return subprocess.Popen(list(map(str, arguments)), **pipes, cwd=ROOT, env=environment)
-
-
 def start(count, *arguments, signalled=None, **environment):
     """Start `count` processes of train_jax.py.
 
@@ -123,17 +105,6 @@ def start_pair(program, *arguments, **environment):
     """Start two processes of a program that takes HOST:PORT, its index, and further arguments."""
     address = f"127.0.0.1:{free_port()}"
     return [spawn([sys.executable, "-c", program, address, i, *arguments], **environment) for i in range(2)]
-
-
-def finish(started, timeout=300):
-    """[(exit status, output, errors)]; a process that hangs is killed, and fails the test."""
-    ends = time.monotonic() + timeout
-    try:
-        outputs = [process.communicate(timeout=ends - time.monotonic()) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [(process.returncode, *output) for process, output in zip(started, outputs, strict=True)]
 
 
 def at_step(number):
