@@ -98,3 +98,18 @@ def test_a_cache_grows_where_it_is_larger_than_the_weights():
     assert [cache_growth(decoder, B) for B in (1, 8, 32, 1000)] == [4096, 512, 128, 128]
     small = jax.eval_shape(lambda: DecodingModel(GPTModel(TINY, None), 1))
     assert cache_growth(small, 8) > TINY.n_ctx
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("n_rows", [170, 171])
+def test_prompts_of_many_tokens(n_rows):
+    """4,080 and 4,104 tokens; from 4,096 rows on, XLA computes wrong products of groups with a fused LayerNorm."""
+    model = GPTModel(TINY, seed=1)
+    decoder = DecodingModel(model, 2)
+    tokens = np.random.default_rng(0).integers(0, TINY.n_vocab, (n_rows, TINY.n_ctx), dtype=np.int32)
+
+    @jax.jit
+    def logits(decoder, tokens):
+        return decoder.decode(tokens, decoder.new_cache(n_rows, TINY.n_ctx), 0, jnp.zeros(n_rows, jnp.int32))[0]
+
+    np.testing.assert_allclose(logits(decoder, tokens), jax.jit(lambda m, t: m(t)[:, -1])(model, tokens), atol=2e-6)
