@@ -12,6 +12,7 @@ from gpt_jax.model import ATTENTIONS
 from gpt_jax.sharding import MeshShape, bytes_per_device
 from parity.config import GPTConfig
 from parity.errors import check_choice
+from parity.weights.adapters import LoraConfig, n_adapter_params
 
 # Number of activation values saved per token and layer for the backward pass, for each attention and value of the
 # option remat: (multiples of D that are replicated, multiples of D that are sharded by `tensor`, multiples of N T in
@@ -58,6 +59,7 @@ def memory(
     remat: str = "none",
     attention: str = "explicit",
     platform: str = "gpu",
+    lora: LoraConfig | None = None,
 ) -> Memory:
     """Estimate the memory of a training step on each device.
 
@@ -69,6 +71,7 @@ def memory(
         remat: What the backward pass recomputes: "none", "products" or "all" (see GPTModel).
         attention: "explicit" or "cudnn"; only the explicit attention stores its patterns.
         platform: JAX's name of the platform, which decides the size of the loss's chunks.
+        lora: Adapters to train in place of the model. Only they have gradients and moments.
 
     Raises:
         InputError: For an unknown remat or attention.
@@ -77,7 +80,10 @@ def memory(
     check_choice("remat", remat, tuple(_SAVED[attention]))
     itemsize = jnp.dtype(dtype).itemsize
     param_itemsize = max(4, itemsize)
-    parameters = bytes_per_device(config, shape, param_itemsize)
+    parameters = trained = bytes_per_device(config, shape, param_itemsize)
+    if lora is not None:
+        trained = n_adapter_params(config, lora) * param_itemsize  # they are small, so this counts them as replicated
+        parameters += trained
     tokens = micro_size * config.n_ctx // (shape.data * shape.fsdp)
 
     def activations(replicated: float, sharded: float, patterns: float) -> int:
@@ -88,8 +94,8 @@ def memory(
     gathered = _GATHERED * 12 * config.n_embd**2 // shape.tensor * itemsize if shape.fsdp > 1 else 0
     return Memory(
         parameters=parameters,
-        moments=2 * parameters,
-        gradients=parameters,
+        moments=2 * trained,
+        gradients=trained,
         compute_copy=parameters * itemsize // param_itemsize if itemsize < param_itemsize else 0,
         activations=config.n_layer * activations(*_SAVED[attention][remat]),
         working=max(activations(*_WORKING[attention][remat]), _loss(config, shape, tokens, itemsize, platform))

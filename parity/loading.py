@@ -10,7 +10,7 @@ from parity.data.tokenizer_files import own_vocabulary
 from parity.errors import InputError
 from parity.training.initial import weights_folder
 from parity.training.runs import RunFolder, read_run
-from parity.weights.load import find_folder
+from parity.weights.load import base_folder, find_folder
 
 
 class Loaded(NamedTuple):
@@ -108,7 +108,7 @@ def load_model_and_tokenizer(
         folder = _checkpoint(run_folder, checkpoint)
     else:
         folder = find_folder(model or "")
-        own = own_vocabulary(folder)
+        own = own_vocabulary(base_folder(folder))
         tokenizer = load_tokenizer("gpt2", vocab_bpe or own)
     if adapter is not None:
         adapter = weights_folder(adapter)

@@ -2,6 +2,8 @@
 
     python scripts/convert.py 124M out/ --to huggingface
     python scripts/convert.py runs/NAME/checkpoints/000600 out/ --to openai --verify
+    python scripts/convert.py 124M out/ --adapter path/to/adapter       # merged, in any format
+    python scripts/convert.py runs/NAME out/ --to peft                  # the adapter of a run, alone
 
 Writes the weights, the tokenizer's files if SOURCE has them, and manifest.json with the name, shape, axes, dtype and
 sha256 of every tensor. With --to huggingface, OUT is complete for a model hub: it also gets generation_config.json, a
@@ -23,7 +25,7 @@ from parity import weights
 from parity.cli import parse
 from parity.comparison.compare import compare
 from parity.comparison.implementation import read_weights
-from parity.config import GPTConfig
+from parity.config import SIZES, GPTConfig
 from parity.data.tokenizer import Tokenizer, load_tokenizer
 from parity.errors import InputError, exit_with_message
 from parity.hub import write_hub_files
@@ -32,8 +34,9 @@ from parity.storage.json import read_object
 from parity.storage.manifest import MANIFEST, file_hashes
 from parity.training.initial import weights_folder
 from parity.training.runs import RunFolder
-from parity.weights import huggingface, openai
-from parity.weights.load import read_folder
+from parity.weights import huggingface, openai, peft_files
+from parity.weights.adapters import n_adapter_params
+from parity.weights.load import base_folder, holds_adapter, read_folder
 
 # The tokenizer's two files have the same content in both formats, under different names.
 _VOCABULARY = {"openai": ("encoder.json", "vocab.bpe"), "huggingface": ("vocab.json", "merges.txt")}
@@ -47,9 +50,13 @@ class Args:
     Hugging Face's files or one checkpoint, or a single file with weights."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write, which must not exist yet or be empty. It appears when it is complete."""
-    to: Literal["openai", "huggingface", "torch", "flax"] = "huggingface"
+    to: Literal["openai", "huggingface", "torch", "flax", "peft"] = "huggingface"
     """Format to write. openai is a TensorFlow checkpoint, as OpenAI published it. The others are safetensors files:
-    huggingface with transformers' names, torch and flax with those of gpt_torch's and gpt_jax's parameters."""
+    huggingface with transformers' names, torch and flax with those of gpt_torch's and gpt_jax's parameters. In these an
+    adapter is merged into its base; peft is the adapter alone, in the files of that library."""
+    adapter: Path | None = None
+    """Folder with a LoRA adapter for SOURCE, in the form of peft or of a checkpoint, or a run folder with adapters. By
+    default the one in SOURCE, if SOURCE holds an adapter: it names its base."""
     verify: bool = False
     """Before OUT appears, compare the logits of random tokens: those of OUT by gpt_torch with those of SOURCE. If
     SOURCE has Hugging Face's config.json and transformers is installed, it computes the latter, as that file says."""
@@ -60,7 +67,11 @@ def main() -> None:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise InputError(f"{args.out} is not an empty folder; give another one")
     source = weights_folder(args.source)
-    config, stored, from_format = read_folder(source)
+    adapter = None if args.adapter is None else weights_folder(args.adapter)
+    config, stored, from_format = read_folder(source, adapter)
+    if args.to == "peft":
+        write_adapter(args, source, adapter, config)
+        return
     arrays = dict(weights.convert(stored, from_format, "huggingface", config, np.float32, origin=args.source))
     if not config.qkv_bias and args.to in _VOCABULARY:
         # These formats always have the bias; with a bias of 0 the model computes the same function.
@@ -75,13 +86,25 @@ def main() -> None:
             openai.write(folder, config, converted)
         else:
             huggingface.write(folder, config, converted, args.to, None if tokenizer is None else tokenizer.eos_id)
-        copy_vocabulary(source, from_format, folder, args.to)
+        copy_vocabulary(base_folder(source), from_format, folder, args.to)
         if args.to == "huggingface":
             write_hub_files(folder, config, tokenizer)
         write_manifest(folder, args.to, config, converted)
         if args.verify:
-            verify(source, folder, args.out)
+            verify(source, adapter, folder, args.out)
     sys.stdout.write(f"{args.out}: {len(converted)} tensors, {weights.n_params(config):,} parameters\n")
+
+
+def write_adapter(args: Args, source: Path, adapter: Path | None, config: GPTConfig) -> None:
+    """Write the adapter of SOURCE or of --adapter in the files of peft."""
+    if adapter is None and not holds_adapter(source):
+        raise InputError(f"--to peft: {source} holds no adapter; name a folder or a run that does, or give --adapter")
+    stored = peft_files.read(source if adapter is None else adapter)
+    if adapter is not None:
+        stored = dataclasses.replace(stored, base=args.source if args.source in SIZES else str(source.resolve()))
+    with staged_folder(args.out) as folder:
+        peft_files.write(folder, config, stored)
+    sys.stdout.write(f"{args.out}: an adapter of {n_adapter_params(config, stored.lora):,} parameters\n")
 
 
 def with_bias(config: GPTConfig) -> dict[str, tuple[int, ...]]:
@@ -146,7 +169,7 @@ def transformers_logits(source: Path, config: GPTConfig, tokens: np.ndarray) -> 
     return parity_hf.logits(config, arrays, tokens, folder=source)
 
 
-def verify(source: Path, written: Path, out: Path) -> None:
+def verify(source: Path, adapter: Path | None, written: Path, out: Path) -> None:
     """Raise InputError unless the source and the folder that was written for `out` compute the same logits."""
     try:
         import torch
@@ -157,12 +180,12 @@ def verify(source: Path, written: Path, out: Path) -> None:
             f"--verify needs {error.name}, which is not installed: pip install 'gpt-parity[torch]'"
         ) from None
 
-    before, after = (gpt_torch.load_pretrained(folder) for folder in (source, written))
+    before, after = gpt_torch.load_pretrained(source, adapter=adapter), gpt_torch.load_pretrained(written)
     config = before.config
     tokens = np.random.default_rng(0).integers(0, config.n_vocab, (1, min(64, config.n_ctx)))
     with torch.inference_mode():
         logits_before, logits_after = (model(torch.from_numpy(tokens)).numpy() for model in (before, after))
-    theirs = transformers_logits(source, config, tokens)
+    theirs = transformers_logits(source, config, tokens) if adapter is None else None
     result = compare(
         "logits", logits_after, logits_before if theirs is None else theirs, 1e-6 if theirs is None else 2e-5
     )

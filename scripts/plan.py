@@ -3,6 +3,7 @@
     python scripts/plan.py --preset 1558M --mesh fsdp=8 --accumulate 5 --tokens 10e9
     python scripts/plan.py --preset 124M-fineweb-edu --mesh data=8 --tokens 10e9
     python scripts/plan.py --preset 124M --tokens-per-s 500000          # measured by benchmark.py train --gpu
+    python scripts/plan.py --preset 1558M --lora-rank 16                 # adapters in place of the whole model
     python scripts/plan.py --preset 124M --compile-for H100             # asks XLA, which needs no GPU for it
     python scripts/plan.py --preset 1558M --mesh fsdp=8 --accumulate 30 --compile --dtype float32   # for simulated CPUs
 
@@ -25,6 +26,7 @@ from parity.errors import InputError, exit_with_message
 from parity.training.flops import UTILIZATION, flops_per_token, peak_flops
 from parity.training.settings import TrainSettings, recipe
 from parity.weights import n_params
+from parity.weights.adapters import LoraConfig, n_adapter_params
 
 with exit_with_message():
     import jax
@@ -69,6 +71,9 @@ class Args:
     attention: Literal["explicit", "cudnn"] = "cudnn"
     """Attention implementation: cuDNN's fused kernel (cudnn) or the formula of the model file (explicit), which also
     stores the attention patterns."""
+    lora_rank: int | None = None
+    """Rank of LoRA adapters on all linear layers, which are trained in place of the model; the estimates of memory and
+    disk space are theirs. By default the whole model is trained."""
     compile: bool = False
     """Also compile the step for simulated CPU devices, with explicit attention, and print the memory XLA reports."""
     compile_for: Literal["H100", "H200"] | None = None
@@ -91,14 +96,18 @@ class Plan:
     """Memory of each device."""
 
     @property
+    def lora(self) -> LoraConfig | None:
+        return None if self.args.lora_rank is None else LoraConfig(rank=self.args.lora_rank)
+
+    @property
     def usable_bytes(self) -> float:
         return USABLE * RESERVED * self.memory_bytes
 
     def memory(self, micro_size: int | None = None):
         dtype, args = self.settings.dtype, self.args
-        return memory(
-            self.config, self.shape, micro_size or self.settings.micro_size, dtype, args.remat, args.attention
-        )
+        micro_size = micro_size or self.settings.micro_size
+        options = dtype, args.remat, args.attention
+        return memory(self.config, self.shape, micro_size, *options, lora=self.lora)
 
 
 def main() -> None:
@@ -117,6 +126,8 @@ def main() -> None:
 
 
 def _plan(args: Args) -> Plan:
+    if args.lora_rank is not None and (args.compile or args.compile_for is not None):
+        raise InputError("--lora-rank is estimated only; leave out --compile and --compile-for")
     for name in ("tokens", "memory_gb", "mfu", "link_gb_per_s", "tokens_per_s"):
         value, most = getattr(args, name), 1 if name == "mfu" else math.inf
         if value is not None and not (0 < value <= most and math.isfinite(value)):
@@ -140,6 +151,8 @@ def _plan(args: Args) -> Plan:
 def _print_memory(plan: Plan, console: PlainConsole) -> None:
     args, settings, estimate = plan.args, plan.settings, plan.memory()
     title = f"{args.preset} over {plan.shape}: {n_params(plan.config):,} parameters"
+    if plan.lora is not None:
+        title += f", {n_adapter_params(plan.config, plan.lora):,} more in adapters, which are trained"
     table = Table("memory per device", "GB", title=title)
     for name, size in dataclasses.asdict(estimate).items():
         table.add_row(name.replace("_", " "), f"{size / 1e9:.2f}")
@@ -201,10 +214,11 @@ def _communication(plan: Plan) -> dict[str, int]:
 def _print_disk(plan: Plan, console: PlainConsole) -> None:
     settings = plan.settings
     tokens = plan.args.tokens or settings.steps * settings.batch_size * plan.config.n_ctx
-    # A checkpoint contains the train state (parameters and two moments) and model.safetensors (parameters).
-    checkpoint = 4 * n_params(plan.config) * (8 if settings.dtype == "float64" else 4)
+    # A checkpoint contains what is trained, its two moments, and model.safetensors or the adapter.
+    trained = n_params(plan.config) if plan.lora is None else n_adapter_params(plan.config, plan.lora)
+    checkpoint = 4 * trained * (8 if settings.dtype == "float64" else 4)
     console.print(
-        f"disk: {checkpoint / 1e9:.1f} GB per checkpoint, of which the newest {settings.keep} and the best are kept; "
+        f"disk: {checkpoint / 1e9:.3g} GB per checkpoint, of which the newest {settings.keep} and the best are kept; "
         f"{tokens * 2 / 1e9:.1f} GB of uint16 tokens if no token is used twice",
         soft_wrap=True,
     )

@@ -85,7 +85,20 @@ def save_tensors(file: Path, arrays: Mapping[str, np.ndarray], metadata: dict[st
         if not existed:
             file.unlink(missing_ok=True)
         raise OSError(f"{file}: {error}") from error
+    if len(metadata) > 1:
+        _sort_metadata(file)
     file.chmod(mode)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Write the metadata in the header of a safetensors file in alphabetical order, which the library does not keep."""
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        stream.seek(8)
+        stream.write(text.ljust(size))
 
 
 def read(path: str | Path) -> tuple[GPTConfig, dict[str, LazyTensor], str]:

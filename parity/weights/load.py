@@ -59,7 +59,7 @@ def read_folder(path: str | Path, adapter: str | Path | None = None) -> tuple[GP
     if adapter is not None:
         return _merge(read_folder(path), _read_adapter(adapter), str(path))
     path = find_folder(path)
-    if path.is_dir() and (path / peft_files.CONFIG_FILE).is_file() and not files.huggingface_files(path):
+    if holds_adapter(path):
         return _read_with_base(path)
     if path.is_dir():
         check_weights(path)
@@ -76,6 +76,19 @@ def read_folder(path: str | Path, adapter: str | Path | None = None) -> tuple[GP
         config, weights, format = huggingface.read(path)
     check({name: tuple(tensor.shape) for name, tensor in weights.items()}, config, format, str(path))
     return config, weights, format
+
+
+def base_folder(path: Path) -> Path:
+    """Return the folder or file of the base that an adapter in a folder names; any other path is returned as it is."""
+    if not holds_adapter(path):
+        return path
+    base = _read_adapter(path).base
+    return path if base is None else find_folder(base)
+
+
+def holds_adapter(path: Path) -> bool:
+    """Whether a path is a folder with an adapter alone."""
+    return path.is_dir() and (path / peft_files.CONFIG_FILE).is_file() and not files.huggingface_files(path)
 
 
 def _read_adapter(folder: str | Path) -> Adapter:

@@ -16,7 +16,7 @@ from parity.storage import manifest
 from parity.storage.atomic import replace_text
 from parity.storage.json import read_object
 from parity.weights import conversion, huggingface
-from parity.weights.adapters import LINEARS, PREFIX, LoraConfig, adapted_linears, adapter_rows
+from parity.weights.adapters import LINEARS, PARTS, PREFIX, LoraConfig, adapted_linears, adapter_rows
 from parity.weights.table import check
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -164,19 +164,31 @@ def _lora(entries: Mapping[str, Any], metadata: Mapping[str, str], tensors: Mapp
     }
     patterns: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
     if _TARGETS in metadata:  # of an adapter that this project wrote
-        targets = tuple(metadata[_TARGETS].split(","))
-        n_parts = len(set(targets) & {"q", "k", "v"})
-        only_parts = n_parts == len(targets)
-        rank = options["rank"] // n_parts if only_parts and type(options["rank"]) is int else options["rank"]
-        alpha = options["alpha"] / (options["rank"] / rank) ** (0.5 if options["rslora"] else 1)
-        lora = LoraConfig(**{**options, "rank": rank, "alpha": alpha}, targets=targets)
-        patterns = {key: _function_keys(lora)[key] for key in patterns}
+        lora = _with_targets(options, tuple(metadata[_TARGETS].split(",")))
+        written = _function_keys(lora)
+        patterns = {key: written[key] for key in patterns}
+        if entries.get("target_modules") != written["target_modules"]:
+            raise InputError(
+                f"target_modules is {_shown(entries.get('target_modules'))}, but {WEIGHTS_FILE} says that the targets "
+                f"are {', '.join(lora.targets)}"
+            )
     else:
         lora = LoraConfig(**options, targets=_targets(entries.get("target_modules"), tensors))
     for key, value in entries.items():
         if value and key not in _IRRELEVANT | _KNOWN and value != patterns.get(key):
             raise InputError(f"{key} is {_shown(value)}, which is not supported; only an adapter without it is")
     return lora
+
+
+def _with_targets(options: dict[str, Any], targets: tuple[str, ...]) -> LoraConfig:
+    """Undo what _function_keys() does to rank and alpha where only parts of one matrix are adapted."""
+    n_parts = len(targets) if set(targets) <= set(PARTS) else 1
+    rank, alpha = options["rank"], options["alpha"]
+    if n_parts > 1 and type(rank) is int and rank % n_parts:
+        raise InputError(f"r is {rank}, which is not divisible by the number of targets, {', '.join(targets)}")
+    if n_parts > 1 and type(rank) is int and isinstance(alpha, int | float):
+        options = {**options, "rank": rank // n_parts, "alpha": alpha / n_parts ** (0.5 if options["rslora"] else 1)}
+    return LoraConfig(**options, targets=targets)
 
 
 def _targets(modules: Any, tensors: Mapping[str, Any]) -> tuple[str, ...]:
