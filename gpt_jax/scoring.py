@@ -18,10 +18,9 @@ from jax.sharding import PartitionSpec as P
 from gpt_jax import sharding
 from gpt_jax.loss import tiling_for
 from gpt_jax.model import GPTModel, check_ids, head_logits
-from gpt_jax.weights import config_of
-from parity.config import GPTConfig
+from gpt_jax.weights import config_of, parameters
 from parity.errors import InputError
-from parity.evaluation.batches import TokenLogprobs, check_scoring, chunk_sizes
+from parity.evaluation.batches import Layout, TokenLogprobs, check_scoring, chunk_sizes
 
 
 def token_logprobs(
@@ -48,10 +47,14 @@ def token_logprobs(
     """
     config = config_of(model)
     positions = check_scoring(config, np.shape(tokens), first, last, top)
-    check_all_ids(tokens, config)
+    parameters(model)  # raises for a DecodingModel
+    inputs, targets = jnp.asarray(tokens)[:, :-1], jnp.asarray(tokens)[:, 1:]
+    check_ids(inputs, config)
+    check_ids(targets, config)
     B, K = len(tokens), len(positions)
     rows, columns = np.repeat(np.arange(B), K)[None], np.tile(positions, B)[None]  # each [1, B K]
-    parts = zip(*_chunks(model, jnp.asarray(tokens), rows, columns, top), strict=True)
+    scored = targets[:, positions.start : positions.stop].reshape(1, -1)
+    parts = zip(*_chunks(model, (inputs,), rows, columns, scored, top), strict=True)
     flat = (jnp.concatenate(arrays, axis=1)[0, : B * K] for arrays in parts)
     return TokenLogprobs(*(array.reshape(B, K, *array.shape[1:]) for array in flat))
 
@@ -70,10 +73,13 @@ class BatchScorer:
 
     def __init__(self, model: GPTModel, mesh: Mesh | None = None):
         self.config = config_of(model)
+        parameters(model)  # raises for a DecodingModel
         if mesh is not None:
             if mesh.size != mesh.shape["data"]:
                 raise InputError("--mesh: evaluation shards only the rows of a batch; give data=N and no other axis")
             model = sharding.device_put_tree(model, jax.tree.map(lambda _: NamedSharding(mesh, P()), model))
+        self.can_share = model.attention == "explicit"
+        """Whether several continuations of a context can be in one row; cuDNN's kernel has no such mask."""
         self.model = model
         self._mesh = mesh
         self.n_shards = 1 if mesh is None else mesh.size
@@ -81,45 +87,49 @@ class BatchScorer:
         self.tokens_per_batch = 2**11 if _platform(model) == "cpu" else 2**15
         """Number of tokens per batch, with padding, with which this device is fast."""
 
-    def __call__(self, tokens: np.ndarray, rows: np.ndarray, columns: np.ndarray, top: int = 0) -> TokenLogprobs:
-        """Score positions of a batch; all processes must call this with the same arguments.
+    def __call__(self, layout: Layout, top: int = 0) -> TokenLogprobs:
+        """Score the positions of a batch; all processes must call this with the same arguments.
 
         Args:
-            tokens: Integer ids [B, T]; see token_logprobs().
-            rows: Row of each scored position, int [R], ascending.
-            columns: Column of each scored position, int [R]; position i scores tokens[:, i + 1].
+            layout: The batch.
             top: See token_logprobs().
 
         Returns:
             NumPy arrays [R].
         """
-        check_all_ids(tokens, self.config)
-        n_rows = len(tokens) // self.n_shards
-        counts = np.bincount(rows // n_rows, minlength=self.n_shards)  # positions of each device
+        check_ids(jnp.asarray(layout.tokens), self.config)
+        n_rows = len(layout.tokens) // self.n_shards
+        counts = np.bincount(layout.rows // n_rows, minlength=self.n_shards)  # positions of each device
         is_position = np.arange(counts.max()) < counts[:, None]  # [devices, positions of the device with most]
-        local_rows, local_columns = np.zeros((2, *is_position.shape), np.int64)
-        local_rows[is_position], local_columns[is_position] = rows % n_rows, columns
-        parts = zip(*_chunks(self.model, tokens, local_rows, local_columns, top, self._mesh), strict=True)
+        rows, columns, targets = np.zeros((3, *is_position.shape), np.int32)
+        rows[is_position], columns[is_position], targets[is_position] = (
+            layout.rows % n_rows,
+            layout.columns,
+            layout.targets,
+        )
+        arrays = (layout.tokens, *((layout.positions, layout.segments) if layout.is_shared else ()))
+        parts = zip(*_chunks(self.model, arrays, rows, columns, targets, top, self._mesh), strict=True)
         flat = (np.concatenate(list(map(np.asarray, arrays)), axis=1) for arrays in parts)
         return TokenLogprobs(*(array[:, : is_position.shape[1]][is_position] for array in flat))
 
 
-def check_all_ids(tokens: Any, config: GPTConfig) -> None:
-    """Raise InputError for an id [B, T] outside the vocabulary; T may be n_ctx + 1, as the last id is only scored."""
-    check_ids(tokens[:, :-1], config)
-    check_ids(tokens[:, 1:], config)
-
-
 def _chunks(
-    model: GPTModel, tokens: Any, rows: np.ndarray, columns: np.ndarray, top: int, mesh: Mesh | None = None
+    model: GPTModel,
+    arrays: tuple[Any, ...],
+    rows: np.ndarray,
+    columns: np.ndarray,
+    targets: Any,
+    top: int,
+    mesh: Mesh | None = None,
 ) -> Iterator[TokenLogprobs]:
     """Yield the results of one chunk of the positions after another, until there are at least R.
 
     Args:
         model: The model, on the mesh if there is one.
-        tokens: Integer ids [B, T].
+        arrays: Token ids [B, T], and positions and segments if rows share contexts; see Layout.
         rows: Row of each position among the rows of its device, int [devices, R].
         columns: Column of each position, int [devices, R].
+        targets: The token that is scored at each position, int [devices, R].
         top: See token_logprobs().
         mesh: Devices along the axis `data`.
 
@@ -129,29 +139,42 @@ def _chunks(
     programs = _compiled(mesh)
     # By default JAX rounds the factors of float32 products on some devices.
     with jax.default_matmul_precision(jax.config.jax_default_matmul_precision or "highest"):  # type: ignore[attr-defined]
-        tokens = _shard(tokens, mesh)
-        x = programs.hidden(model, tokens)  # [B, T - 1, D]
+        arrays = tuple(_shard(array, mesh) for array in arrays)
+        x = programs.shared(model, *arrays) if len(arrays) > 1 else programs.hidden(model, *arrays)  # [B, T, D]
         start = 0
         for size in chunk_sizes(rows.shape[1], model.config.n_vocab, tiling_for(_platform(model)).largest_chunk):
-            indices = (
-                np.pad(array[:, start : start + size], ((0, 0), (0, max(0, start + size - rows.shape[1]))))
-                for array in (rows, columns)
+            padding = ((0, 0), (0, max(0, start + size - rows.shape[1])))
+            part = slice(start, start + size)
+            start += size
+            chunk_rows, chunk_columns = (
+                _shard(np.pad(array[:, part], padding).astype(np.int32).ravel(), mesh) for array in (rows, columns)
             )
-            x_scored, targets = programs.take(x, tokens, *(_shard(a.astype(np.int32).ravel(), mesh) for a in indices))
-            chunk = programs.logprobs(model, x_scored, targets, top)
+            pad = jnp.pad if isinstance(targets, Array) else np.pad
+            chunk_targets = _shard(pad(targets[:, part], padding).ravel(), mesh)
+            chunk = programs.logprobs(model, programs.take(x, chunk_rows, chunk_columns), chunk_targets, top)
             if mesh is not None:
                 chunk = sharding.gather(chunk, mesh)
             yield TokenLogprobs(*(array.reshape(len(rows), size, *array.shape[1:]) for array in chunk))
-            start += size
 
 
 def _hidden(model: GPTModel, tokens: Array) -> Array:
-    return model.hidden(tokens[:, :-1])
+    return model.hidden(tokens)
 
 
-def _take(x: Array, tokens: Array, rows: Array, columns: Array) -> tuple[Array, Array]:
-    """x [B, T - 1, D], tokens [B, T] -> x [R, D] at positions, and the tokens [R] that follow them."""
-    return x[rows, columns], tokens[rows, columns + 1]
+def _shared_hidden(model: GPTModel, tokens: Array, positions: Array, segments: Array) -> Array:
+    """Return the input of the output head [B, T, D], for rows in which several continuations share a context."""
+    slots = jnp.arange(tokens.shape[1], dtype=segments.dtype)  # [T]
+    causal = (slots[None, :] <= slots[:, None])[None]  # [1, T, S]
+    queries, keys = segments[:, :, None], segments[:, None, :]
+    mask = causal & ((keys == 0) | (keys == queries))  # [B, T, S]
+    x = model.tok_emb(tokens) + model.pos_emb(positions)  # [B, T, D]
+    x = model._layers(x, mask[:, None], None)  # [B, T, D]
+    return model.final_norm(x)  # [B, T, D]
+
+
+def _take(x: Array, rows: Array, columns: Array) -> Array:
+    """x [B, T, D] -> [R, D]"""
+    return x[rows, columns]
 
 
 def _logprobs(model: GPTModel, x: Array, targets: Array, top: int) -> TokenLogprobs:
@@ -172,15 +195,18 @@ def _logprobs(model: GPTModel, x: Array, targets: Array, top: int) -> TokenLogpr
 
 class _Programs(NamedTuple):
     hidden: Callable[..., Array]
-    take: Callable[..., tuple[Array, Array]]
+    shared: Callable[..., Array]
+    take: Callable[..., Array]
     logprobs: Callable[..., TokenLogprobs]
 
 
 @functools.cache
 def _compiled(mesh: Mesh | None) -> _Programs:
-    """Return _hidden, _take and _logprobs, compiled for the devices of a mesh, each of which runs them by itself."""
+    """Return the functions above, compiled for the devices of a mesh, each of which runs them by itself."""
     if mesh is None:
-        return _Programs(jax.jit(_hidden), jax.jit(_take), jax.jit(_logprobs, static_argnums=3))
+        return _Programs(
+            jax.jit(_hidden), jax.jit(_shared_hidden), jax.jit(_take), jax.jit(_logprobs, static_argnums=3)
+        )
     replicated, rows = P(), P("data")
     on_mesh = functools.partial(jax.shard_map, mesh=mesh, out_specs=rows)
 
@@ -189,7 +215,8 @@ def _compiled(mesh: Mesh | None) -> _Programs:
 
     return _Programs(
         jax.jit(on_mesh(_hidden, in_specs=(replicated, rows))),
-        jax.jit(on_mesh(_take, in_specs=(rows, rows, rows, rows))),
+        jax.jit(on_mesh(_shared_hidden, in_specs=(replicated, rows, rows, rows))),
+        jax.jit(on_mesh(_take, in_specs=(rows, rows, rows))),
         jax.jit(logprobs, static_argnums=3),
     )
 

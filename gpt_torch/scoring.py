@@ -1,7 +1,5 @@
 """Log-probabilities of given tokens in PyTorch; gpt_jax/scoring.py has the same functions."""
 
-import functools
-
 import numpy as np
 import torch
 from torch import Tensor, distributed
@@ -9,7 +7,7 @@ from torch import Tensor, distributed
 from gpt_torch.model import GPTModel, check_ids, head_logits
 from gpt_torch.modes import eval_mode, unwrap
 from parity.errors import InputError
-from parity.evaluation.batches import TokenLogprobs, check_scoring, chunk_sizes
+from parity.evaluation.batches import Layout, TokenLogprobs, check_scoring, chunk_sizes
 
 _LARGEST_CHUNK = {"cpu": 2**25}
 """Largest number of logits that exist at a time, by the type of the device; elsewhere the next line's."""
@@ -41,9 +39,10 @@ def token_logprobs(
     tokens = torch.as_tensor(tokens, device=weight.device)
     positions = check_scoring(config, tuple(tokens.shape), first, last, top)
     B, K = len(tokens), len(positions)
-    rows = torch.arange(B).repeat_interleave(K)
-    columns = torch.arange(positions.start, positions.stop).repeat(B)
-    flat = _flat_logprobs(model, tokens, rows, columns, top)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    check_ids(targets, config)
+    x = _hidden(model, inputs)[:, positions.start : positions.stop]  # [B, K, D]
+    flat = _flat_logprobs(model, x.flatten(0, 1), targets[:, positions.start : positions.stop].flatten(), top)
     return TokenLogprobs(*(array.unflatten(0, (B, K)) for array in flat))
 
 
@@ -67,59 +66,75 @@ class BatchScorer:
         is_shared = distributed.is_available() and distributed.is_initialized()
         self.n_shards = distributed.get_world_size() if is_shared else 1
         """The number of rows of a batch must be a multiple of this."""
+        self.can_share = unwrap(model).attention == "explicit"
+        """Whether several continuations of a context can be in one row; the fused kernel has no such mask."""
         self._device = unwrap(model).tok_emb.weight.device
         self.tokens_per_batch = 2**11 if self._device.type == "cpu" else 2**15
         """Number of tokens per batch, with padding, that this device is fast with."""
 
-    def __call__(self, tokens: np.ndarray, rows: np.ndarray, columns: np.ndarray, top: int = 0) -> TokenLogprobs:
-        """Score positions of a batch; all processes must call this with the same arguments.
+    def __call__(self, layout: Layout, top: int = 0) -> TokenLogprobs:
+        """Score the positions of a batch; all processes must call this with the same arguments.
 
         Args:
-            tokens: Integer ids [B, T]; see token_logprobs().
-            rows: Row of each scored position, int [R], ascending.
-            columns: Column of each scored position, int [R]; position i scores tokens[:, i + 1].
+            layout: The batch.
             top: See token_logprobs().
 
         Returns:
             NumPy arrays [R].
         """
+        n_rows = len(layout.tokens) // self.n_shards
+        counts = np.bincount(layout.rows // n_rows, minlength=self.n_shards)
+        rank = distributed.get_rank() if self.n_shards > 1 else 0
+        own_rows = slice(rank * n_rows, (rank + 1) * n_rows)
+        own = slice(counts[:rank].sum(), counts[: rank + 1].sum())
+        tokens, positions, segments, rows, columns, targets = (
+            torch.as_tensor(array, device=self._device)
+            for array in (
+                *(array[own_rows] for array in (layout.tokens, layout.positions, layout.segments)),
+                *(array[own] for array in (layout.rows - own_rows.start, layout.columns, layout.targets)),
+            )
+        )
+        x = _hidden(self.model, tokens, *((positions, segments) if layout.is_shared else ()))  # [B, T, D]
+        flat = _flat_logprobs(self.model, x[rows, columns], targets, top)
         if self.n_shards == 1:
-            flat = self._flat_logprobs(tokens, rows, columns, top)
             return TokenLogprobs(*(array.cpu().numpy() for array in flat))
-        n_rows = len(tokens) // self.n_shards
-        counts = np.bincount(rows // n_rows, minlength=self.n_shards)
-        bounds = np.concatenate([[0], counts.cumsum()])
-        rank = distributed.get_rank()
-        mine = slice(bounds[rank], bounds[rank + 1])
-        own_tokens = tokens[rank * n_rows : (rank + 1) * n_rows]
-        flat = self._flat_logprobs(own_tokens, rows[mine] - rank * n_rows, columns[mine], top)
-        return TokenLogprobs(*(self._gather(array, counts) for array in flat))
+        return TokenLogprobs(*(_gather(array, counts) for array in flat))
 
-    def _flat_logprobs(self, tokens: np.ndarray, rows: np.ndarray, columns: np.ndarray, top: int) -> TokenLogprobs:
-        on_device = functools.partial(torch.as_tensor, device=self._device)
-        return _flat_logprobs(self.model, on_device(tokens), on_device(rows), on_device(columns), top)
 
-    def _gather(self, array: Tensor, counts: np.ndarray) -> np.ndarray:
-        """Concatenate an array [R, ...] of all processes, which have `counts` elements each."""
-        padded = array.new_zeros((int(counts.max()), *array.shape[1:]))
-        padded[: len(array)] = array
-        parts = [torch.empty_like(padded) for _ in counts]
-        distributed.all_gather(parts, padded)
-        return np.concatenate([part[:count].cpu().numpy() for part, count in zip(parts, counts, strict=True)])
+def _gather(array: Tensor, counts: np.ndarray) -> np.ndarray:
+    """Concatenate an array [R, ...] of all processes, which have `counts` elements each."""
+    padded = array.new_zeros((int(counts.max()), *array.shape[1:]))
+    padded[: len(array)] = array
+    parts = [torch.empty_like(padded) for _ in counts]
+    distributed.all_gather(parts, padded)
+    return np.concatenate([part[:count].cpu().numpy() for part, count in zip(parts, counts, strict=True)])
 
 
 @torch.no_grad()
-def _flat_logprobs(model: GPTModel, tokens: Tensor, rows: Tensor, columns: Tensor, top: int) -> TokenLogprobs:
-    """tokens [B, T], rows and columns [R] -> tensors [R]"""
+def _hidden(model: GPTModel, tokens: Tensor, positions: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    """Return the input of the output head [B, T, D], for rows that share contexts if there are segments; see Layout."""
     gpt: GPTModel = unwrap(model)
-    check_ids(tokens[:, 1:], gpt.config)  # those that hidden() does not see
     with eval_mode(gpt):
-        x = gpt.hidden(tokens[:, :-1])[rows, columns]  # [R, D]
-    targets = tokens[rows, columns + 1].long()  # [R]
+        if positions is None or segments is None:
+            return gpt.hidden(tokens)
+        check_ids(tokens, gpt.config)
+        slots = torch.arange(tokens.shape[1], device=tokens.device)  # [T]
+        queries, keys = segments[:, :, None], segments[:, None, :]
+        mask = (slots <= slots[:, None]) & ((keys == 0) | (keys == queries))  # [B, T, S]
+        x = gpt.tok_emb(tokens) + gpt.pos_emb(positions)  # [B, T, D]
+        for block in gpt.trf_blocks:
+            x = block(x, mask[:, None])  # [B, T, D]
+        return gpt.final_norm(x)  # [B, T, D]
+
+
+@torch.no_grad()
+def _flat_logprobs(model: GPTModel, x: Tensor, targets: Tensor, top: int) -> TokenLogprobs:
+    """x [R, D], targets [R] -> tensors [R], one chunk after another"""
+    gpt: GPTModel = unwrap(model)
     largest = _LARGEST_CHUNK.get(x.device.type, _LARGEST_CHUNK_OF_ACCELERATORS)
     sizes = chunk_sizes(len(x), gpt.config.n_vocab, largest)
-    sizes[-1:] = [len(x) - sum(sizes[:-1])]
-    chunks = zip(x.split(sizes), targets.split(sizes), strict=True)
+    sizes[-1] = len(x) - sum(sizes[:-1])
+    chunks = zip(x.split(sizes), targets.long().split(sizes), strict=True)
     parts = [_chunk_logprobs(gpt, x, targets, top) for x, targets in chunks]
     return TokenLogprobs(*(torch.cat(arrays) for arrays in zip(*parts, strict=True)))
 

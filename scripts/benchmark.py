@@ -7,6 +7,7 @@
     python scripts/benchmark.py start       # whole processes of train_jax.py and generate.py, cold and warm
     python scripts/benchmark.py options --preset small   # effect of unroll, remat and accumulate on a preset's step
     python scripts/benchmark.py prepare     # text to token shards; peer: plain tiktoken
+    python scripts/benchmark.py evaluate    # log-probabilities of texts; peer: lm-evaluation-harness with transformers
     python scripts/benchmark.py all         # compile, train, generate and load
     python scripts/benchmark.py all --gpu   # the same on a GPU: 124M, 355M and 1558M, 1,024 tokens, bfloat16
 
@@ -35,6 +36,8 @@ from parity.errors import InputError, exit_with_message
 
 def main() -> None:
     args, console = parse(Args, __doc__), PlainConsole(lossy=True)
+    if args.items < 4 or args.items % 4:
+        raise InputError(f"--items must be a multiple of 4, which HellaSwag has per question; got {args.items}")
     if not console.is_terminal:
         console.width = 110
     args = dataclasses.replace(args, threads=args.threads or len(os.sched_getaffinity(0)))

@@ -50,6 +50,11 @@ def integer_model(name, values):
     return BACKENDS[name].build(config, weights)
 
 
+def plan(scorer, requests):
+    sequences = [truncate(request, scorer.config.n_ctx)[0] for request in requests]
+    return scorer.plan(sequences, [len(request.continuation) for request in requests])
+
+
 @pytest.fixture(scope="module", params=PACKAGES)
 def name(request):
     return request.param
@@ -201,6 +206,35 @@ def test_scores(scored):
         assert score.top_ids.tolist() == np.argsort(-z, axis=-1, kind="stable")[:, :3].tolist()
 
 
+def test_a_context_is_computed_once(scored, monkeypatch):
+    """Its continuations are in one row and do not attend to each other; a fused kernel computes rows apart."""
+    package, model, oracle = scored
+    ids = np.random.default_rng(5).integers(0, TINY.n_vocab, 40).tolist()
+    requests = [Request(ids[:9], ids[9 + 3 * i : 9 + 4 * i + 1]) for i in range(5)]
+    scorer = Scorer(package, model)
+    [batch] = plan(scorer, requests)
+    assert [(group.indices, group.n_inputs) for group in batch.groups] == [([0, 1, 2, 3, 4], 9 + 0 + 1 + 2 + 3 + 4)]
+    shared = dict(scorer.score(requests))
+    monkeypatch.setattr(scorer._score_batch, "can_share", False)
+    assert [len(group.indices) for batch in plan(scorer, requests) for group in batch.groups] == [1] * 5
+    apart = dict(scorer.score(requests))
+    for index, request in enumerate(requests):
+        z = oracle(np.array([[*request.context, *request.continuation]]))[0, 8:]
+        expected = at(log_softmax(z), np.array(request.continuation))
+        np.testing.assert_allclose(shared[index].token_logprobs, expected, atol=1e-5)
+        np.testing.assert_allclose(apart[index].token_logprobs, expected, atol=1e-5)
+
+
+def test_models_with_a_fused_kernel_compute_rows_apart():
+    model = gpt_torch.GPTModel(TINY, attention="sdpa")
+    ids = list(range(12))
+    requests = [Request(ids[:9], ids[n:]) for n in (9, 10, 11)]
+    scores = dict(Scorer(gpt_torch, model).score(requests))
+    for index, score in Scorer(gpt_torch, gpt_torch.GPTModel(TINY)).score(requests):
+        np.testing.assert_allclose(scores[index].token_logprobs, score.token_logprobs, atol=1e-5)
+    assert not gpt_jax.scoring.BatchScorer(gpt_jax.GPTModel(TINY, attention="cudnn")).can_share
+
+
 def test_a_greedy_continuation(scored):
     package, model, oracle = scored
     tokens = [5, 6]
@@ -223,7 +257,7 @@ def test_a_resumed_call_gives_the_same_bits(scored):
     assert [index for index, _ in later] == [index for index, _ in expected[13:]]
     for (_, a), (_, b) in zip(later, expected[13:], strict=True):
         assert a.token_logprobs.tobytes() == b.token_logprobs.tobytes()
-    sizes = [batch.n_rows * batch.n_inputs for batch in scorer.plan([len(truncate(r, 24)[0]) - 1 for r in requests])]
+    sizes = [batch.n_rows * batch.n_inputs for batch in plan(scorer, requests)]
     assert calls == [(int(done), sum(sizes)) for done in np.cumsum(sizes)]
     assert list(scorer.score(requests, skip=range(len(requests)))) == []
     assert list(scorer.score([])) == []
@@ -274,11 +308,11 @@ def test_a_size_is_compiled_once():
     before = [program._cache_size() for program in programs]
     first = requests(60)
     list(scorer.score(first))
-    batches = scorer.plan([len(truncate(request, config.n_ctx)[0]) - 1 for request in first])
+    batches = plan(scorer, first)
     assert len(batches) == 15
     assert {(batch.n_rows, batch.n_inputs) for batch in batches} == {(4, n) for n in (8, 16, 24, 32, 40)}
     after = [program._cache_size() for program in programs]
-    assert [b - a for a, b in zip(before, after, strict=True)] == [5, 5, 1]  # all chunks have 32 positions
+    assert [b - a for a, b in zip(before, after, strict=True)] == [5, 0, 5, 1]  # all chunks have 32 positions
     list(scorer.score(requests(60)))
     assert [program._cache_size() for program in programs] == after
 
@@ -293,21 +327,24 @@ def test_backends_agree_item_by_item_within_the_bound_of_rounding():
     undecided = []
     for index, request in enumerate(requests):
         tokens, _ = truncate(request, TINY.n_ctx)
-        targets = tokens[-len(request.continuation) :]
+        n = len(request.continuation)
 
-        def compute(noise, tokens=tokens, targets=targets):
+        def compute(noise, tokens=tokens):
+            """At all positions, because the bound is a multiple of the largest of random deviations."""
             with taps.probe(TINY, ["logits"], {name: rounding.forward for name, rounding in noise.items()}) as cache:
                 logits(TINY, weights, tokens[None, :-1])
-            z = cache["logits"][0, -len(targets) :]
-            return {"logprobs": at(log_softmax(z), targets), "margin": margins(z, targets).min()}
+            z = cache["logits"][0]
+            return {"logprobs": at(log_softmax(z), tokens[1:]), "margins": margins(z, tokens[1:])}
 
         exact, bounds = propagated_errors(TINY, "float32", len(tokens) - 1, compute)
-        # The logarithm of the sum, and storing the result.
-        bounds["logprobs"] += 4 * UNIT_ROUNDOFF["float32"] * float(np.abs(exact["logprobs"]).max())
+        for name, array in exact.items():  # the differences and the logarithm of the sum, and storing the result
+            bounds[name] += 4 * UNIT_ROUNDOFF["float32"] * float(np.abs(array).max())
+        margin = exact["margins"][-n:].min()
         for score in (results["torch"][index], results["jax"][index]):
-            assert np.abs(score.token_logprobs - exact["logprobs"]).max() <= bounds["logprobs"], index
-            assert abs(score.margin - exact["margin"]) <= bounds["margin"], index
+            assert np.abs(score.token_logprobs - exact["logprobs"][-n:]).max() <= bounds["logprobs"], index
+            assert abs(score.margin - margin) <= bounds["margins"], index
+            assert bounds["logprobs"] < 5e-5  # far below any error of the code
         if results["torch"][index].is_greedy != results["jax"][index].is_greedy:
             undecided.append(index)
-            assert abs(exact["margin"]) <= bounds["margin"], index
+            assert abs(margin) <= bounds["margins"], index
     print("items with another choice:", undecided)

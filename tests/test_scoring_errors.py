@@ -15,12 +15,14 @@ from parity.evaluation.scorer import Request, Scorer, windows
 PACKAGES = {"torch": gpt_torch, "jax": gpt_jax}
 ATOL = 1e-5
 TEXT = np.random.default_rng(3).integers(0, TINY.n_vocab, 60).tolist()
-# Of one batch, so that all but the longest are padded, and one is longer than the context.
+# In one batch, so that all rows but the longest are padded. One is longer than the context, three have a common one.
 REQUESTS = [
     Request(TEXT[:5], TEXT[5:8]),
     Request(TEXT[:9], TEXT[9:10]),
     Request(TEXT[:30], TEXT[30:40]),
     Request(TEXT[20:21], TEXT[21:28]),
+    Request(TEXT[:9], TEXT[40:44]),
+    Request(TEXT[:9], TEXT[46:49]),
 ]
 
 
@@ -48,26 +50,52 @@ right_lay_out, right_truncate, right_score = module.lay_out, module.truncate, mo
 
 
 def label_shifted(by):
-    def lay_out(batch, *arguments):
-        tokens, rows, columns = right_lay_out(batch, *arguments)
-        return tokens, rows, (columns + by) % batch.n_inputs
+    def lay_out(*arguments):
+        layout = right_lay_out(*arguments)
+        return layout._replace(columns=(layout.columns + by) % layout.tokens.shape[1])
 
-    return "lay_out", lay_out
-
-
-def padding_scored(batch, sequences, counts):
-    """The last positions of the padded row."""
-    tokens, rows, columns = right_lay_out(batch, sequences, counts)
-    last = {row: columns[rows == row][-1] for row in set(rows.tolist())}
-    return tokens, rows, columns + np.array([batch.n_inputs - 1 - last[row] for row in rows.tolist()])
+    return lay_out
 
 
-def padded_on_the_left(batch, sequences, counts):
-    tokens, rows, columns = right_lay_out(batch, sequences, counts)
-    shifts = [batch.n_inputs + 1 - len(sequences[index]) for index in batch.indices]
-    for row, shift in enumerate(shifts):
-        tokens[row] = np.roll(tokens[row], shift)
-    return tokens, rows, columns + np.array(shifts)[rows]
+def padding_scored(*arguments):
+    """The last positions of a row."""
+    layout = right_lay_out(*arguments)
+    shifts = [layout.tokens.shape[1] - 1 - layout.columns[layout.rows == row].max() for row in layout.rows]
+    return layout._replace(columns=layout.columns + np.array(shifts))
+
+
+def padded_on_the_left(*arguments):
+    layout = right_lay_out(*arguments)
+    shifts = [layout.tokens.shape[1] - 1 - layout.columns[layout.rows == row].max() for row in layout.rows]
+    tokens, positions, segments = (a.copy() for a in (layout.tokens, layout.positions, layout.segments))
+    for row, shift in dict(zip(layout.rows.tolist(), shifts, strict=True)).items():
+        for array in (tokens, positions, segments):
+            array[row] = np.roll(array[row], shift)
+    columns = layout.columns + np.array(shifts)
+    return layout._replace(tokens=tokens, positions=positions, segments=segments, columns=columns)
+
+
+def all_attended(*arguments):
+    """A continuation attends to those before it in the row."""
+    layout = right_lay_out(*arguments)
+    return layout._replace(segments=np.zeros_like(layout.segments))
+
+
+def positions_run_on(*arguments):
+    layout = right_lay_out(*arguments)
+    T = layout.tokens.shape[1]
+    return layout._replace(positions=np.broadcast_to(np.arange(T, dtype=np.int32), layout.tokens.shape).copy())
+
+
+def first_token_from_the_column_before(*arguments):
+    """The first token of each continuation is scored after the continuation that precedes it in the row."""
+    layout = right_lay_out(*arguments)
+    columns, start = layout.columns.copy(), 0
+    for n in layout.counts.values():
+        if n > 1:
+            columns[start] = columns[start + 1] - 1
+        start += n
+    return layout._replace(columns=columns)
 
 
 def truncated_on_the_right(request, n_ctx, name=""):
@@ -87,10 +115,13 @@ def mean_for_sum(*arguments):
 
 
 ERRORS = {
-    "label shifted by one": label_shifted(-1),
-    "label shifted by minus one": label_shifted(1),
+    "label shifted by one": ("lay_out", label_shifted(-1)),
+    "label shifted by minus one": ("lay_out", label_shifted(1)),
     "padding scored": ("lay_out", padding_scored),
     "padded on the left": ("lay_out", padded_on_the_left),
+    "continuations attend to each other": ("lay_out", all_attended),
+    "positions run on": ("lay_out", positions_run_on),
+    "first token after another continuation": ("lay_out", first_token_from_the_column_before),
     "truncated on the right": ("truncate", truncated_on_the_right),
     "truncated to n_ctx tokens": ("truncate", truncated_to_the_context),
     "mean for sum": ("_score", mean_for_sum),

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from measure.scoring import WORKS, draw_pairs
 
+from parity.config import PRESETS
 from parity.errors import InputError
-from parity.evaluation.batches import padded_size, plan_batches
-from parity.evaluation.scorer import Request, lay_out, truncate, windows
+from parity.evaluation.batches import Group, group_sequences, lay_out, padded_size, plan_batches
+from parity.evaluation.scorer import Request, truncate, windows
 
 N_CTX = 8
 
@@ -119,47 +121,72 @@ def test_padded_sizes_are_few_and_near():
     assert padded_size(3, 4) == 4
 
 
-def test_each_sequence_is_in_one_batch():
+def groups_of(lengths):
+    return [Group([index], length) for index, length in enumerate(lengths)]
+
+
+def test_each_group_is_in_one_batch():
     lengths = np.random.default_rng(0).integers(1, 100, 57).tolist()
-    batches = plan_batches(lengths, 100, lambda n_inputs: 10)
-    assert sorted(index for batch in batches for index in batch.indices) == list(range(57))
-    assert [len(batch.indices) for batch in batches] == [10] * 5 + [7]
-    assert all(batch.n_rows == 10 for batch in batches)
+    batches = plan_batches(groups_of(lengths), 100, lambda n_inputs: 10)
+    assert sorted(index for batch in batches for group in batch.groups for index in group.indices) == list(range(57))
+    assert [len(batch.groups) for batch in batches] == [10] * 5 + [7]
     assert [batch.n_inputs for batch in batches] == sorted((batch.n_inputs for batch in batches), reverse=True)
-    for batch in batches:
-        assert max(lengths[index] for index in batch.indices) <= batch.n_inputs
+    assert all(group.n_inputs <= batch.n_inputs for batch in batches for group in batch.groups)
     assert plan_batches([], 100, lambda n_inputs: 10) == []
 
 
-def test_a_batch_is_padded_on_the_right():
-    [batch] = plan_batches([4, 2], 8, lambda n_inputs: 3)
-    tokens, rows, columns = lay_out(batch, [np.arange(1, 6), np.arange(11, 14)], [3, 1])
-    assert tokens.tolist() == [[1, 2, 3, 4, 5, 0, 0, 0, 0], [11, 12, 13, *[0] * 6], [0] * 9]
-    assert tokens[rows, columns + 1].tolist() == [3, 4, 5, 13]
-    assert rows.tolist() == [0, 0, 0, 1]
-    assert columns.tolist() == [1, 2, 3, 1]
+@pytest.mark.parametrize(("count", "multiple", "n_rows"), [(16, 1, 16), (9, 1, 16), (8, 1, 8), (1, 1, 1), (3, 4, 4)])
+def test_the_last_batch_has_fewer_rows(count, multiple, n_rows):
+    *_, last = plan_batches(groups_of([5] * (32 + count)), 100, lambda n_inputs: 16, multiple)
+    assert (len(last.groups), last.n_rows) == (count, n_rows)
 
 
-def lambada_like(generator):
-    """5,153 passages with a mean of 88 tokens, from 60 to 200."""
-    return np.clip(60 + generator.gamma(2.2, 13, 5153), 60, 200).astype(int)
+def test_sequences_with_a_common_context_are_grouped():
+    a, b = list(range(10)), list(range(1, 11))
+    pairs = [
+        (a, [1, 2]),
+        (b, [1]),
+        (a, [3, 4, 5]),
+        (a, [6] * 8),
+        (b, [7]),
+        (a, [8] * 21),
+        ([9], [1, 2, 3]),
+        ([9], [4, 5, 6]),
+    ]
+    sequences, counts = [np.array(x + y) for x, y in pairs], [len(y) for _, y in pairs]
+    expected = [([0, 2, 3], 10 + 1 + 2 + 7), ([1, 4], 10), ([5], 30), ([6], 3), ([7], 3)]
+    assert [tuple(group) for group in group_sequences(sequences, counts, 100, True)] == expected
+    expected = [([0, 2], 13), ([1, 4], 10), ([3], 17), ([5], 30), ([6], 3), ([7], 3)]
+    assert [tuple(group) for group in group_sequences(sequences, counts, 19, True)] == expected
+    expected = [([index], len(sequence) - 1) for index, sequence in enumerate(sequences)]
+    assert [tuple(group) for group in group_sequences(sequences, counts, 100, False)] == expected
 
 
-def hellaswag_like(generator):
-    """10,042 questions with four endings each; two thirds of them are long."""
-    contexts = np.where(
-        generator.random(10_042) < 0.67, generator.normal(78, 16, 10_042), generator.normal(22, 8, 10_042)
-    )
-    endings = generator.gamma(4, 6, (10_042, 4))
-    return np.clip(contexts[:, None] + endings, 8, 200).astype(int).ravel()
+def test_the_layout_of_a_batch():
+    sequences, counts = [np.arange(1, 6), np.arange(11, 14), np.array([1, 2, 8]), np.array([1, 2, 9])], [3, 1, 1, 1]
+    [batch] = plan_batches(group_sequences(sequences, counts, 8, True), 8, lambda n_inputs: 3)
+    layout = lay_out(batch, sequences, counts)
+    assert layout.tokens.tolist() == [[1, 2, 3, 4, *[0] * 4], [11, 12, *[0] * 6], [0] * 8]
+    assert layout.positions.tolist() == [[0, 1, 2, 3, *[0] * 4], [0, 1, *[0] * 6], [0] * 8]
+    assert layout.segments.tolist() == [[0, 0, 1, 1, *[0] * 4], [0] * 8, [0] * 8]
+    assert layout.is_shared
+    assert layout.rows.tolist() == [0, 0, 0, 0, 0, 1]
+    assert layout.columns.tolist() == [1, 2, 3, 1, 1, 1]
+    assert layout.targets.tolist() == [3, 4, 5, 8, 9, 13]
+    assert layout.counts == {0: 3, 2: 1, 3: 1, 1: 1}
+    assert list(layout.counts) == [0, 2, 3, 1]
 
 
-@pytest.mark.parametrize("draw", [lambada_like, hellaswag_like])
-@pytest.mark.parametrize("limit", [None, 500])
-def test_less_than_15_percent_is_padding(draw, limit):
-    lengths = draw(np.random.default_rng(0)).tolist()[:limit]
-    batches = plan_batches(lengths, 1024, lambda n_inputs: 2**11 // n_inputs)
+@pytest.mark.parametrize("name", WORKS)
+@pytest.mark.parametrize("is_shared", [True, False])
+@pytest.mark.parametrize("count", [500, 5152])
+def test_less_than_15_percent_is_padding(name, is_shared, count):
+    pairs = draw_pairs(PRESETS["124M"], name, count)
+    sequences = [np.array(context + continuation) for context, continuation in pairs]
+    groups = group_sequences(sequences, [len(continuation) for _, continuation in pairs], 1024, is_shared)
+    batches = plan_batches(groups, 1024, lambda n_inputs: 2**11 // n_inputs)
     computed = sum(batch.n_rows * batch.n_inputs for batch in batches)
-    padding = 1 - sum(lengths) / computed
-    print(f"{padding:.1%} padding, {len({(batch.n_rows, batch.n_inputs) for batch in batches})} sizes")
+    padding = 1 - sum(group.n_inputs for group in groups) / computed
+    sizes = {(batch.n_rows, batch.n_inputs) for batch in batches}
+    print(f"{name}: {len(groups):,} rows, {computed:,} tokens, {padding:.1%} padding, {len(sizes)} sizes")
     assert padding < 0.15

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from parity.config import GPTConfig
 from parity.errors import InputError
 
@@ -29,15 +31,45 @@ class TokenLogprobs(NamedTuple):
     """Their log-probabilities, [..., top]."""
 
 
-class Batch(NamedTuple):
-    """Sequences that are scored together."""
+class Group(NamedTuple):
+    """Sequences with the same context, which is computed once."""
 
-    indices: Sequence[int]
+    indices: list[int]
     """Which sequences."""
+    n_inputs: int
+    """Number of tokens that enter the model: the context, and each continuation but its last token."""
+
+
+class Batch(NamedTuple):
+    """Groups that are computed together, one per row."""
+
+    groups: Sequence[Group]
     n_rows: int
     """Number of rows with those that are padding."""
     n_inputs: int
-    """Number of tokens per row that enter the model, with padding."""
+    """Number of tokens per row with padding."""
+
+
+class Layout(NamedTuple):
+    """The arrays of a batch."""
+
+    tokens: np.ndarray
+    """Ids, int32 [B, T]: in each row a context, its continuations without their last tokens, and padding."""
+    positions: np.ndarray
+    """Position of each token in its own sequence, int32 [B, T]."""
+    segments: np.ndarray
+    """int32 [B, T]: 0 for the context, which all may attend to, and 1, 2, ... for the continuations, which must not
+    attend to each other."""
+    is_shared: bool
+    """Whether a row has several continuations. Otherwise positions and segments are those of plain sequences."""
+    rows: np.ndarray
+    """Row of each scored position, int32 [R], ascending."""
+    columns: np.ndarray
+    """Column of each scored position, int32 [R]."""
+    targets: np.ndarray
+    """The token that is scored there, int32 [R]."""
+    counts: dict[int, int]
+    """{sequence: number of its scored positions}, in their order."""
 
 
 def check_scoring(config: GPTConfig, shape: tuple[int, ...], first: int | None, last: int | None, top: int) -> range:
@@ -89,23 +121,91 @@ def padded_size(n: int, largest: int) -> int:
     return min(largest, -(-n // step) * step)
 
 
-def plan_batches(lengths: Sequence[int], largest: int, rows_for: Callable[[int], int]) -> list[Batch]:
-    """Group sequences of similar length into batches, the longest first.
+def group_sequences(
+    sequences: Sequence[np.ndarray], counts: Sequence[int], largest: int, is_shared: bool
+) -> list[Group]:
+    """Group sequences that differ only in their continuations.
 
     Args:
-        lengths: Number of input tokens of each sequence.
+        sequences: Token ids of each context with its continuation.
+        counts: Number of tokens of each continuation.
+        largest: Largest number of input tokens of a group.
+        is_shared: Whether several sequences may be in one group.
+    """
+    groups: list[Group] = []
+    last: dict[bytes, int] = {}  # the number of the last group with a context
+    for index, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
+        n_context = len(sequence) - count
+        context = sequence[:n_context].tobytes()
+        # Rows become longer, which costs time in the attention; a short context is not worth it.
+        if is_shared and 2 * n_context >= count and context in last:
+            group = groups[last[context]]
+            if group.n_inputs + count - 1 <= largest:
+                groups[last[context]] = Group([*group.indices, index], group.n_inputs + count - 1)
+                continue
+        last[context] = len(groups)
+        groups.append(Group([index], n_context + count - 1))
+    return groups
+
+
+def plan_batches(
+    groups: Sequence[Group], largest: int, rows_for: Callable[[int], int], multiple: int = 1
+) -> list[Batch]:
+    """Put groups of similar length into batches, the longest first.
+
+    Args:
+        groups: The groups.
         largest: Largest number of input tokens, the model's context.
         rows_for: Returns the number of rows of a batch, given its padded length.
+        multiple: A divisor of the number of rows.
 
     Returns:
-        Batches that contain each sequence once. Only the last one has rows that are padding.
+        Batches that contain each group once. Only the last one may have rows that are padding.
     """
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])  # stable: a function of the lengths
+    ordered = sorted(groups, key=lambda group: -group.n_inputs)  # stable: a function of the groups
     batches = []
     start = 0
-    while start < len(order):
-        n_inputs = padded_size(lengths[order[start]], largest)
+    while start < len(ordered):
+        n_inputs = padded_size(ordered[start].n_inputs, largest)
         n_rows = rows_for(n_inputs)
-        batches.append(Batch(order[start : start + n_rows], n_rows, n_inputs))
-        start += n_rows
+        chosen = ordered[start : start + n_rows]
+        while n_rows % (2 * multiple) == 0 and n_rows >= 2 * len(chosen):  # the last batch
+            n_rows //= 2
+        batches.append(Batch(chosen, n_rows, n_inputs))
+        start += len(chosen)
     return batches
+
+
+def lay_out(batch: Batch, sequences: Sequence[np.ndarray], counts: Sequence[int]) -> Layout:
+    """Return the arrays of a batch; see group_sequences() for the arguments.
+
+    Rows are padded on the right, which changes nothing because attention is causal.
+    """
+    tokens, positions, segments = np.zeros((3, batch.n_rows, batch.n_inputs), np.int32)
+    rows: list[int] = []
+    columns: list[int] = []
+    targets: list[int] = []
+    for row, group in enumerate(batch.groups):
+        n_context = len(sequences[group.indices[0]]) - counts[group.indices[0]]
+        tokens[row, :n_context] = sequences[group.indices[0]][:n_context]
+        positions[row, :n_context] = range(n_context)
+        end = n_context
+        for segment, index in enumerate(group.indices, 1):
+            continuation = sequences[index][n_context:]
+            start, end = end, end + len(continuation) - 1
+            tokens[row, start:end] = continuation[:-1]
+            positions[row, start:end] = range(n_context, n_context + len(continuation) - 1)
+            segments[row, start:end] = segment
+            rows += [row] * len(continuation)
+            columns += [n_context - 1, *range(start, end)]
+            targets += continuation.tolist()
+    return Layout(
+        tokens=tokens,
+        positions=positions,
+        segments=segments,
+        is_shared=any(len(group.indices) > 1 for group in batch.groups),
+        rows=np.array(rows, np.int32),
+        columns=np.array(columns, np.int32),
+        targets=np.array(targets, np.int32),
+        counts={index: counts[index] for group in batch.groups for index in group.indices},
+    )

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from parity.errors import InputError
-from parity.evaluation.batches import Batch, TokenLogprobs, plan_batches
+from parity.evaluation.batches import Batch, TokenLogprobs, group_sequences, lay_out, plan_batches
 
 Progress = Callable[[int, int], None]
 """Called after each batch with the number of tokens that were computed so far, and with their number at the end, both
@@ -47,8 +47,8 @@ class Scorer:
     Args:
         backend: The package gpt_torch or gpt_jax.
         model: A GPTModel of the backend.
-        batch_size: Number of sequences per batch. By default, as many as together have a number of tokens with which
-            the device is fast.
+        batch_size: Number of rows per batch, where a row has one context with its continuations. By default, as many as
+            together have a number of tokens with which the device is fast.
         mesh: Devices that share each batch (gpt_jax only); see gpt_jax.sharding.make_mesh. If torchrun started several
             processes, they share each batch without a mesh.
 
@@ -58,7 +58,7 @@ class Scorer:
 
     def __init__(self, backend: Any, model: Any, batch_size: int | None = None, mesh: Any = None):
         if batch_size is not None and batch_size < 1:
-            raise InputError(f"--batch-size {batch_size}: at least one sequence per batch is needed")
+            raise InputError(f"--batch-size {batch_size}: at least one row per batch is needed")
         self._batch_size = batch_size
         self._score_batch = backend.scoring.BatchScorer(model, mesh)
         self.config = self._score_batch.config
@@ -94,9 +94,10 @@ class Scorer:
         counts = [len(request.continuation) for request in requests]
         return self._scores(cut, counts, progress, skip, top)
 
-    def plan(self, lengths: Sequence[int]) -> list[Batch]:
-        """Return the batches of sequences that have these numbers of input tokens."""
-        return plan_batches(lengths, self.config.n_ctx, self._n_rows)
+    def plan(self, sequences: Sequence[np.ndarray], counts: Sequence[int]) -> list[Batch]:
+        """Return the batches of sequences (see truncate()) whose last `counts[index]` tokens are scored."""
+        groups = group_sequences(sequences, counts, self.config.n_ctx, self._score_batch.can_share)
+        return plan_batches(groups, self.config.n_ctx, self._n_rows, self._score_batch.n_shards)
 
     def _n_rows(self, n_inputs: int) -> int:
         """The number of rows of a batch, given its padded length: a multiple of the number of devices."""
@@ -122,16 +123,16 @@ class Scorer:
     ) -> Iterator[tuple[int, Score]]:
         """Yield the scores of the last `counts[index]` tokens of each sequence; `cut` is what truncate() returned."""
         sequences = [sequence for sequence, _ in cut]
-        batches = self.plan([len(sequence) - 1 for sequence in sequences])
-        batches = [batch for batch in batches if any(index not in skip for index in batch.indices)]
+        batches = self.plan(sequences, counts)
+        batches = [b for b in batches if any(index not in skip for group in b.groups for index in group.indices)]
         total = sum(batch.n_rows * batch.n_inputs for batch in batches)
         done = 0
         for batch in batches:
-            tokens, rows, columns = lay_out(batch, sequences, counts)
-            flat = self._score_batch(tokens, rows, columns, top)
-            ends = np.cumsum([counts[index] for index in batch.indices])
+            layout = lay_out(batch, sequences, counts)
+            flat = self._score_batch(layout, top)
+            ends = np.cumsum(list(layout.counts.values()))
             parts = zip(*(np.split(array, ends[:-1]) for array in flat), strict=True)
-            for index, arrays in zip(batch.indices, parts, strict=True):
+            for index, arrays in zip(layout.counts, parts, strict=True):
                 if index not in skip:
                     yield index, _score(TokenLogprobs(*arrays), cut[index][1], f"request {index}")
             done += batch.n_rows * batch.n_inputs
@@ -153,25 +154,6 @@ def _score(result: TokenLogprobs, n_truncated: int, name: str) -> Score:
         margin=float(result.margins.min()),
         top_ids=result.top_ids,
     )
-
-
-def lay_out(
-    batch: Batch, sequences: Sequence[np.ndarray], counts: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the tokens of a batch, padded on the right, which changes nothing because attention is causal.
-
-    Returns:
-        tokens int32 [B, T], where T is one more than the number of inputs; and the row and the column of each scored
-        position, int [R]: for each sequence its last counts[index] tokens. Position i scores tokens[:, i + 1].
-    """
-    tokens = np.zeros((batch.n_rows, batch.n_inputs + 1), np.int32)
-    rows, columns = [], []
-    for row, index in enumerate(batch.indices):
-        sequence, count = sequences[index], counts[index]
-        tokens[row, : len(sequence)] = sequence
-        rows.append(np.full(count, row))
-        columns.append(np.arange(len(sequence) - 1 - count, len(sequence) - 1))
-    return tokens, np.concatenate(rows), np.concatenate(columns)
 
 
 def truncate(request: Request, n_ctx: int, name: str = "the request") -> tuple[np.ndarray, int]:

@@ -11,7 +11,7 @@ from measure.timing import Spec, Workload
 from parity.config import Size
 from parity.errors import InputError
 
-What = Literal["train", "generate", "load", "compile", "start", "options", "prepare", "all"]
+What = Literal["train", "generate", "load", "compile", "start", "options", "prepare", "evaluate", "all"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +25,13 @@ class Args:
     batch_size: int | None = None
     """For train, compile and options: number of windows per step, in one micro-batch; by default the preset's."""
     size: Size = "124M"
-    """For generate and load: size of the model."""
+    """For generate, load and evaluate: size of the model."""
     rounds: int = 5
     """Number of rounds, in each of which every peer takes a turn; one more round warms up first and is not counted."""
     calls: int = 3
     """Number of training steps of each peer per round."""
+    items: int = 96
+    """For evaluate: number of texts, a multiple of 4."""
     threads: int = 0
     """Number of threads of torch and of the tokenizers; 0 means one per core. XLA always uses all cores."""
     peers: tuple[str, ...] = ()

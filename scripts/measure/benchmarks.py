@@ -10,7 +10,7 @@ from pydoc_data.topics import topics
 
 import numpy as np
 
-from measure import peers, starting
+from measure import peers, scoring, starting
 from measure.args import Args
 from measure.report import Measurement
 from measure.timing import Spec, Timings, first_calls, interleave
@@ -228,5 +228,6 @@ BENCHMARKS: Mapping[str, Callable[[Args], list[Measurement]]] = {
     "start": start,
     "options": options,
     "prepare": prepare,
+    "evaluate": scoring.evaluate,
 }
 ALL = ("compile", "train", "generate", "load")  # what `all` measures; compile comes first and fills the cache

@@ -39,7 +39,7 @@ def jax_step(config: GPTConfig, settings: TrainSettings, unroll: int, remat: str
             trainers.append(Trainer(config, settings, attention=attention, unroll=unroll, remat=remat))
         jax.block_until_ready(trainers[0].train_step(*trainers[0].to_device(*host), 1e-3, 0))
 
-    return _in_jax(step)
+    return in_jax(step)
 
 
 def torch_step(config: GPTConfig, settings: TrainSettings, compile: bool, threads: int) -> Workload:
@@ -49,7 +49,7 @@ def torch_step(config: GPTConfig, settings: TrainSettings, compile: bool, thread
     """
     from gpt_torch.train import Trainer
 
-    torch, device = _torch(threads)
+    torch, device = set_up_torch(threads)
     if compile and device.type == "cuda":
         import torch._inductor.config as inductor
 
@@ -63,15 +63,15 @@ def torch_step(config: GPTConfig, settings: TrainSettings, compile: bool, thread
         trainers[0].train_step(*trainers[0].to_device(*host), 1e-3, 0)
         _synchronize(torch)
 
-    return _in_torch(step)
+    return in_torch(step)
 
 
 def transformers_step(config: GPTConfig, settings: TrainSettings, threads: int) -> Workload:
     """The same step of transformers' GPT2LMHeadModel (SDPA attention), with fused AdamW and torch's clipping."""
     from torch.nn import functional as F
 
-    torch, device = _torch(threads)
-    model = _transformers(config).to(device).train()
+    torch, device = set_up_torch(threads)
+    model = transformers_model(config).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
     inputs, targets = (torch.from_numpy(ids).long().to(device) for ids in batch(config, settings))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16")
@@ -87,7 +87,7 @@ def transformers_step(config: GPTConfig, settings: TrainSettings, threads: int) 
         optimizer.zero_grad(set_to_none=True)
         _synchronize(torch)
 
-    return _in_torch(step)
+    return in_torch(step)
 
 
 # Generation
@@ -97,23 +97,23 @@ def jax_generation(config: GPTConfig, prompts: list[list[int]], n_new: int, dtyp
     import gpt_jax
 
     model = gpt_jax.for_decoding(gpt_jax.cast(gpt_jax.GPTModel(config), dtype))
-    return _in_jax(lambda: gpt_jax.generate(model, prompts, n_new, temperature=0))
+    return in_jax(lambda: gpt_jax.generate(model, prompts, n_new, temperature=0))
 
 
 def torch_generation(config: GPTConfig, prompts: list[list[int]], n_new: int, dtype: str, threads: int) -> Workload:
     import gpt_torch
 
-    torch, device = _torch(threads)
+    torch, device = set_up_torch(threads)
     model = gpt_torch.GPTModel(config).to(device, getattr(torch, dtype))
-    return _in_torch(lambda: gpt_torch.generate(model, prompts, n_new, temperature=0))
+    return in_torch(lambda: gpt_torch.generate(model, prompts, n_new, temperature=0))
 
 
 def transformers_generation(
     config: GPTConfig, prompts: list[list[int]], n_new: int, dtype: str, threads: int
 ) -> Workload:
     """generate() of transformers, with its default cache."""
-    torch, device = _torch(threads)
-    model = _transformers(config).to(device, getattr(torch, dtype)).eval()
+    torch, device = set_up_torch(threads)
+    model = transformers_model(config).to(device, getattr(torch, dtype)).eval()
     ids = torch.tensor(prompts, device=device)
     limits = {"max_new_tokens": n_new, "min_new_tokens": n_new, "pad_token_id": config.n_vocab - 1, "do_sample": False}
 
@@ -121,7 +121,7 @@ def transformers_generation(
         model.generate(ids, attention_mask=torch.ones_like(ids), **limits)
         _synchronize(torch)
 
-    return _in_torch(call)
+    return in_torch(call)
 
 
 # Loading. All values are summed, because transformers memory-maps a file, which is read when its values are used.
@@ -133,13 +133,13 @@ def jax_loading(folder: Path) -> Workload:
     import gpt_jax
 
     _jax_device()
-    return _in_jax(lambda: [np.asarray(leaf).sum() for leaf in jax.tree.leaves(gpt_jax.load_pretrained(folder))])
+    return in_jax(lambda: [np.asarray(leaf).sum() for leaf in jax.tree.leaves(gpt_jax.load_pretrained(folder))])
 
 
 def torch_loading(folder: Path) -> Workload:
     import gpt_torch
 
-    return _in_torch(lambda: _add_up(gpt_torch.load_pretrained(folder)))
+    return in_torch(lambda: _add_up(gpt_torch.load_pretrained(folder)))
 
 
 def transformers_loading(folder: Path) -> Workload:
@@ -147,7 +147,7 @@ def transformers_loading(folder: Path) -> Workload:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return _in_torch(lambda: _add_up(GPT2LMHeadModel.from_pretrained(folder)))
+    return in_torch(lambda: _add_up(GPT2LMHeadModel.from_pretrained(folder)))
 
 
 def _add_up(model: Any) -> None:
@@ -201,14 +201,14 @@ def tokenizing(source: Path, vocab_bpe: Path | None, threads: int) -> Workload:
 
 def memory_reads(threads: int) -> Workload:
     """The sum of 512 MiB on all threads, which reads memory faster than the other operations of torch and NumPy."""
-    torch, device = _torch(threads)
+    torch, device = set_up_torch(threads)
     memory = torch.ones(2**27, device=device)
 
     def call() -> None:
         memory.sum()
         _synchronize(torch)
 
-    return _in_torch(call)
+    return in_torch(call)
 
 
 READ_BYTES = 4 * 2**27
@@ -220,14 +220,14 @@ def matmul() -> Workload:
 
     square = jax.random.normal(jax.random.key(0), (MATMUL_SIZE, MATMUL_SIZE))
     multiply = jax.jit(lambda x: x @ x)
-    return _in_jax(lambda: multiply(square).block_until_ready())
+    return in_jax(lambda: multiply(square).block_until_ready())
 
 
 MATMUL_SIZE = 2048
 MATMUL_FLOPS = 2 * MATMUL_SIZE**3
 
 
-def _torch(threads: int) -> tuple[Any, Any]:
+def set_up_torch(threads: int) -> tuple[Any, Any]:
     """Set up torch, and return it with its device; raises InputError if a GPU is requested and there is none."""
     import torch
 
@@ -251,7 +251,7 @@ def _jax_device() -> Any:
     return choose_device(os.environ["MEASURE_ON"])
 
 
-def _transformers(config: GPTConfig) -> Any:
+def transformers_model(config: GPTConfig) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes: dict[str, Any] = {"vocab_size": config.n_vocab, "n_positions": config.n_ctx, "n_embd": config.n_embd}
@@ -270,7 +270,7 @@ def _synchronize(torch: Any) -> None:
         torch.cuda.synchronize()
 
 
-def _in_torch(call: Callable[[], Any]) -> Workload:
+def in_torch(call: Callable[[], Any]) -> Workload:
     if os.environ["MEASURE_ON"] == "gpu":
         import torch
 
@@ -278,7 +278,7 @@ def _in_torch(call: Callable[[], Any]) -> Workload:
     return Workload(call, _peak_resident, "cpu")
 
 
-def _in_jax(call: Callable[[], Any]) -> Workload:
+def in_jax(call: Callable[[], Any]) -> Workload:
     device = _jax_device()
     if device.platform == "cpu":
         return Workload(call, _peak_resident, "cpu")
