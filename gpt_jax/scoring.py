@@ -84,7 +84,7 @@ class BatchScorer:
         self._mesh = mesh
         self.n_shards = 1 if mesh is None else mesh.size
         """The number of rows of a batch must be a multiple of this."""
-        self.tokens_per_batch = 2**11 if _platform(model) == "cpu" else 2**15
+        self.tokens_per_batch = 2**10 if _platform(model) == "cpu" else 2**15
         """Number of tokens per batch, with padding, with which this device is fast."""
 
     def __call__(self, layout: Layout, top: int = 0) -> TokenLogprobs:

@@ -69,7 +69,7 @@ class BatchScorer:
         self.can_share = unwrap(model).attention == "explicit"
         """Whether several continuations of a context can be in one row; the fused kernel has no such mask."""
         self._device = unwrap(model).tok_emb.weight.device
-        self.tokens_per_batch = 2**11 if self._device.type == "cpu" else 2**15
+        self.tokens_per_batch = 2**10 if self._device.type == "cpu" else 2**15
         """Number of tokens per batch, with padding, that this device is fast with."""
 
     def __call__(self, layout: Layout, top: int = 0) -> TokenLogprobs:

@@ -135,9 +135,9 @@ def test_each_group_is_in_one_batch():
     assert plan_batches([], 100, lambda n_inputs: 10) == []
 
 
-@pytest.mark.parametrize(("count", "multiple", "n_rows"), [(16, 1, 16), (9, 1, 16), (8, 1, 8), (1, 1, 1), (3, 4, 4)])
+@pytest.mark.parametrize(("count", "multiple", "n_rows"), [(15, 1, 15), (9, 1, 15), (8, 1, 8), (1, 1, 1), (3, 5, 5), (9, 5, 15)])
 def test_the_last_batch_has_fewer_rows(count, multiple, n_rows):
-    *_, last = plan_batches(groups_of([5] * (32 + count)), 100, lambda n_inputs: 16, multiple)
+    *_, last = plan_batches(groups_of([5] * (30 + count)), 100, lambda n_inputs: 15, multiple)
     assert (len(last.groups), last.n_rows) == (count, n_rows)
 
 
@@ -184,7 +184,7 @@ def test_less_than_15_percent_is_padding(name, is_shared, count):
     pairs = draw_pairs(PRESETS["124M"], name, count)
     sequences = [np.array(context + continuation) for context, continuation in pairs]
     groups = group_sequences(sequences, [len(continuation) for _, continuation in pairs], 1024, is_shared)
-    batches = plan_batches(groups, 1024, lambda n_inputs: 2**11 // n_inputs)
+    batches = plan_batches(groups, 1024, lambda n_inputs: 2**10 // n_inputs)
     computed = sum(batch.n_rows * batch.n_inputs for batch in batches)
     padding = 1 - sum(group.n_inputs for group in groups) / computed
     sizes = {(batch.n_rows, batch.n_inputs) for batch in batches}

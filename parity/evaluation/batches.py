@@ -169,8 +169,8 @@ def plan_batches(
         n_inputs = padded_size(ordered[start].n_inputs, largest)
         n_rows = rows_for(n_inputs)
         chosen = ordered[start : start + n_rows]
-        while n_rows % (2 * multiple) == 0 and n_rows >= 2 * len(chosen):  # the last batch
-            n_rows //= 2
+        if len(chosen) < n_rows:  # the last batch
+            n_rows = min(n_rows, -(-(2 ** (len(chosen) - 1).bit_length()) // multiple) * multiple)
         batches.append(Batch(chosen, n_rows, n_inputs))
         start += len(chosen)
     return batches

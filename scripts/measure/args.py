@@ -30,7 +30,7 @@ class Args:
     """Number of rounds, in each of which every peer takes a turn; one more round warms up first and is not counted."""
     calls: int = 3
     """Number of training steps of each peer per round."""
-    items: int = 96
+    items: int = 192
     """For evaluate: number of texts, a multiple of 4."""
     threads: int = 0
     """Number of threads of torch and of the tokenizers; 0 means one per core. XLA always uses all cores."""
