@@ -135,7 +135,9 @@ def test_each_group_is_in_one_batch():
     assert plan_batches([], 100, lambda n_inputs: 10) == []
 
 
-@pytest.mark.parametrize(("count", "multiple", "n_rows"), [(15, 1, 15), (9, 1, 15), (8, 1, 8), (1, 1, 1), (3, 5, 5), (9, 5, 15)])
+@pytest.mark.parametrize(
+    ("count", "multiple", "n_rows"), [(15, 1, 15), (9, 1, 15), (8, 1, 8), (1, 1, 1), (3, 5, 5), (9, 5, 15)]
+)
 def test_the_last_batch_has_fewer_rows(count, multiple, n_rows):
     *_, last = plan_batches(groups_of([5] * (30 + count)), 100, lambda n_inputs: 15, multiple)
     assert (len(last.groups), last.n_rows) == (count, n_rows)
@@ -164,7 +166,7 @@ def test_sequences_with_a_common_context_are_grouped():
 
 def test_the_layout_of_a_batch():
     sequences, counts = [np.arange(1, 6), np.arange(11, 14), np.array([1, 2, 8]), np.array([1, 2, 9])], [3, 1, 1, 1]
-    [batch] = plan_batches(group_sequences(sequences, counts, 8, True), 8, lambda n_inputs: 3)
+    [batch] = plan_batches(group_sequences(sequences, counts, 8, True), 8, lambda n_inputs: 3, multiple=3)
     layout = lay_out(batch, sequences, counts)
     assert layout.tokens.tolist() == [[1, 2, 3, 4, *[0] * 4], [11, 12, *[0] * 6], [0] * 8]
     assert layout.positions.tolist() == [[0, 1, 2, 3, *[0] * 4], [0, 1, *[0] * 6], [0] * 8]
