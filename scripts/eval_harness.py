@@ -5,8 +5,8 @@ python scripts/eval_harness.py --model gpt-parity-torch --model_args run=runs/NA
 python scripts/eval_harness.py ls tasks
 
 The models are gpt-parity-jax and gpt-parity-torch. --model_args takes the options of scripts/generate.py that choose a
-model: model or run, and checkpoint, vocab_bpe, dtype and compilation_cache. --device takes auto (the default), cpu,
-gpu, cuda, tpu or mps. All other options are the harness's own.
+model: model or run, and checkpoint, adapter, vocab_bpe, dtype and compilation_cache. --device takes auto (the default),
+cpu, gpu, cuda, tpu or mps. All other options are the harness's own.
 """
 
 import dataclasses

@@ -30,10 +30,17 @@ import gpt_jax
 import gpt_torch
 import parity
 from parity.config import GPTConfig
-from parity.data.tokenizer import GPT2Tokenizer
+from parity.data.tokenizer import END_OF_TEXT, GPT2Tokenizer
 from parity.errors import InputError
-from parity.evaluation import harness
+from parity.evaluation import harness, hellaswag, lambada, stream
+from parity.evaluation import protocol as protocols
+from parity.evaluation.catalog import find
 from parity.evaluation.continuations import continue_texts
+from parity.evaluation.data import read
+from parity.evaluation.estimates import estimate
+from parity.evaluation.protocol import Task
+from parity.evaluation.run import items_of, records_of
+from parity.evaluation.scorer import Request, windows
 from parity.hub import save_model
 from parity.weights import n_params
 
@@ -291,17 +298,19 @@ def test_a_cache_serves_one_backend_with_one_set_of_weights(models, arrays, fold
 
 LAMBADA = [
     "Mira turned the dial of the old radio. Tom found a battery, and at once there was music from the radio",
-    '"Is it far?" asked the girl. "Not far," he said, "only past the mill." They reached the mill',
+    '"Is it far?" asked the girl. "Not far," he said, "only past the mill and the two bridges, and then along the '
+    'river to the house with the green door." They went on for an hour, and at last they reached the mill',
     "Ann\nsaw the cat.  The cat saw Ann",
+    "Tom found the road and went  home",
+    "The caf\u00e9 was closed, so we went to another caf\u00e9",
 ]
-HELLASWAG = [
-    ("Cutting bread", "A woman holds a knife [step] in her hand.", "she", ["cuts a slice.", "flies  away."]),
-    ("Fishing", "A man stands [title] by a river. The man", "", ["sings.", "[substeps] throws a line into the water."]),
-]
-WIKITEXT = [
-    ' \n = Radio = \n \n The radio has 1 @,@ 200 parts , " and more " ( or so ) . \n',
-    " \n = Mill = \n \n = = History = = \n \n The miller 's house was re @-@ built ; it \n stands ; it stands . \n",
-]
+SENTENCE = "cuts the bread slowly [step] and then holds up a caf\u00e9 sign [title] he sings to it with care"
+PAGES = [
+    ' = Radio = \n \n The radio has 1 @,@ 200 parts , " and more " ( or so ) . \n ',
+    " = Mill = \n \n = = History = = \n \n The miller 's house was re @-@ built"
+    + " ; it \n stands , and 3 @.@ 5 times a day it falls" * 6
+    + " . \n",
+]  # of WikiText, as the harness's data set divides it
 
 
 def write_lines(path, records):
@@ -309,17 +318,23 @@ def write_lines(path, records):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(models, tmp_path_factory):
     """Invented files in the formats of LAMBADA, HellaSwag and WikiText."""
     folder = tmp_path_factory.mktemp("data")
-    write_lines(folder / "lambada.jsonl", [{"text": text} for text in LAMBADA])
-    records = [
-        {"activity_label": label, "ctx_a": a, "ctx_b": b, "ctx": f"{a} {b}", "endings": endings * 2, "label": number}
-        for number, (label, a, b, endings) in enumerate(HELLASWAG)
-    ]
+    ordinary = [prompt for prompt in PROMPTS if END_OF_TEXT not in prompt]  # which is ordinary text in our protocols
+    likely = ask(models["torch"], "loglikelihood", [(prompt, " internationally") for prompt in ordinary])
+    right = [f"{prompt} internationally" for prompt, (_, is_greedy) in zip(ordinary, likely, strict=True) if is_greedy]
+    write_lines(folder / "lambada.jsonl", [{"text": text} for text in [*LAMBADA, *right]])
+    generator = np.random.default_rng(0)
+    words = [*SENTENCE.split(), ""]
+    records = []
+    for number in range(24):
+        label, a, b, *endings = (" ".join(generator.choice(words, generator.integers(1, 9))) for _ in range(7))
+        record = {"activity_label": label, "ctx_a": a, "ctx_b": b, "ctx": f"{a} {b}", "endings": endings}
+        records.append(record | {"label": number % 4})
     write_lines(folder / "hellaswag.jsonl", records)
-    write_lines(folder / "wikitext.jsonl", [{"page": page} for page in WIKITEXT])
-    (folder / "wiki.test.raw").write_text("".join(WIKITEXT), encoding="utf-8")
+    write_lines(folder / "wikitext.jsonl", [{"page": page} for page in PAGES])
+    (folder / "wiki.test.raw").write_text("\n".join([" ", *PAGES]), encoding="utf-8")
     return folder
 
 
@@ -372,6 +387,81 @@ def offline(monkeypatch):
     multiprocessing.set_start_method(method, force=True)
 
 
+@pytest.fixture(scope="module")
+def evaluated(models, tasks):
+    """The harness's results of its tasks, and its records of their documents."""
+    names = ["local_lambada", "local_hellaswag", "local_wikitext"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
+        patch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
+        manager = lm_eval.tasks.TaskManager(include_path=str(tasks), include_defaults=False)
+        return lm_eval.simple_evaluate(models["torch"], tasks=names, task_manager=manager, bootstrap_iters=0)
+
+
+def results_of(model, name, file):
+    """Return a protocol's value of each metric, and its records, for a file."""
+    protocol = find(name)
+    task = Task(read(protocol.data, file), model.text_tokenizer, CONFIG.n_ctx)
+    records = records_of(protocol, task, items_of(protocol, task), model.scorer, {})
+    return {metric.name: estimate(metric, records).value for metric in protocol.metrics}, records
+
+
+def check_protocol(model, evaluated, protocol, file, metrics):
+    """Raise AssertionError unless a protocol gives the numbers of the harness's task, by document and as a whole."""
+    values, records = results_of(model, protocol, file)
+    task = f"local_{protocol.partition('/')[0].removesuffix('-openai')}"
+    for record, sample in zip(records, evaluated["samples"][task], strict=True):
+        responses = [response for [response] in sample["resps"]]
+        likelihoods = [response if isinstance(response, float) else response[0] for response in responses]
+        assert np.atleast_1d(record["logprob"]) == pytest.approx(likelihoods, rel=1e-6)
+    for ours, theirs in metrics.items():
+        assert values[ours] == pytest.approx(evaluated["results"][task][f"{theirs},none"], rel=1e-6)
+
+
+PROTOCOLS = {
+    "lambada-openai/last-word": ("lambada.jsonl", {"accuracy": "acc", "perplexity": "perplexity"}),
+    "hellaswag/lm-eval": ("hellaswag.jsonl", {"accuracy": "acc", "accuracy_per_character": "acc_norm"}),
+    "wikitext/lm-eval": ("wiki.test.raw", {name: name for name in ("word_perplexity", "bits_per_byte")}),
+}
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_our_protocols_give_the_numbers_of_the_harness_s_tasks(models, evaluated, data, protocol, name):
+    file, metrics = PROTOCOLS[protocol]
+    check_protocol(models[name], evaluated, protocol, data / file, metrics)
+
+
+def test_the_invented_data_distinguish_the_metrics(evaluated):
+    results = evaluated["results"]
+    lambada, hellaswag = results["local_lambada"], results["local_hellaswag"]
+    shares = [lambada["acc,none"], hellaswag["acc,none"], hellaswag["acc_norm,none"]]
+    assert 0 < min(shares) < max(shares) < 1
+    assert len(set(shares)) == 3
+
+
+def without_context(tokenizer, context, continuation):
+    return Request([tokenizer.eos_id], tokenizer.encode(continuation))
+
+
+PLANTED_IN_PROTOCOLS = {
+    "encoded apart": ("lambada-openai/last-word", lambada, "joint", protocols.apart),
+    "the context is not read": ("hellaswag/lm-eval", hellaswag, "joint", without_context),
+    "marks of WikiHow are kept": ("hellaswag/lm-eval", hellaswag, "cleaned", str.strip),
+    "one document": ("wikitext/lm-eval", stream, "articles", lambda text: [text]),
+    "the text as it is": ("wikitext/lm-eval", stream.detokenizers, "wikitext", str),
+    "windows that do not overlap": ("wikitext/lm-eval", stream, "windows", lambda *args, **_: windows(*args)),
+}
+
+
+@pytest.mark.parametrize("error", PLANTED_IN_PROTOCOLS)
+def test_planted_errors_of_protocols_are_caught(models, evaluated, data, monkeypatch, error):
+    protocol, module, name, wrong = PLANTED_IN_PROTOCOLS[error]
+    monkeypatch.setattr(module, name, wrong)
+    with pytest.raises((AssertionError, ValueError)):
+        check_protocol(models["torch"], evaluated, protocol, data / PROTOCOLS[protocol][0], PROTOCOLS[protocol][1])
+
+
 def test_the_command_line(offline, folder, tasks, tmp_path, monkeypatch, capfd):
     results = {}
     for name in PACKAGES:
@@ -399,7 +489,7 @@ def test_the_command_line(offline, folder, tasks, tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pretrained": "gpt2"}, "--model_args: there is no pretrained; choose from run, checkpoint, model, vocab_bpe"),
+        ({"pretrained": "gpt2"}, "--model_args: there is no pretrained; choose from run, checkpoint, model,"),
         ({"dtype": "float32"}, "--model_args: give either model=SIZE"),
         ({"model": "x", "run": "y"}, "--model_args: give either model=SIZE"),
         ({"model": "x", "batch_size": "many"}, "--batch_size many: give a number from 1 to 65536, or auto"),
