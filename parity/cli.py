@@ -23,7 +23,7 @@ from parity.storage.paths import user_path
 # Old spellings of options. They still work, with a warning, in every script that has the new option.
 DEPRECATED = {"--init": "--init-from", "--initial": "--init-scheme", "--validation-part": "--validation-fraction"}
 # Options whose text is a name or a path.
-_NAMES_OR_PATHS = {"corpus", "eval_prompts", "init_from", "model", "source", "weights"}
+_NAMES_OR_PATHS = {"compare", "corpus", "eval_prompts", "init_from", "model", "source", "weights"}
 # A line of a module's docstring that shows a command. tyro joins lines that are not indented.
 _EXAMPLE = re.compile(r"^(python|torchrun) ", re.MULTILINE)
 

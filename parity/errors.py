@@ -39,7 +39,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 _SIGPIPE = 13  # the signal that ends other programs when the reader of their output is gone; not on Windows
 # Packages that may be absent, and the extra of this project that installs each.
 _EXTRAS = dict.fromkeys(("jax", "jaxlib", "flax", "optax", "orbax", "tensorstore"), "jax")
-_EXTRAS |= {"torch": "torch", "tensorflow": "tf", "transformers": "test", "lm_eval": "eval"}
+_EXTRAS |= {"torch": "torch", "tensorflow": "tf", "transformers": "test", "lm_eval": "eval", "yaml": "eval"}
 
 
 def report_error(error: BaseException) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from parity.cli import parse, read_text
 from parity.console import PlainConsole
@@ -35,6 +35,8 @@ from parity.evaluation.weights import weights_sha256
 from parity.loading import Loaded, ModelArgs
 from parity.training.processes import Processes
 from parity.training.runs import RunFolder
+
+_COLUMNS = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,18 +136,11 @@ def processes(args: Args) -> Iterator[Processes]:
 def evaluate(args: Args, protocols: list[Protocol], these: Processes, console: PlainConsole) -> None:
     models = load_models(args, these)
     tokenizer = models[0].loaded.tokenizer
-    task = Task(
-        None,
-        tokenizer,
-        min(model.scorer.config.n_ctx for model in models),
-        args.control,
-        args.corpus,
-        args.split,
-        stop_words(args),
-        args.data,
-        args.limit,
-    )
-    tasks = {protocol.name: prepared(protocol, task) for protocol in protocols}
+    n_ctx = min(model.scorer.config.n_ctx for model in models)
+    words = stop_words(args)
+    task = Task(None, tokenizer, n_ctx, args.control, args.corpus, args.split, words, args.data, args.limit)
+    stderr = PlainConsole(stderr=True, lossy=True, quiet=not these.first)
+    tasks = {protocol.name: prepared(protocol, task, stderr) for protocol in protocols}
     common = {
         "tokenizer": tokenizer.name,
         "backend": args.backend,
@@ -161,7 +156,7 @@ def evaluate(args: Args, protocols: list[Protocol], these: Processes, console: P
         "batch_size": args.batch_size,
         "mesh": args.mesh,
         "processes": these.count,
-        "stop_words": sorted(task.stop_words) if task.stop_words is not None else None,
+        "stop_words": sorted(task.stop_words or ()),
         "protocols": {
             protocol.name: {"version": protocol.version, "data_sha256": tasks[protocol.name][1]["sha256"]}
             for protocol in protocols
@@ -176,7 +171,7 @@ def evaluate(args: Args, protocols: list[Protocol], these: Processes, console: P
         for protocol in protocols:
             task, source = tasks[protocol.name]
             of_protocol = items[protocol.name]
-            rows = [score(protocol, task, of_protocol, model, records, label, these) for label, model in labelled]
+            rows = [score(protocol, task, of_protocol, model, records, label, stderr) for label, model in labelled]
             is_comparable = source["is_published"] and args.limit is None and not args.control
             results.append(
                 {
@@ -201,14 +196,15 @@ def load_models(args: Args, these: Processes) -> list[Model]:
     if args.compare is not None:
         is_run = RunFolder(Path(args.compare)).checkpoints.is_dir()
         other = {"run": Path(args.compare), "model": None} if is_run else {"run": None, "model": args.compare}
-        chosen.append(dataclasses.replace(args, checkpoint="newest", **other))  # type: ignore[arg-type]
+        chosen.append(dataclasses.replace(args, checkpoint="newest", adapter=None, **other))  # type: ignore[arg-type]
     models = []
     for options in chosen:
         loaded = options.load()
         model = loaded.backend.cast(loaded.model, args.dtype)
         scorer = Scorer(loaded.backend, model, args.batch_size, make_mesh(args, these))
-        name = str(options.run or options.model)
-        models.append(Model(name, loaded._replace(model=None), scorer, weights_sha256(loaded.folder)))
+        name = f"{options.run or options.model}{f' + {options.adapter}' if options.adapter else ''}"
+        sha256 = weights_sha256(loaded.backend, loaded.model, loaded.folder, options.adapter)
+        models.append(Model(name, loaded._replace(model=None), scorer, sha256))
     names = [model.loaded.tokenizer.name for model in models]
     if len(set(names)) > 1:
         raise InputError(f"--compare needs models with the same tokenizer; these have {' and '.join(names)}")
@@ -241,10 +237,16 @@ def stop_words(args: Args) -> frozenset[str] | None:
     return words
 
 
-def prepared(protocol: Protocol, task: Task) -> tuple[Task, dict[str, Any]]:
+def prepared(protocol: Protocol, task: Task, console: PlainConsole) -> tuple[Task, dict[str, Any]]:
     """Return the task with the protocol's file, and what was read."""
     if protocol.data is not None:
-        content = data.read(protocol.data, task.path)
+        with Progress(*_COLUMNS, DownloadColumn(), console=console, transient=True) as progress:
+            bar = progress.add_task(protocol.data.file.name, total=protocol.data.file.size, visible=False)
+
+            def show(received: int) -> None:
+                progress.update(bar, completed=received, visible=True)
+
+            content = data.read(protocol.data, task.path, show)
         source = {"name": protocol.data.name, "sha256": content.sha256, "is_published": content.is_published}
         return task._replace(content=content), source
     assert protocol.identify is not None
@@ -273,13 +275,11 @@ def score(
     model: Model,
     records: Records,
     label: str,
-    these: Processes,
+    console: PlainConsole,
 ) -> list[Record]:
     """Score the items of a protocol, and show the progress on standard error."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
-    console = PlainConsole(stderr=True, lossy=True, quiet=not these.first)
     done, add = records.done(protocol.name, label), functools.partial(records.add, protocol.name, label)
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*_COLUMNS, console=console, transient=True) as progress:
         bar = progress.add_task(f"{protocol.name}, {model.name}", total=None)
 
         def show(n: int, total: int) -> None:

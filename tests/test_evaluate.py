@@ -7,7 +7,8 @@ import sys
 import evaluate
 import numpy as np
 import pytest
-from support.runs import run_script
+from support.processes import finish, free_port, spawn
+from support.runs import ROOT, run_script
 
 from parity.config import GPTConfig
 from parity.data.tokenizer import load_tokenizer
@@ -253,3 +254,32 @@ def test_the_script_as_a_program(workplace, models):
     assert bad.returncode == 2
     assert "holds no lambada_test.jsonl" in bad.stderr
     assert "Traceback" not in bad.stderr
+
+
+@pytest.mark.slow
+def test_devices_and_processes_give_the_same_records(workplace, models):
+    """A mesh of two devices, two processes of JAX, and two of torchrun."""
+    script = [sys.executable, ROOT / "scripts" / "evaluate.py", *LAST_WORD[:2], "--data", workplace]
+    script += ["--model", models / "0"]
+    address = f"127.0.0.1:{free_port()}"
+    torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+
+    def together(index):
+        return "--coordinator", address, "--num-processes", 2, "--process-id", index
+
+    started = {
+        "torch": [(["--backend", "torch"], {})],
+        "torchrun": [(["--backend", "torch"], {**torchrun, "RANK": str(index)}) for index in range(2)],
+        "jax": [([], {})],
+        "mesh": [(["--mesh", "data=2"], {"JAX_NUM_CPU_DEVICES": "2"})],
+        "processes": [(together(index), {}) for index in range(2)],
+    }
+    found = {}
+    for name, runs in started.items():
+        out = workplace / name
+        for result in finish([spawn([*script, *options, "--out", out], **more) for options, more in runs]):
+            assert result[0] == 0, result
+        found[name] = records(out)
+    assert found["torch"] == found["torchrun"]
+    assert found["jax"] == found["mesh"] == found["processes"]
+    assert len(found["jax"]) == len(LINES)

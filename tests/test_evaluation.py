@@ -26,7 +26,7 @@ from parity.evaluation.protocol import Task
 from parity.evaluation.records import Records
 from parity.evaluation.run import items_of, records_of
 from parity.evaluation.scorer import Scorer
-from parity.evaluation.weights import weights_sha256
+from parity.evaluation.weights import files_sha256, weights_sha256
 from parity.storage.download import RemoteFile
 from parity.weights import huggingface, openai
 
@@ -286,16 +286,25 @@ def test_weights_are_recognized_by_their_hash(tmp_path):
     huggingface.write(tmp_path / "hf", TINY, arrays, "huggingface", None)
     file = tmp_path / "hf" / "model.safetensors"
     expected = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert weights_sha256(tmp_path / "hf") == weights_sha256(file) == expected
+    assert files_sha256(tmp_path / "hf") == files_sha256(file) == expected
     openai.write(tmp_path / "tf", TINY, dict(weights.convert(arrays, "huggingface", "openai", TINY)))
     content = (tmp_path / "tf" / "model.ckpt.data-00000-of-00001").read_bytes()
-    assert weights_sha256(tmp_path / "tf") == hashlib.sha256(content).hexdigest()
+    assert files_sha256(tmp_path / "tf") == hashlib.sha256(content).hexdigest()
     shards = tmp_path / "shards"
     shards.mkdir()
     (shards / "model.safetensors.index.json").write_text("{}")
     for number in (1, 2):
         shutil.copy(file, shards / f"model-0000{number}-of-00002.safetensors")
-    assert len(weights_sha256(shards)) == 64
-    assert weights_sha256(shards) != expected
-    with pytest.raises(InputError, match="holds no weights"):
-        weights_sha256(tmp_path)
+    assert len(files_sha256(shards)) == 64
+    assert files_sha256(shards) != expected
+    assert files_sha256(tmp_path) is None
+
+
+def test_adapters_make_another_model(tmp_path):
+    """The hash is then that of the merged weights, whichever file they come from."""
+    huggingface.write(tmp_path, TINY, probing_weights(TINY, np.float32), "huggingface", None)
+    model = gpt_torch.load_pretrained(tmp_path)
+    plain, merged = (weights_sha256(gpt_torch, model, tmp_path, adapter) for adapter in (None, tmp_path))
+    assert plain == files_sha256(tmp_path)
+    assert merged != plain
+    assert merged == weights_sha256(gpt_jax, gpt_jax.load_pretrained(tmp_path), tmp_path / "config.json", tmp_path)

@@ -7,7 +7,7 @@ import io
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -69,13 +69,14 @@ class Content(NamedTuple):
                 yield as_object(parse(line, origin, strict=False), origin), origin
 
 
-def read(file: DataFile, path: Path | None = None) -> Content:
+def read(file: DataFile, path: Path | None = None, on_progress: Callable[[int], None] = lambda done: None) -> Content:
     """Read the file of a protocol.
 
     Args:
         file: The published file.
         path: The file on this machine, the archive that contains it, or a folder with either. By default the file is
             downloaded into the cache folder once.
+        on_progress: Called with the number of bytes downloaded so far.
 
     Raises:
         InputError: If it cannot be downloaded, is missing or damaged, or is an archive without the member.
@@ -83,7 +84,7 @@ def read(file: DataFile, path: Path | None = None) -> Content:
     if path is None:
         target = cache_folder() / "evaluation" / file.file.name
         try:
-            found = fetch(file.file, target, file.addresses)
+            found = fetch(file.file, target, file.addresses, on_progress=on_progress)
         except InputError as error:
             raise InputError(f"{error}; or name the file with --data") from None
     else:

@@ -35,7 +35,8 @@ def show(console: PlainConsole, result: dict[str, Any]) -> None:
 
 def _line(name: str, metric: dict[str, Any], sign: str = "") -> str:
     error = "" if metric["standard_error"] is None else f" ± {metric['standard_error']:.4f}"
-    return f"    {name:24} {metric['value']:{sign}.4f}{error} {metric['unit']}"
+    value = "too large" if metric["value"] is None else f"{metric['value']:{sign}.4f}"
+    return f"    {name:24} {value}{error} {metric['unit']}"
 
 
 def show_list(console: PlainConsole) -> None:

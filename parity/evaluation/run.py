@@ -1,5 +1,6 @@
 """Apply a protocol to a model: items to scores to records, and records to results."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -103,7 +104,7 @@ def results_of(
         for metric, number in published.items():
             entry = metrics[metric]
             entry["published"] = {"value": number.value, "source": number.source}
-            if error := entry["standard_error"]:
+            if (error := entry["standard_error"]) and entry["value"] is not None:
                 entry["published"]["difference_in_standard_errors"] = (entry["value"] - number.value) / error
         entries.append({"name": name, "weights_sha256": sha256, "openai_model": size, "metrics": metrics})
     if len(models) == 1:
@@ -113,7 +114,10 @@ def results_of(
 
 
 def _entry(metric: Metric, value: Estimate) -> dict[str, Any]:
-    entry: dict[str, Any] = {"value": value.value, "unit": metric.unit, "standard_error": value.standard_error}
-    if value.groups:
-        entry["groups"] = value.groups
-    return entry
+    entry = {"value": _finite(value.value), "unit": metric.unit, "standard_error": _finite(value.standard_error)}
+    return {**entry, "groups": value.groups} if value.groups else entry
+
+
+def _finite(number: float | None) -> float | None:
+    """Return None for the perplexity of a model that is too bad for one; JSON has no infinity."""
+    return number if number is not None and math.isfinite(number) else None

@@ -2,9 +2,10 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
-from parity.errors import InputError
 from parity.storage.manifest import file_sha256
+from parity.weights.digest import sha256_of
 from parity.weights.files import huggingface_files, tensorflow_files
 
 OPENAI_WEIGHTS = {
@@ -16,12 +17,22 @@ OPENAI_WEIGHTS = {
 """{sha256 of a file with weights: size of OpenAI's model}."""
 
 
-def weights_sha256(path: Path) -> str:
-    """Return the sha256 of the file with the weights, in a folder or by itself; of several files, that of their hashes.
+def weights_sha256(backend: Any, model: Any, folder: Path, adapter: Path | None = None) -> str:
+    """Return the sha256 of the file that a model was loaded from; of several files, that of their hashes.
 
-    Raises:
-        InputError: If the folder holds no weights.
+    Args:
+        backend: The package gpt_torch or gpt_jax.
+        model: A GPTModel of the backend.
+        folder: The folder or file that it was loaded from.
+        adapter: The adapter that was merged into it. The sha256 is then that of the merged weights, as it is if
+            `folder` holds only an adapter, which names its base.
     """
+    sha256 = None if adapter is not None else files_sha256(folder)
+    return sha256 or sha256_of(backend.export_weights(model))
+
+
+def files_sha256(path: Path) -> str | None:
+    """Return the sha256 of the weights in a folder, or of a file; None for a folder without weights."""
     files = [path]
     if path.is_dir() and tensorflow_files(path):
         files = sorted(path.glob("*.data-?????-of-?????"))
@@ -31,7 +42,7 @@ def weights_sha256(path: Path) -> str:
             stem, suffix = files[0].name.removesuffix(".index.json").split(".")
             files = sorted(path.glob(f"{stem}-*-of-*.{suffix}"))
     if not files:
-        raise InputError(f"{path} holds no weights")
+        return None
     if len(files) == 1:
         return file_sha256(files[0])
     lines = "".join(f"{file_sha256(file)}  {file.name}\n" for file in files)
