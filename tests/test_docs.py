@@ -39,6 +39,7 @@ PROGRAMS = "python|make|srun|torchrun|pip|git|sbatch|kubectl|pre-commit|[A-Z][A-
 LAST_STEP = "000060"
 # Commands for training that need neither a GPU nor minutes. Both scripts read their options in parity.training.args.
 TRAINED = ("--init-from 124M", "--run runs/NAME --resume")
+TUNED = ("--backend", "torch", "--n-layer", 1, "--n-embd", 16, "--steps", 2, "--eval-items", 2, "--sample-tokens", 2)
 # Executed as shown, on small files; other scripts' commands are parsed, and executed by tests of their own.
 EXECUTED = ("generate", "convert", "prepare_data", "plan", "runs", "cache")
 
@@ -137,14 +138,15 @@ def check_command(line, monkeypatch, parse_only=True):
 
 
 @pytest.fixture(scope="module")
-def small_files(finished_runs, vocab_bpe, tmp_path_factory):
+def small_files(finished_runs, shared_run, vocab_bpe, tmp_path_factory):
     """A folder in which the commands of the documentation find small files under the names that they use.
 
-    "124M" in the cache is a model with GPT-2's vocabulary and four small layers. The run has LAST_STEP steps in place
-    of the 600 that the documentation names.
+    "124M" in the cache, which stands for all sizes, is a model with GPT-2's vocabulary and four small layers. The run
+    has LAST_STEP steps in place of the 600 that the documentation names.
     """
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(finished_runs["jax"][0], folder / "runs" / "NAME")
+    shutil.copytree(shared_run("tuned", "finetune.py", *TUNED)[0], folder / "runs" / "TUNED")
     config = GPTConfig(n_ctx=64, n_embd=24, n_head=12, n_layer=4)
     arrays = initial_weights(config, 0)
     openai.write(folder / "124M", config, dict(weights.convert(arrays, "huggingface", "openai", config)))
@@ -164,7 +166,7 @@ def workplace(small_files, monkeypatch, tmp_path):
     """The small files as the working directory, and as the model that "124M" downloads."""
     monkeypatch.chdir(small_files)
     monkeypatch.setenv("GPT_PARITY_CACHE", str(tmp_path))
-    monkeypatch.setattr(openai_files, "download_model", lambda size: small_files / size)
+    monkeypatch.setattr(openai_files, "download_model", lambda size: small_files / "124M")
     monkeypatch.setenv("COLUMNS", "300")
     shutil.copy(small_files / "vocab.bpe", tmp_path)
     yield small_files

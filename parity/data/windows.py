@@ -15,13 +15,10 @@ from parity.errors import InputError
 class Dataset(Protocol):
     """What the training loop needs from a dataset; Windows is one, and any class with these members can replace it.
 
-    Batches are pairs (inputs, targets) of int32 arrays [B, T] with T = n_ctx. The target at a position is the id to
-    predict there, or IGNORE_INDEX if the loss should ignore the position: padding, or a prompt.
-    Inputs are always in the vocabulary, at ignored positions too.
+    Batches are pairs (inputs, targets) of int32 arrays [B, T]; T is at most the model's n_ctx, and may differ between
+    batches. The target at a position is the id to predict there, or IGNORE_INDEX if the loss should ignore the
+    position: padding, or a prompt. Inputs are always in the vocabulary, at ignored positions too.
     """
-
-    n_ctx: int
-    """Number of positions T of each row."""
 
     @property
     def n_targets(self) -> int:
@@ -36,7 +33,7 @@ class Dataset(Protocol):
             seed: Seed of the order.
             step: Number of the step, from 0.
             size: Number of rows in the whole batch.
-            places: Rows of the batch to return; by default all.
+            places: Rows of the batch to return; by default all. T does not depend on them.
         """
 
     def batch_windows(self, seed: int, step: int, size: int) -> list[int]:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 
@@ -53,12 +53,22 @@ class JobArgs:
     model: tyro.conf.OmitArgPrefixes[GPTConfig] = dataclasses.field(default_factory=lambda: PRESETS["small"])
     settings: tyro.conf.OmitArgPrefixes[TrainSettings] = dataclasses.field(default_factory=TrainSettings)
 
+    @property
+    def keeps_base(self) -> bool:
+        """Whether a resumed run needs the weights of --init-from again, because its checkpoints have adapters only."""
+        return False
+
+    def more_entries(self) -> dict[str, Any]:
+        """Return what the run's config.json records in addition to preset, model and settings."""
+        return {}
+
 
 Args = TypeVar("Args", bound=JobArgs)
+Settings = TypeVar("Settings", bound=TrainSettings)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Decisive:
+class Decisive:
     """The options that determine the defaults of the others; None if they are not given."""
 
     preset: str | None = None
@@ -88,10 +98,12 @@ def parse_job_args(cls: type[Args], description: str | None, args: Sequence[str]
         InputError: If the preset, the run or the weights do not exist, a value is out of range, or options contradict
             each other.
     """
-    given = cli.parse_known(_Decisive, args)
+    given = cli.parse_known(Decisive, args)
     if given.resume and given.run is None:
         raise InputError("--resume continues the run in --run; name its folder")
     if given.resume and given.run is not None:
+        if "tune" in RunFolder(given.run).config():
+            raise InputError(f"--run {given.run} is a run of scripts/finetune.py; resume it with that script")
         saved = read_run(RunFolder(given.run))
         default = dataclasses.replace(cls(), **saved._asdict(), accumulate_is_default=False)
         parsed = cli.parse(cls, description, default, args)
@@ -102,32 +114,47 @@ def parse_job_args(cls: type[Args], description: str | None, args: Sequence[str]
     preset = given.preset or ("small" if given.init_from is None else FINE_TUNING)
     if preset == FINE_TUNING and given.init_from is None:
         raise InputError(f"--preset {FINE_TUNING} needs weights to start from; name them with --init-from")
-    settings = recipe(preset).settings
-    if given.init_from is None:
-        model = recipe(preset).model
-        n_vocab = _N_VOCAB.get(given.tokenizer or settings.tokenizer, model.n_vocab)
-        model = dataclasses.replace(model, n_vocab=n_vocab)
-    else:
-        model = read_folder(weights_folder(given.init_from))[0]
-        if given.tokenizer is None:
-            by_size: Literal["bytes", "gpt2"] = "gpt2" if model.n_vocab >= GPT2Tokenizer.n_vocab else "bytes"
-            settings = dataclasses.replace(settings, tokenizer=own_tokenizer(given.init_from) or by_size)
+    model, settings = start_values(given, recipe(preset).model, recipe(preset).settings)
     default = dataclasses.replace(
         cls(),
         preset=preset,
         model=model,
-        settings=_derived(settings, given),
+        settings=settings,
         accumulate_is_default=given.accumulate is None,
     )
-    parsed = cli.parse(cls, description, default, args)
-    if parsed.settings.min_lr > parsed.settings.lr:
-        raise InputError(
-            f"--min-lr {parsed.settings.min_lr:g}: the learning rate cannot fall to it from --lr {parsed.settings.lr:g}"
-        )
-    return parsed
+    return check_rates(cli.parse(cls, description, default, args))
 
 
-def _derived(settings: TrainSettings, given: _Decisive) -> TrainSettings:
+def check_rates(args: Args) -> Args:
+    """Return the options; raises InputError if the learning rate would rise to its final value."""
+    settings = args.settings
+    if settings.min_lr > settings.lr:
+        raise InputError(f"--min-lr {settings.min_lr:g}: the learning rate cannot fall to it from --lr {settings.lr:g}")
+    return args
+
+
+def start_values(given: Decisive, model: GPTConfig, settings: Settings) -> tuple[GPTConfig, Settings]:
+    """Return the model and the settings of a new run, before the options that do not decide about others.
+
+    Args:
+        given: The options that decide about others.
+        model: The model of the preset; --init-from replaces it.
+        settings: The settings of the preset.
+
+    Raises:
+        InputError: If the weights of --init-from do not exist.
+    """
+    if given.init_from is None:
+        n_vocab = _N_VOCAB.get(given.tokenizer or settings.tokenizer, model.n_vocab)
+        return dataclasses.replace(model, n_vocab=n_vocab), _derived(settings, given)
+    model = read_folder(weights_folder(given.init_from))[0]
+    if given.tokenizer is None:
+        by_size: Literal["bytes", "gpt2"] = "gpt2" if model.n_vocab >= GPT2Tokenizer.n_vocab else "bytes"
+        settings = dataclasses.replace(settings, tokenizer=own_tokenizer(given.init_from) or by_size)
+    return model, _derived(settings, given)
+
+
+def _derived(settings: Settings, given: Decisive) -> Settings:
     """Adapt settings that are not given to those that are.
 
     The final learning rate keeps its ratio to a peak that is lower than the preset's. The warm-up is at most a tenth

@@ -5,7 +5,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from rich.console import Console
 
 from parity import weights
 from parity.config import GPTConfig
-from parity.data.corpora import Corpus, load_corpus
-from parity.data.tokenizer import Tokenizer, encode_prompt, load_tokenizer
-from parity.data.windows import Dataset, Windows
+from parity.data.corpora import Corpus
+from parity.data.tokenizer import Tokenizer, load_tokenizer
+from parity.data.windows import Dataset
 from parity.errors import InputError
 from parity.storage import manifest as manifests
 from parity.training import checkpoints
@@ -29,11 +29,13 @@ from parity.training.agreement import (
 from parity.training.args import JobArgs
 from parity.training.bigram import bigram_loss
 from parity.training.initial import own_tokenizer, weights_folder
+from parity.training.job_data import JobData, load_windows
 from parity.training.loggers import Logger, open_loggers
 from parity.training.processes import ALONE, Processes
 from parity.training.run_config import run_config
 from parity.training.runs import RunFolder
 from parity.training.settings import CHANGEABLE_KEYS, TrainSettings
+from parity.training.trainer import Trainer
 from parity.weights.load import read_folder
 
 _MOST_BIGRAM_TOKENS = 50_000_000  # counting the bigrams of a larger corpus takes too much time and memory
@@ -41,7 +43,7 @@ _MOST_BIGRAM_TOKENS = 50_000_000  # counting the bigrams of a larger corpus take
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Everything about a run that does not depend on the framework."""
+    """Everything about a run that does not depend on the framework; JobData explains what describes its data."""
 
     args: JobArgs
     config: GPTConfig
@@ -53,9 +55,11 @@ class Job:
     train: Dataset
     validation: Dataset
     prompts: Sequence[Sequence[int]]
-    """Token ids of the prompts that each evaluation continues."""
     corpus_samples: str
     """Hash of samples of the corpus's tokens, which shows files that were changed in place."""
+    sample_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    measure: Callable[[Trainer], Mapping[str, float]] | None = None
+    has_baseline: bool = True
     bigram: float | None = None
     """Validation loss of the baseline in nats per token, if it was computed."""
     loggers: Sequence[Logger] = ()
@@ -71,8 +75,8 @@ class Job:
 
     @property
     def init_from(self) -> str | None:
-        """The weights to start from; a resumed run has weights of its own."""
-        return None if self.is_resuming else self.args.init_from
+        """The weights to start from; a resumed run has weights of its own, unless they are adapters."""
+        return None if self.is_resuming and not self.args.keeps_base else self.args.init_from
 
     @property
     def micro_size(self) -> int:
@@ -86,12 +90,17 @@ class Job:
             logger(entries)
 
 
-def load_job(args: JobArgs, processes: Processes = ALONE) -> Job:
+def load_job(
+    args: JobArgs,
+    processes: Processes = ALONE,
+    load_data: Callable[[JobArgs, Tokenizer], JobData] = load_windows,
+) -> Job:
     """Load tokenizer, corpus and configuration of a run; nothing is written yet.
 
     Args:
         args: The options.
         processes: The processes that work on the run together.
+        load_data: Reads the data that the options name.
 
     Raises:
         InputError: If something is missing, the options do not fit each other, or the processes of the run were given
@@ -103,11 +112,7 @@ def load_job(args: JobArgs, processes: Processes = ALONE) -> Job:
     folder = args.run or Path("runs") / f"{started:%Y%m%d-%H%M%S}-{args.preset}-{number:04x}"
     tokenizer = load_tokenizer(settings.tokenizer, args.vocab_bpe)
     _check_model(args, tokenizer)
-    try:
-        corpus = load_corpus(settings.corpus, tokenizer, settings.validation_fraction)
-    except InputError as error:
-        hint = "; if the corpus has moved since the run began, name its new place with --corpus"
-        raise InputError(f"{error}{hint * args.resume}") from None
+    data = load_data(args, tokenizer)
     job = Job(
         args=args,
         config=config,
@@ -115,11 +120,8 @@ def load_job(args: JobArgs, processes: Processes = ALONE) -> Job:
         run=RunFolder(folder, writes=processes.first),
         processes=processes,
         tokenizer=tokenizer,
-        corpus=corpus,
-        train=Windows(corpus.train, config.n_ctx, config.n_vocab, settings.stride, name=f"{corpus.name} (training)"),
-        validation=Windows(corpus.validation, config.n_ctx, config.n_vocab, name=f"{corpus.name} (validation)"),
-        prompts=_prompts(settings, tokenizer, config),
-        corpus_samples=sampled_sha256([*corpus.train, *corpus.validation]),
+        corpus_samples=sampled_sha256([*data.corpus.train, *data.corpus.validation]),
+        **data._asdict(),
     )
     if processes.count > 1 and (different := processes.differences(_facts(job))):
         raise InputError(
@@ -190,7 +192,7 @@ def start_run(job: Job, backend: str, device_info: Mapping[str, str], console: C
         if text:
             console.print(f"{name:<10} {text}", highlight=False, soft_wrap=True)
     bigram = None
-    if job.processes.first and n_train <= _MOST_BIGRAM_TOKENS:
+    if job.has_baseline and job.processes.first and n_train <= _MOST_BIGRAM_TOKENS:
         bigram = bigram_loss(job.corpus.train, job.corpus.validation, job.config.n_vocab)
         console.print(f"baseline   bigram model, validation loss {bigram:.4f}  perplexity {math.exp(bigram):.2f}")
     return dataclasses.replace(job, bigram=bigram, loggers=loggers, resumed_step=resumed_step, identity=run.identity())
@@ -199,7 +201,8 @@ def start_run(job: Job, backend: str, device_info: Mapping[str, str], console: C
 def _entries(job: Job) -> dict[str, Any]:
     """Return the entries of the run's config.json."""
     args, corpus = job.args, job.corpus
-    return run_config(args.preset, job.config, job.settings, corpus.sha256, args.init_from, job.corpus_samples)
+    entries = run_config(args.preset, job.config, job.settings, corpus.sha256, args.init_from, job.corpus_samples)
+    return {**entries, **args.more_entries()}
 
 
 def _state(run: RunFolder, resumed_step: int | None) -> str:
@@ -281,20 +284,3 @@ def _check_model(args: JobArgs, tokenizer: Tokenizer) -> None:
     top_k = args.settings.sample_top_k
     if top_k is not None and top_k > config.n_vocab:
         raise InputError(f"--sample-top-k {top_k}: the model has only {config.n_vocab} tokens")
-
-
-def _prompts(settings: TrainSettings, tokenizer: Tokenizer, config: GPTConfig) -> list[Sequence[int]]:
-    texts, origin = [settings.sample_prompt], "--sample-prompt"
-    if settings.eval_prompts is not None:
-        origin = f"--eval-prompts {settings.eval_prompts}"
-        try:
-            texts = [line for line in Path(settings.eval_prompts).read_text(encoding="utf-8").splitlines() if line]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{origin} cannot be read ({error})") from None
-        if not texts:
-            raise InputError(f"{origin} contains no prompt; write one per line")
-    prompts = [encode_prompt(tokenizer, text) for text in texts]
-    for text, prompt in zip(texts, prompts, strict=True):
-        if len(prompt) >= config.n_ctx:
-            raise InputError(f"{origin}: {text!r} has {len(prompt)} tokens, the context is {config.n_ctx}; shorten it")
-    return prompts

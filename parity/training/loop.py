@@ -128,7 +128,6 @@ def train_loop(trainer: Trainer, job: Job, done: int | None, console: Console) -
             validation loss is not finite. Earlier checkpoints are kept.
     """
     settings = job.settings
-    tokens_per_step = settings.batch_size * job.train.n_ctx
     pending: list[Pending] = []
     summary = TextColumn("{task.fields[summary]}", markup=False)
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), summary)
@@ -138,22 +137,23 @@ def train_loop(trainer: Trainer, job: Job, done: int | None, console: Console) -
             done = 0
             _evaluate_and_save(trainer, job, done, console)
         bar = progress.add_task("training", total=settings.steps, completed=done, summary="compiling")
-        last_time, last_step = time.perf_counter(), done
+        last_time, n_tokens = time.perf_counter(), 0
         batches = stack.enter_context(contextlib.closing(_batches(trainer, job, done)))
         for step, (inputs, targets) in zip(range(done, settings.steps), batches, strict=True):
             lr = learning_rate(step, settings.lr, settings.min_lr, settings.warmup, settings.steps)
             pending.append(Pending(step + 1, lr, trainer.train_step(inputs, targets, lr, step)))
             finished = step + 1
+            n_tokens += settings.batch_size * inputs.shape[-1]
             evaluating = finished % settings.eval_every == 0 or finished == settings.steps
             reading = evaluating or finished % settings.log_every == 0
             # Several processes must agree to stop, which waits for the device; so only where they wait anyway.
             stopping = job.processes.all_reduce_max(stop.received) if reading or job.processes.count == 1 else 0
             if reading or stopping:
                 loss = _log_steps(job, pending, console)
-                speed = (finished - last_step) * tokens_per_step / (time.perf_counter() - last_time)
+                speed = n_tokens / (time.perf_counter() - last_time)
                 progress.update(bar, completed=finished, summary=f"loss {loss:.3f}  lr {lr:.1e}  {speed:,.0f} tokens/s")
                 pending.clear()
-                last_time, last_step = time.perf_counter(), finished
+                last_time, n_tokens = time.perf_counter(), 0
             if evaluating:
                 if not console.is_terminal:
                     console.print(f"step {finished:>6}  training loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s")
@@ -169,14 +169,14 @@ def train_loop(trainer: Trainer, job: Job, done: int | None, console: Console) -
 
 def _batches(trainer: Trainer, job: Job, done: int) -> Generator[tuple[Any, Any], None, None]:
     """Yield the batches of the steps from `done` on, as to_device() returns them, prefetched on another thread."""
-    settings, n_ctx = job.settings, job.train.n_ctx
+    settings = job.settings
     rows = np.arange(settings.batch_size).reshape(-1, job.micro_size)  # [A, B]
     local_rows = rows[:, trainer.local_slice(job.micro_size)]
     flat_rows = local_rows.flatten().tolist()
 
     def load(step: int) -> tuple[Any, Any]:
         inputs, targets = job.train.batch(settings.seed, step, settings.batch_size, flat_rows)
-        shape = (*local_rows.shape, n_ctx)  # [A, B, T]
+        shape = (*local_rows.shape, inputs.shape[1])  # [A, B, T]
         return trainer.to_device(inputs.reshape(shape), targets.reshape(shape))
 
     return prefetch(load, range(done, settings.steps))
@@ -187,8 +187,10 @@ def _evaluate_and_save(trainer: Trainer, job: Job, step: int, console: Console) 
     if not math.isfinite(loss):
         raise InputError(f"step {step}: the validation loss is {loss}; nothing is saved; earlier checkpoints are kept")
     perplexity = math.exp(min(loss, 700))
-    job.log({"step": step, "validation_loss": loss, "perplexity": perplexity})
-    console.print(f"step {step:>6}  validation loss {loss:.4f}  perplexity {perplexity:.2f}")
+    measured = {} if job.measure is None else job.measure(trainer)
+    job.log({"step": step, "validation_loss": loss, "perplexity": perplexity, **measured})
+    more = "".join(f"  {name.replace('_', ' ')} {value:.3f}" for name, value in measured.items())
+    console.print(f"step {step:>6}  validation loss {loss:.4f}  perplexity {perplexity:.2f}{more}", soft_wrap=True)
     _save(trainer, job, step)
     _sample_and_plot(trainer, job, step, console)
 
@@ -201,6 +203,7 @@ def _sample_and_plot(trainer: Trainer, job: Job, step: int, console: Console) ->
             "seed": settings.seed,
             "temperature": settings.sample_temperature,
             "top_k": settings.sample_top_k,
+            **job.sample_options,
         }
         rows = []
         for first in range(0, len(job.prompts), SAMPLES_AT_ONCE):

@@ -1,0 +1,44 @@
+"""Examples that are made by rule, so that a small model can be tuned, and seen to have learned, without a download."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+EMBEDDED = "rules"
+"""Name of the examples made by rule."""
+
+_WORDS = {
+    "animal": "bear camel cow deer dog duck eagle fox goat hen horse lion mouse owl pig rabbit sheep snake tiger wolf",
+    "fruit": "apple banana cherry fig grape kiwi lemon lime mango melon olive orange papaya peach pear plum",
+    "color": "black blue brown crimson gray green pink purple red silver violet white yellow",
+    "tool": "axe broom chisel drill file fork hammer knife ladder pliers rake ruler saw scissors shovel spade",
+}
+_QUESTIONS = {
+    "kind": ("What kind of thing is it?", "Name its kind.", "Is it an animal, a fruit, a color or a tool?"),
+    "first": ("What is the first letter?", "Name its first letter."),
+    "parity": ("Is it even or odd?", "Even or odd?"),
+}
+
+
+def instructions(seed: int = 0) -> list[dict[str, str]]:
+    """Return different instructions with their responses, in Alpaca's form and in random order.
+
+    They ask what kind of thing a word names, for its first letter, and whether a number is even or odd. A held-out one
+    asks about a word or number that the others ask about in other words.
+    """
+    records = list(_records())
+    return [records[index] for index in np.random.default_rng(seed).permutation(len(records))]
+
+
+def _records() -> Iterator[dict[str, str]]:
+    for kind, words in _WORDS.items():
+        for word in words.split():
+            yield from _variants("kind", word, kind)
+            yield from _variants("first", word, word[0])
+    for number in range(10, 100):
+        yield from _variants("parity", str(number), "odd" if number % 2 else "even")
+
+
+def _variants(topic: str, given: str, answer: str) -> Iterator[dict[str, str]]:
+    for question in _QUESTIONS[topic]:
+        yield {"instruction": question, "input": given, "output": answer}

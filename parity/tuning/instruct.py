@@ -1,0 +1,168 @@
+"""Tuning on instructions with responses: the data of a run, and the answers to held-out instructions."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from parity.config import GPTConfig
+from parity.data.corpora import Corpus
+from parity.data.tokenizer import Tokenizer, stream_text
+from parity.errors import InputError
+from parity.training.job_data import JobData, prompt_texts
+from parity.training.trainer import Trainer
+from parity.tuning.args import TuneArgs
+from parity.tuning.embedded import EMBEDDED, instructions
+from parity.tuning.encoding import encode_example, encode_prompt
+from parity.tuning.examples import Examples, Fitted, fit
+from parity.tuning.records import Conversation, Record, Turn, conversation, read_records, split
+from parity.tuning.settings import TuneSettings
+from parity.tuning.template import render
+
+_SAMPLES = 3
+_ANSWERED_AT_ONCE = 32
+
+
+class Answer(NamedTuple):
+    """A model's response."""
+
+    text: str
+    """Without white space around it."""
+    ended: bool
+    """Whether the model ended it with the end-of-text token."""
+
+
+def read_instructions(name: str) -> list[Conversation]:
+    """Return the conversations of a file, or those made by rule.
+
+    Args:
+        name: "rules", or the path of a .json, .jsonl or .parquet file.
+
+    Raises:
+        InputError: If a record has no known form, or a response is empty; the message names the file and the place.
+    """
+    if name == EMBEDDED:
+        records = [Record(fields, f"{EMBEDDED}, item {n}") for n, fields in enumerate(instructions(), 1)]
+    else:
+        records = read_records(Path(name))
+    return [conversation(record) for record in records]
+
+
+def load_instructions(args: TuneArgs, tokenizer: Tokenizer) -> JobData:
+    """Return the data of a run that learns responses to instructions; see parity.training.job.load_job.
+
+    Raises:
+        InputError: For bad records and for too few of them; see read_instructions() and fit().
+    """
+    settings, tune, config = args.settings, args.tune, args.model
+    conversations = read_instructions(settings.corpus)
+    parts = split(conversations, tune.test_fraction, settings.validation_fraction)
+    for part, option in zip(parts, ("training", "--test-fraction", "--validation-fraction"), strict=True):
+        if not part and not (option == "--test-fraction" and not tune.test_fraction):
+            raise InputError(f"{settings.corpus}: of {len(conversations)} examples none is left for {option}")
+    train_part, test, validation_part = parts
+    prompts = [encode_prompt(render(c, tune.template), tokenizer, c.origin) for c in test[: tune.eval_items]]
+    _check_prompts(prompts, [c.origin for c in test], config)
+    train, validation = (
+        _encode(part, tune, config, tokenizer, settings.corpus) for part in (train_part, validation_part)
+    )
+    corpus = Corpus(
+        f"{settings.corpus}, {len(train.examples)} examples ({train}), {len(validation.examples)} for validation "
+        f"({validation}), {len(test)} for tests",
+        [_tokens(train)],
+        [_tokens(validation)],
+        hashlib.sha256(json.dumps([c._replace(origin="") for c in conversations]).encode()).hexdigest(),
+    )
+    measure = None
+    if prompts:
+        expected = [c.turns[-1].response for c in test[: tune.eval_items]]
+        measure = _exact_match(prompts, expected, settings.sample_tokens, tokenizer, config)
+    return JobData(
+        corpus=corpus,
+        train=Examples(train.examples, config.n_ctx, tokenizer.eos_id),
+        validation=Examples(validation.examples, config.n_ctx, tokenizer.eos_id),
+        prompts=_sample_prompts(args, tokenizer) or prompts[:_SAMPLES],
+        sample_options={"eos_id": tokenizer.eos_id},
+        measure=measure,
+        has_baseline=False,
+    )
+
+
+def _encode(
+    part: Sequence[Conversation], tune: TuneSettings, config: GPTConfig, tokenizer: Tokenizer, name: str
+) -> Fitted:
+    examples = [encode_example(render(c, tune.template), tokenizer, tune.loss_on, c.origin) for c in part]
+    max_length = min(tune.max_length or config.n_ctx, config.n_ctx)
+    return fit(examples, [c.origin for c in part], max_length, tune.overlong, name)
+
+
+def _tokens(fitted: Fitted) -> np.ndarray:
+    return np.concatenate([example.inputs for example in fitted.examples])
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], origins: Sequence[str], config: GPTConfig) -> None:
+    for prompt, origin in zip(prompts, origins, strict=False):
+        if len(prompt) >= config.n_ctx:
+            raise InputError(
+                f"{origin}: the instruction has {len(prompt)} tokens, the model's context {config.n_ctx}; shorten it"
+            )
+
+
+def _sample_prompts(args: TuneArgs, tokenizer: Tokenizer) -> list[list[int]]:
+    """Return the prompts of --sample-prompt and --eval-prompts, which are instructions; none by default."""
+    if not args.settings.sample_prompt and args.settings.eval_prompts is None:
+        return []
+    texts, origin = prompt_texts(args.settings)
+    conversations = [Conversation((Turn(text.strip(), "", ""),), "", origin) for text in texts]
+    prompts = [encode_prompt(render(c, args.tune.template), tokenizer, origin) for c in conversations]
+    _check_prompts(prompts, [origin] * len(prompts), args.model)
+    return prompts
+
+
+def _exact_match(
+    prompts: Sequence[Sequence[int]], expected: Sequence[str], most: int, tokenizer: Tokenizer, config: GPTConfig
+) -> Callable[[Trainer], Mapping[str, float]]:
+    """Return a function from a trainer to the fraction of responses that match, and of those that end."""
+
+    def measure(trainer: Trainer) -> dict[str, float]:
+        answers = answer(trainer.generate, prompts, most, tokenizer, config)
+        matches = sum(a.text == text for a, text in zip(answers, expected, strict=True))
+        return {
+            "exact_match": matches / len(answers),
+            "ended": sum(a.ended for a in answers) / len(answers),
+        }
+
+    return measure
+
+
+def answer(
+    generate: Callable[..., list[list[int]]],
+    prompts: Sequence[Sequence[int]],
+    most: int,
+    tokenizer: Tokenizer,
+    config: GPTConfig,
+) -> list[Answer]:
+    """Return the most likely responses to prompts, token by token.
+
+    Args:
+        generate: The backend's generate() for the model, with its arguments from the prompts on.
+        prompts: Token ids, from encode_prompt().
+        most: Largest number of tokens of a response.
+        tokenizer: The tokenizer.
+        config: The model's configuration.
+    """
+    answers = []
+    for first in range(0, len(prompts), _ANSWERED_AT_ONCE):
+        part = prompts[first : first + _ANSWERED_AT_ONCE]
+        room = [min(most, config.n_ctx - len(prompt)) for prompt in part]
+        own: list[dict[str, Any]] = [{"max_new_tokens": n} for n in room]
+        rows = generate(part, max(room), per_prompt=own, temperature=0.0, eos_id=tokenizer.eos_id)
+        for prompt, row in zip(part, rows, strict=True):
+            new = row[len(prompt) :]
+            ended = bool(new) and new[-1] == tokenizer.eos_id
+            text = "".join(stream_text(tokenizer, new[:-1] if ended else new)).strip()
+            answers.append(Answer(text, ended))
+    return answers

@@ -1,0 +1,144 @@
+"""Settings of tuning in addition to those of training, and the presets of scripts/finetune.py."""
+
+import dataclasses
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import tyro
+
+from parity.config import PRESETS, GPTConfig
+from parity.errors import InputError, check_choice
+from parity.training.settings import RECIPES, TrainSettings
+from parity.tuning.embedded import EMBEDDED
+from parity.tuning.encoding import LossOn
+from parity.tuning.examples import Overlong
+from parity.weights.adapters import LoraConfig
+
+Task = Literal["instruct"]
+Template = Literal["plain", "alpaca"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleSettings(TrainSettings):
+    """Settings of training as they apply to examples."""
+
+    corpus: Annotated[str, tyro.conf.arg(name="data")] = EMBEDDED
+    """Examples to train on: a .json, .jsonl or .parquet file, or rules, a set that is made by rule."""
+    validation_fraction: float = 0.05
+    """Fraction of the examples, from the end of the file, whose loss is the validation loss."""
+    steps: int = 300
+    """Number of optimizer steps."""
+    batch_size: int = 8
+    """Number of examples per optimizer step."""
+    accumulate: int | Literal["auto"] = 1
+    """Number of micro-batches that the batch is divided into. Their gradients are summed, so more of them take less
+    memory and do not change the result."""
+    stride: tyro.conf.Suppress[int | None] = None
+    """Not used: examples are no windows."""
+    sample_prompt: str = ""
+    """Instruction that is answered at each evaluation; by default those of the first three examples for tests."""
+    eval_prompts: str | None = None
+    """Text file with one instruction per line; each evaluation answers all of them instead of the sample prompt."""
+    sample_temperature: float = 0.0
+    """Temperature of the samples at each evaluation; 0 always takes the most likely token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneSettings:
+    """What a run learns from its examples.
+
+    Raises:
+        InputError: If a value is out of range.
+    """
+
+    task: Task = "instruct"
+    """What to learn: responses to instructions (instruct)."""
+    template: Template = "plain"
+    """Text around an instruction: the headings of Alpaca (plain), or two sentences before them as well (alpaca)."""
+    loss_on: LossOn = "response"
+    """Tokens that count in the loss: those of the responses, or all tokens."""
+    test_fraction: float = 0.1
+    """Fraction of the examples, from the middle of the file between those for training and those for validation, that
+    are held out to be answered."""
+    eval_items: int = 32
+    """Number of examples for tests that each evaluation answers, to count the responses that match exactly."""
+    max_length: int | None = None
+    """Largest number of tokens of an example; by default the model's context."""
+    overlong: Overlong = "cut"
+    """What to do with an example that is longer: cut its end off, drop it, or refuse to train."""
+
+    lora_rank: int | None = None
+    """Rank of LoRA adapters, which are then the only parameters that are trained; by default all are trained."""
+    lora_alpha: float = 16.0
+    """The output of an adapter is multiplied by alpha / rank."""
+    lora_dropout: float = 0.0
+    """Dropout probability of the adapters' inputs."""
+    lora_targets: tuple[str, ...] = ("all",)
+    """Linear layers with adapters: qkv, attn.out, mlp.in and mlp.out, all of these (all), or q, k and v one by one."""
+    lora_rslora: bool = False
+    """Multiply the output of an adapter by alpha / sqrt(rank) instead."""
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The options of the adapters, or None if all parameters are trained."""
+        if self.lora_rank is None:
+            return None
+        return LoraConfig(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets, self.lora_rslora)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))  # a list in JSON
+        _ = self.lora  # raises for options that are out of range
+        hints = get_type_hints(TuneSettings)
+        for name in ("task", "template", "loss_on", "overlong"):
+            check_choice(name, getattr(self, name), get_args(hints[name]))
+        for name, low, high in (("test_fraction", 0, 0.9), ("eval_items", 0, 2**20), ("max_length", 2, 2**24)):
+            value: Any = getattr(self, name)
+            if not (value is None and name == "max_length") and not low <= value <= high:
+                raise InputError(f"{name} must be between {low} and {high}, got {value!r:.60}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneRecipe:
+    """Model and settings of a preset."""
+
+    model: GPTConfig
+    """The model of a run without --init-from."""
+    settings: ExampleSettings
+    tune: TuneSettings
+
+
+_SETTINGS = ExampleSettings(
+    steps=300, accumulate=1, lr=5e-5, min_lr=5e-6, warmup=20, beta2=0.99, dtype="float32", eval_every=50,
+    sample_tokens=64,
+)  # fmt: skip
+RULES = "rules"
+"""The preset of runs without --data."""
+TUNE_RECIPES: dict[str, TuneRecipe] = {
+    # For two CPU cores and a small model of bytes.
+    RULES: TuneRecipe(
+        PRESETS["small"],
+        dataclasses.replace(
+            _SETTINGS, tokenizer="bytes", steps=500, batch_size=16, lr=3e-3, min_lr=1e-4, warmup=50, eval_every=100,
+            sample_tokens=16,
+        ),
+        TuneSettings(),
+    ),
+    "instruct": TuneRecipe(PRESETS["124M"], _SETTINGS, TuneSettings()),
+    # Raschka, "Build a Large Language Model (From Scratch)", chapter 7: two epochs of 935 examples in batches of 8,
+    # AdamW with torch's betas, no warm-up, no decay of the learning rate, no clipping; the loss is that of all tokens.
+    "book-instruct": TuneRecipe(
+        PRESETS["355M"],
+        dataclasses.replace(
+            _SETTINGS, steps=232, min_lr=5e-5, warmup=0, beta2=0.999, clip=1e9, seed=123, eval_every=29,
+            sample_tokens=256,
+        ),
+        TuneSettings(template="alpaca", loss_on="all"),
+    ),
+}  # fmt: skip
+
+
+def tune_recipe(preset: str) -> TuneRecipe:
+    """Return the recipe of a preset; raises InputError that lists the known presets if it is unknown."""
+    if preset not in TUNE_RECIPES:
+        training = "; it is one of the training scripts" if preset in RECIPES else ""
+        raise InputError(f"unknown preset {preset!r}{training}; choose one of {', '.join(TUNE_RECIPES)}")
+    return TUNE_RECIPES[preset]

@@ -1,0 +1,145 @@
+"""Tune a model on examples: instructions with their responses. Both backends take the same steps.
+
+python scripts/finetune.py                                        # a small model, on instructions made by rule
+python scripts/finetune.py --init-from runs/NAME                  # the same, from the weights of a run
+python scripts/finetune.py --backend torch --init-from 355M --data instruction-data.json --preset book-instruct
+python scripts/finetune.py --run runs/NAME --resume               # a run of either backend
+python scripts/finetune.py --run runs/NAME --predict test.json --out answers.json
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from parity.console import PlainConsole
+from parity.errors import InputError, exit_with_message
+from parity.loading import load_model_and_tokenizer
+from parity.storage.paths import user_path
+from parity.training.job import Job, describe_precision, load_job, start_run
+from parity.training.loop import resume_and_train
+from parity.training.processes import ALONE, Processes
+from parity.training.runs import RunFolder
+from parity.training.settings import FINE_TUNING, recipe
+from parity.tuning.args import TuneArgs, parse_tune_args, read_tuning
+from parity.tuning.instruct import load_instructions
+from parity.tuning.predict import predict
+from parity.weights.adapters import n_adapter_params
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(TuneArgs):
+    backend: Literal["jax", "torch"] = "jax"
+    """Framework that tunes the model, or that answers with --predict."""
+    device: Literal["auto", "cpu", "gpu", "cuda", "tpu", "mps"] = "auto"
+    """Device that runs the model. auto takes an accelerator if the framework sees one; gpu and cuda are the same."""
+    mesh: str | None = None
+    """Number of devices along each axis of JAX's mesh, for example data=2,fsdp=2. With torch use torchrun instead."""
+    compilation_cache: bool = True
+    """Keep the programs that JAX compiles in the cache folder, so that the next start need not compile them."""
+    predict: Path | None = None
+    """File of instructions that the run in --run answers, in place of training; it has the form of the data."""
+    out: Path | None = None
+    """File that the answers of --predict are written to, as JSON."""
+    checkpoint: str = "newest"
+    """Checkpoint that answers: newest (the newest intact one), best (lowest validation loss), or a step number."""
+
+
+def main() -> int:
+    args = parse_tune_args(Args, __doc__)
+    if args.mesh is not None and args.backend == "torch":
+        raise InputError(
+            "--mesh is an option of JAX; with --backend torch start one process per device: "
+            "torchrun --nproc-per-node N -- scripts/finetune.py --backend torch"
+        )
+    if args.predict is not None or args.out is not None:
+        return answer_file(args)
+    with processes(args.backend) as these:
+        console = PlainConsole(quiet=not these.first, lossy=True)
+        prepare = prepare_jax if args.backend == "jax" else prepare_torch
+        job = load_job(args, these, lambda _, tokenizer: load_instructions(args, tokenizer))
+        trainer, device_info = prepare(args, job)
+        return resume_and_train(trainer, start_run(job, args.backend, device_info, console), console)
+
+
+def processes(backend: str) -> contextlib.AbstractContextManager[Processes]:
+    """Return the processes of torchrun; with JAX there is one process."""
+    if backend == "torch":
+        return importlib.import_module("gpt_torch.distributed").processes()
+    return contextlib.nullcontext(ALONE)
+
+
+def prepare_torch(args: Args, job: Job) -> tuple[Any, dict[str, str]]:
+    """Return the trainer, and facts about the device for the summary."""
+    from gpt_torch.devices import choose_device, describe
+    from gpt_torch.train import Trainer
+
+    if job.micro_size % job.processes.count:
+        raise InputError(
+            f"micro-batches of {job.micro_size} examples are not divisible by {job.processes.count} processes; "
+            "change --batch-size or --accumulate"
+        )
+    device = choose_device(args.device)
+    lora = args.tune.lora
+    trainer = Trainer(job.config, job.settings, job.init_from, "sdpa", device, processes=job.processes, lora=lora)
+    precision = describe_precision(job.settings, "sdpa")
+    return trainer, {"device": describe(device), "precision": precision, **describe_adapters(args)}
+
+
+def prepare_jax(args: Args, job: Job) -> tuple[Any, dict[str, str]]:
+    """Return the trainer, and facts about the device for the summary."""
+    import jax
+
+    from gpt_jax.compilation_cache import enable_compilation_cache
+    from gpt_jax.devices import choose_attention, choose_device, describe
+    from gpt_jax.sharding import MeshShape, make_mesh
+    from gpt_jax.train import Trainer
+
+    device = choose_device(args.device)
+    jax.config.update("jax_default_device", device)
+    jax.config.update("jax_enable_x64", job.settings.dtype == "float64")
+    enable_compilation_cache(args.compilation_cache)
+    attention = choose_attention("auto", device, job.settings.dtype, job.config)
+    unroll, remat = recipe(FINE_TUNING).program(job.config.n_layer, device.platform)
+    mesh, mesh_info = None, ""
+    if args.mesh is not None:
+        shape = MeshShape.parse(args.mesh)
+        shape.check(job.config, job.micro_size)
+        mesh, mesh_info = make_mesh(shape, device.platform), f", {shape.size} of them: {shape}"
+    lora = args.tune.lora
+    trainer = Trainer(job.config, job.settings, job.init_from, attention.name, unroll, mesh, remat, lora)
+    precision = describe_precision(job.settings, str(attention))
+    return trainer, {"device": describe(device) + mesh_info, "precision": precision, **describe_adapters(args)}
+
+
+def describe_adapters(args: Args) -> dict[str, str]:
+    """Return the line of the summary about adapters, if there are any."""
+    lora = args.tune.lora
+    if lora is None:
+        return {}
+    return {"adapters": f"rank {lora.rank}, {n_adapter_params(args.model, lora):,} parameters; only these are trained"}
+
+
+def answer_file(args: Args) -> int:
+    """Answer the instructions of --predict with a finished run, and write the answers."""
+    if args.predict is None or args.out is None or args.run is None:
+        raise InputError("--predict FILE --out FILE needs --run, the run that answers; give all three")
+    saved = read_tuning(RunFolder(args.run))
+    backend = importlib.import_module(f"gpt_{args.backend}")
+    device = importlib.import_module(f"gpt_{args.backend}.devices").choose_device(args.device)
+    if args.backend == "jax":
+        importlib.import_module("gpt_jax.compilation_cache").enable_compilation_cache(args.compilation_cache)
+    model, tokenizer, _ = load_model_and_tokenizer(
+        backend, args.run, vocab_bpe=args.vocab_bpe, checkpoint=args.checkpoint, device=device
+    )
+    most = saved.run.settings.sample_tokens
+    summary = predict(backend, model, tokenizer, saved.tune, most, user_path(args.predict), user_path(args.out))
+    PlainConsole(lossy=True).print(summary, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    with exit_with_message():
+        sys.exit(main())
