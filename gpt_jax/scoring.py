@@ -180,16 +180,21 @@ def _take(x: Array, rows: Array, columns: Array) -> Array:
 def _logprobs(model: GPTModel, x: Array, targets: Array, top: int) -> TokenLogprobs:
     """x [R, D], targets [R] -> arrays [R]"""
     logits = head_logits(model, x)  # [R, V]
-    logits = logits - logits.max(axis=-1, keepdims=True)  # small numbers, so that float32 loses less
-    log_total = jnp.log(jnp.exp(logits).sum(axis=-1, keepdims=True))  # [R, 1]
-    is_target = jnp.arange(logits.shape[1], dtype=targets.dtype)[None] == targets[:, None]  # [R, V]
-    target_logits = jnp.where(is_target, logits, -jnp.inf).max(axis=-1)  # [R]
-    target_logits = jnp.where(is_target.any(axis=-1), target_logits, jnp.nan)
-    others = jnp.where(is_target, -jnp.inf, logits).max(axis=-1)  # [R]
+    ids, wanted = jnp.arange(logits.shape[1], dtype=targets.dtype)[None], targets[:, None]
+    # Not argmax(), which XLA on a CPU computes one element after another.
+    before = jnp.where(ids < wanted, logits, -jnp.inf).max(axis=-1, keepdims=True)  # [R, 1]
+    after = jnp.where(ids > wanted, logits, -jnp.inf).max(axis=-1, keepdims=True)  # [R, 1]
+    is_valid = (wanted >= 0) & (wanted < logits.shape[1])
+    target_logits = jnp.where(is_valid, jnp.take_along_axis(logits, wanted, axis=-1), jnp.nan)  # [R, 1]
+    largest = jnp.maximum(jnp.maximum(before, after), target_logits)  # [R, 1]
+    log_total = jnp.log(jnp.exp(logits - largest).sum(axis=-1, keepdims=True))  # [R, 1]
     top_logits, top_ids = jax.lax.top_k(logits, top)  # the first of equal elements first
-    is_greedy = logits.argmax(axis=-1) == targets
     return TokenLogprobs(
-        target_logits - log_total[:, 0], is_greedy, target_logits - others, top_ids, top_logits - log_total
+        logprobs=(target_logits - largest - log_total)[:, 0],  # the large numbers first, so that float32 loses less
+        is_greedy=((target_logits > before) & (target_logits >= after))[:, 0],
+        margins=(target_logits - jnp.maximum(before, after))[:, 0],
+        top_ids=top_ids,
+        top_logprobs=top_logits - largest - log_total,
     )
 
 
