@@ -7,10 +7,12 @@ import threading
 
 import pytest
 from measure.report import Measurement, write
+from measure.scoring import WORKS, draw_pairs, jax_scores, torch_scores
 from measure.timing import Peer, Spec, Timings, first_calls, interleave
 from support.runs import run_script
 from support.workloads import die, refuse, sleep, slow_first_call
 
+from parity.config import GPTConfig
 from parity.errors import InputError
 
 
@@ -98,6 +100,28 @@ def test_a_missing_gpu_is_an_error(tmp_path):
     assert result.returncode == 2
     assert "sees only cpu devices here" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_peers_of_evaluation_compute_the_same(name, monkeypatch):
+    monkeypatch.setenv("MEASURE_ON", "cpu")
+    config = GPTConfig(n_vocab=97, n_ctx=256, n_embd=8, n_head=2, n_layer=1)
+    pairs = draw_pairs(config, name, 8)
+    assert [context for context, _ in pairs[:4]] == [pairs[0][0]] * 4 or name != "HellaSwag"
+    assert jax_scores(config, pairs).call() == pytest.approx(torch_scores(config, pairs, 0).call(), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_the_script_measures_evaluation(tmp_path):
+    options = ("--rounds", "1", "--items", "4", "--peers", "of 16")
+    result = run_script("benchmark.py", "evaluate", *options, "--out", tmp_path / "out", timeout=500)
+    assert result.returncode == 0, result.stderr
+    for measurement in json.loads((tmp_path / "out" / "results.json").read_text())["measurements"]:
+        assert list(measurement["peers"]) == ["gpt_jax", "lm-eval, transformers, batches of 16"]
+        assert all(peer["median_s"] > 0 and peer["peak_bytes"] > 1e8 for peer in measurement["peers"].values())
+    result = run_script("benchmark.py", "evaluate", "--items", "6")
+    assert result.returncode == 2
+    assert "--items must be a multiple of 4" in result.stderr
 
 
 @pytest.mark.slow
