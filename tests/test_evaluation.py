@@ -69,7 +69,7 @@ def test_perplexity_and_bits_are_functions_of_sums():
 def test_standard_errors_are_those_of_repeated_samples(transform):
     """The spread of the metric over many sets of items, against the standard error of one set."""
     metric = Metric("m", "x", "", "n", transform)
-    values = [estimate(metric, rows(seed, 400)) for seed in range(200)]
+    values = [estimate(metric, rows(seed, 200)) for seed in range(80)]
     spread = np.std([value.value for value in values], ddof=1)
     assert np.mean([value.standard_error for value in values]) == pytest.approx(spread, rel=0.2)
 
