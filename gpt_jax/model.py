@@ -80,7 +80,8 @@ class MultiHeadAttention(nnx.Module):
         scores = tap("attn.scores", at_least_float32(scores))
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
         pattern = tap("attn.pattern", jax.nn.softmax(scores, axis=-1).astype(v.dtype))
-        return jnp.einsum("BNTS,BSNH->BTNH", dropout(pattern, self.drop_rate, key), v)
+        # As "->BTNH", XLA for CPUs makes the pattern the second factor and computes its softmax again for each tile.
+        return jnp.einsum("BNTS,BSNH->BNTH", dropout(pattern, self.drop_rate, key), v).swapaxes(1, 2)
 
     def _cudnn(self, q: Array, k: Array, v: Array, key: Array | None) -> Array:
         if self.drop_rate and key is not None:

@@ -1,7 +1,11 @@
 """Measure gpt_jax and its alternatives in turn, each in a process of its own.
 
     python scripts/benchmark.py train       # a training step; peers: gpt_torch eager and compiled, transformers
-    python scripts/benchmark.py generate    # greedy decoding at 124M; peers: transformers, gpt_torch
+    python scripts/benchmark.py profile     # a training step of gpt_jax by kind of operation
+    python scripts/benchmark.py run         # nanoGPT's training run for a CPU, by parts; peer: nanoGPT's step
+    python scripts/benchmark.py run --whole # the same, and then both runs from their start to their end
+    python scripts/benchmark.py generate    # greedy decoding at 124M; peers: transformers, gpt_torch,
+                                            # CTranslate2
     python scripts/benchmark.py load        # weights from files into a model; peers: gpt_torch, transformers
     python scripts/benchmark.py compile     # start to first step, without and with a filled compilation cache
     python scripts/benchmark.py start       # whole processes of train_jax.py and generate.py, cold and warm
@@ -16,21 +20,19 @@ Each command writes results.json and results.md into the folder --out.
 
 import dataclasses
 import os
-import platform
 import shlex
 import sys
 import tempfile
 from datetime import datetime
 from pathlib import Path
 
-from measure import report
+from measure import machine, report
 from measure.args import Args
 from measure.benchmarks import ALL, BENCHMARKS
 from measure.report import Measurement
 
 from parity.cli import parse
 from parity.console import PlainConsole
-from parity.doctor import installed
 from parity.errors import InputError, exit_with_message
 
 
@@ -48,23 +50,16 @@ def main() -> None:
     command = shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]])
     measurements: list[Measurement] = []
     with tempfile.TemporaryDirectory() as cache:
+        args = dataclasses.replace(args, cache=Path(cache))
+        facts = machine.describe()
+        peaks = [machine.peaks(args)] if args.what == "all" and not args.gpu else []
         for name in ALL if args.what == "all" else [args.what]:
-            for measurement in BENCHMARKS[name](dataclasses.replace(args, cache=Path(cache))):
+            for measurement in BENCHMARKS[name](args):
+                measurement = dataclasses.replace(measurement, notes=[*measurement.notes, *peaks])
                 measurement.show(console)
                 measurements.append(measurement)
-                report.write(out, command, machine(), measurements)
+                report.write(out, command, facts, measurements)
     console.print(f"results are in {out}")
-
-
-def machine() -> str:
-    """Return one line that describes processor, Python and frameworks."""
-    model = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            model = line.partition(": ")[2]
-            break
-    packages = ", ".join(f"{name} {installed(name) or '(not installed)'}" for name in ("jax", "torch", "transformers"))
-    return f"{len(os.sched_getaffinity(0))} cores of {model}, Python {platform.python_version()}, {packages}"
 
 
 if __name__ == "__main__":

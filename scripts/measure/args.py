@@ -11,7 +11,9 @@ from measure.timing import Spec, Workload
 from parity.config import Size
 from parity.errors import InputError
 
-What = Literal["train", "generate", "load", "compile", "start", "options", "prepare", "evaluate", "all"]
+What = Literal[
+    "train", "profile", "run", "generate", "load", "compile", "start", "options", "prepare", "evaluate", "all",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,15 +23,18 @@ class Args:
     gpu: bool = False
     """Measure on a GPU, with larger models and batches; by default on the CPU."""
     preset: str | None = None
-    """For train, compile and options: training preset that gives model and batch; by default the benchmark's own."""
+    """For train, profile, run, compile and options: training preset that gives model and batch; by default the
+    benchmark's own or, for run, that of nanoGPT's run."""
     batch_size: int | None = None
-    """For train, compile and options: number of windows per step, in one micro-batch; by default the preset's."""
+    """For train, profile, compile and options: windows per step, in one micro-batch; by default the preset's."""
     size: Size = "124M"
     """For generate, load and evaluate: size of the model."""
     rounds: int = 5
     """Number of rounds, in each of which every peer takes a turn; one more round warms up first and is not counted."""
     calls: int = 3
-    """Number of training steps of each peer per round."""
+    """Number of training steps of each peer per round; ten times as many for run."""
+    whole: bool = False
+    """For run: also make the whole run, after its slices, in a process of its own."""
     items: int = 192
     """For evaluate: number of texts, a multiple of 4."""
     threads: int = 0

@@ -10,12 +10,14 @@ from pydoc_data.topics import topics
 
 import numpy as np
 
-from measure import peers, scoring, starting
+from measure import ct2, operations, peers, scoring, starting
 from measure.args import Args
 from measure.report import Measurement
 from measure.timing import Spec, Timings, first_calls, interleave
+from measure.whole_run import run
 from parity import weights
 from parity.config import PRESETS, GPTConfig
+from parity.errors import InputError
 from parity.training.flops import flops_per_token, peak_flops
 from parity.training.settings import TrainSettings, recipe
 from parity.weights import huggingface, openai
@@ -78,6 +80,16 @@ def _training_step(args: Args, name: str, with_peers: bool) -> Measurement:
     return Measurement(f"Training step: {description}", "step", tokens, "tokens", timings, [note])
 
 
+def profile(args: Args) -> list[Measurement]:
+    """Measure where a training step of gpt_jax spends its time on a CPU."""
+    if args.gpu:
+        raise InputError("profile measures on the CPU only; leave --gpu out")
+    description, config, settings = _training_work(args)
+    program = (1, "none") if args.preset is None else recipe(args.preset).program(config.n_layer, "cpu")
+    spec = args.spec(operations.step_profile, config, settings, *program, args.calls)
+    return [operations.measure(f"Profile of a training step: {description}", spec, args.rounds)]
+
+
 def generate(args: Args) -> list[Measurement]:
     """Measure greedy decoding of one row and of several rows, and the first token after a long prompt."""
     config = PRESETS[args.size]
@@ -91,6 +103,7 @@ def generate(args: Args) -> list[Measurement]:
             "gpt_torch": args.spec(peers.torch_generation, config, prompts, n_new, dtype, args.threads),
         }
         if not args.gpu:
+            specs["CTranslate2"] = args.spec(ct2.generation, config, prompts, n_new, args.threads)
             specs["gpt_jax, bfloat16"] = args.spec(peers.jax_generation, config, prompts, n_new, "bfloat16")
         reads = args.spec(peers.memory_reads, args.threads)
         timings, of_reads = interleave(args.selected(specs), args.rounds, 1, reads)
@@ -222,6 +235,8 @@ def prepare(args: Args) -> list[Measurement]:
 
 BENCHMARKS: Mapping[str, Callable[[Args], list[Measurement]]] = {
     "train": train,
+    "profile": profile,
+    "run": run,
     "generate": generate,
     "load": load,
     "compile": compile,

@@ -1,14 +1,13 @@
 """The workloads of all peers. Each imports its framework in its own process only."""
 
 import os
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from measure.timing import Workload
+from measure.timing import Workload, peak_resident
 from parity.config import GPTConfig
 from parity.training.settings import TrainSettings
 
@@ -171,7 +170,7 @@ def preparing(source: Path, out: Path, vocab_bpe: Path | None, workers: int) -> 
         shutil.rmtree(out, ignore_errors=True)
         shards.prepare_shards([source], out, tokenizer, workers=workers)
 
-    return Workload(call, _peak_resident, "cpu")
+    return Workload(call, peak_resident, "cpu")
 
 
 def tokenizing(source: Path, vocab_bpe: Path | None, threads: int) -> Workload:
@@ -193,7 +192,7 @@ def tokenizing(source: Path, vocab_bpe: Path | None, threads: int) -> Workload:
         for ids in rows:
             np.array(ids, np.uint16)
 
-    return Workload(call, _peak_resident, "cpu")
+    return Workload(call, peak_resident, "cpu")
 
 
 # Reference workloads, which measure what the machine can do
@@ -215,12 +214,19 @@ READ_BYTES = 4 * 2**27
 
 
 def matmul() -> Workload:
-    """A product of two square float32 matrices in JAX, which is faster than torch on a CPU."""
+    """A product of two square float32 matrices in JAX."""
     import jax
 
     square = jax.random.normal(jax.random.key(0), (MATMUL_SIZE, MATMUL_SIZE))
     multiply = jax.jit(lambda x: x @ x)
     return in_jax(lambda: multiply(square).block_until_ready())
+
+
+def torch_matmul(threads: int) -> Workload:
+    """The same product in torch, which uses another library."""
+    torch, _ = set_up_torch(threads)
+    square = torch.randn(MATMUL_SIZE, MATMUL_SIZE)
+    return in_torch(lambda: square @ square)
 
 
 MATMUL_SIZE = 2048
@@ -275,18 +281,11 @@ def in_torch(call: Callable[[], Any]) -> Workload:
         import torch
 
         return Workload(call, torch.cuda.max_memory_allocated, torch.cuda.get_device_name())
-    return Workload(call, _peak_resident, "cpu")
+    return Workload(call, peak_resident, "cpu")
 
 
 def in_jax(call: Callable[[], Any]) -> Workload:
     device = _jax_device()
     if device.platform == "cpu":
-        return Workload(call, _peak_resident, "cpu")
+        return Workload(call, peak_resident, "cpu")
     return Workload(call, lambda: (device.memory_stats() or {}).get("peak_bytes_in_use", 0), device.device_kind)
-
-
-def _peak_resident() -> int:
-    """Peak resident memory of this process in bytes (Linux's VmHWM); 0 on other systems."""
-    status = Path("/proc/self/status")
-    match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if os.path.exists(status) else None
-    return 1024 * int(match[1]) if match else 0

@@ -3,11 +3,13 @@
 import contextlib
 import multiprocessing
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.progress import track
@@ -77,6 +79,10 @@ class Peer:
     def time_calls(self, count: int) -> list[float]:
         """Return the seconds of each of `count` calls."""
         return self._run(_time_calls, count)
+
+    def call(self) -> Any:
+        """Return the result of one call."""
+        return self._run(_call)
 
     def peak(self) -> int:
         return self._run(_peak)
@@ -176,5 +182,16 @@ def _time_calls(count: int) -> list[float]:
     return seconds
 
 
+def _call() -> Any:
+    return _workload.call()
+
+
 def _peak() -> int:
     return _workload.peak()
+
+
+def peak_resident() -> int:
+    """Peak resident memory of this process in bytes (Linux's VmHWM); 0 on other systems."""
+    status = Path("/proc/self/status")
+    match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if os.path.exists(status) else None
+    return 1024 * int(match[1]) if match else 0

@@ -29,3 +29,14 @@ def slow_first_call():
         time.sleep(1 if len(calls) == 1 else 0.001)
 
     return Workload(call, lambda: len(calls), os.environ["DEVICE_NAME"])
+
+
+def parts(scale=1.0):
+    """Return a workload whose calls return the seconds of a slice's parts, more of them each time."""
+    calls = []
+
+    def call():
+        calls.append(1)
+        return {"step": scale * len(calls), "evaluation": 0.5}
+
+    return Workload(call, lambda: 5, "cpu")
