@@ -30,7 +30,8 @@ from parity.errors import InputError
 from parity.sampling import GenerateOptions
 from parity.training import optimizer_state
 from parity.training.settings import RECIPES, TrainSettings
-from parity.weights import huggingface, initial_weights, openai, openai_files
+from parity.weights import huggingface, initial_weights, openai, openai_files, peft_files
+from parity.weights.adapters import initial_adapter
 
 PAGES = [ROOT / "README.md", *ROOT.glob("CONTRIBUTING.md"), *sorted((ROOT / "docs").rglob("*.md"))]
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if path.stem != "parity_hf")
@@ -152,6 +153,8 @@ def small_files(finished_runs, shared_run, vocab_bpe, tmp_path_factory):
     openai.write(folder / "124M", config, dict(weights.convert(arrays, "huggingface", "openai", config)))
     shutil.copy(vocab_bpe, folder / "124M")
     shutil.copy(vocab_bpe, folder)
+    lora = weights.LoraConfig(rank=2)
+    peft_files.write(folder / "my-adapter", config, peft_files.Adapter(lora, initial_adapter(config, lora, 0), "124M"))
     (folder / "prompt.txt").write_text("The dog")
     (folder / "fineweb").mkdir()
     parquet = pytest.importorskip("pyarrow.parquet")

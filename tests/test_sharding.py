@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from support.runs import ROOT, metrics, run_script
-from support.sharded_runs import ALL, CONFIG, FEW, GENERATING
+from support.sharded_runs import ALL, CONFIG, FEW, GENERATING, PARTS
 
 from gpt_jax.sharding import MeshShape, bytes_per_device
 from parity.comparison.compare import compare
@@ -60,6 +60,17 @@ def test_the_loss_of_the_head_does_not_depend_on_the_mesh(runs):
         for got, want in zip(results["head"][shape], expected, strict=True):
             bound = RTOL[dtype] * np.abs(want).max()
             assert compare(shape, np.array(got), want, bound).ok, shape
+
+
+def test_a_part_of_a_model_trains_on_a_mesh_and_resumes(runs):
+    dtype, shapes, results = runs
+    assert results["parts"].keys() == (PARTS.keys() if shapes is ALL else {"adapters"})
+    for part, by_shape in results["parts"].items():
+        expected, _ = by_shape["None"]
+        assert len(set(expected)) == 6
+        for shape, (losses, resumed) in by_shape.items():
+            assert losses == pytest.approx(expected, rel=RTOL[dtype]), (part, shape)
+            assert resumed == losses[3:], (part, shape)
 
 
 def test_a_checkpoint_is_resumed_on_another_mesh(runs):

@@ -22,6 +22,7 @@ from gpt_jax.train import Trainer
 from parity.config import PRESETS, GPTConfig
 from parity.training import checkpoints
 from parity.training.settings import recipe
+from parity.weights import LoraConfig, rows
 
 CONFIG = GPTConfig(n_vocab=96, n_ctx=16, n_embd=64, n_head=8, n_layer=2)
 SETTINGS = recipe("tiny").settings
@@ -29,6 +30,11 @@ ALL = [(d, f, t) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) for t in (1, 2, 4, 
 FEW = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 GENERATING = [(8, 1, 1), (2, 2, 2)]  # of FEW: replicated, and sharded over each axis
 SMALL_CHUNKS = Tiling(largest_chunk=2 * CONFIG.n_vocab, vocab_multiple=1)
+# What is trained in place of the whole model.
+PARTS = {
+    "adapters": {"lora": LoraConfig(rank=3, targets=("q", "v", "mlp.out"))},
+    "last layer": {"table": [dataclasses.replace(row, layers=(1,)) for row in rows(CONFIG) if row.per_layer]},
+}
 PROMPTS = [[1, 2, 3], [4]]
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 OF_THE_SCALING_PAGE = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
@@ -39,8 +45,8 @@ def batch(step):
     return ids[..., :-1], ids[..., 1:]
 
 
-def make(settings, shape=None):
-    return Trainer(CONFIG, settings, mesh=None if shape is None else make_mesh(MeshShape(*shape)))
+def make(settings, shape=None, **options):
+    return Trainer(CONFIG, settings, mesh=None if shape is None else make_mesh(MeshShape(*shape)), **options)
 
 
 def head_losses(shape, width):
@@ -55,6 +61,17 @@ def head_losses(shape, width):
 
 def losses(trainer, first, last):
     return [float(trainer.train_step(*trainer.to_device(*batch(s)), 1e-3, s)["loss"]) for s in range(first, last)]
+
+
+def partial_losses(settings, shape, options, folder):
+    """Return the losses of a run that trains a part of the model, and those after a resume of it on the same mesh."""
+    trainer = make(settings, shape, **options)
+    first = losses(trainer, 0, 3)
+    saved = checkpoints.save(folder, 3, trainer.save, keep=1)
+    # Another seed: a frozen part that is not restored would differ, except for the base of an adapter.
+    resumed = make(settings if "lora" in options else dataclasses.replace(settings, seed=1), shape, **options)
+    resumed.restore(saved)
+    return first + losses(trainer, 3, 6), losses(resumed, 3, 6)
 
 
 def facts(trainer):
@@ -122,6 +139,12 @@ def main(dtype, shapes, out):
             trainer = make(settings, shape)
             trainer.restore(saved)
             results[f"restored {shape}"] = {"losses": losses(trainer, 10, 20)}
+        results["parts"] = {}
+        for name, options in PARTS.items() if shapes is ALL else [("adapters", PARTS["adapters"])]:
+            results["parts"][name] = {
+                str(shape): partial_losses(settings, shape, options, Path(folder) / f"{name} {shape}")
+                for shape in (None, (2, 2, 2))
+            }
     if shapes is FEW:
         results["communication"] = {str(shape): communication(shape) for shape in OF_THE_SCALING_PAGE}
     out.write_text(json.dumps(results))
