@@ -101,6 +101,36 @@ def test_a_run_of_the_other_backend_is_resumed(workplace):
         assert a == pytest.approx(b, rel=1e-9)
 
 
+def test_adapters_in_either_backend(runs, workplace):
+    """In float64, a run of adapters that JAX begins and torch ends has the losses of one in torch; its base stays."""
+    lora = ("--lora-rank", 2, "--lora-targets", "q", "v", "mlp.in", "--dtype", "float64", "--drop-rate", 0)
+    options = (*OPTIONS, "--init-from", "torch", "--lr", 0.02, *lora)
+    whole = tune(workplace, "--backend", "torch", *options, "--run", "lora")
+    assert whole.returncode == 0, whole.stderr
+    assert "adapters   rank 2, " in whole.stdout
+    kill = (signal.SIGKILL, "parity.training.loop:learning_rate:5")
+    tune(workplace, "--backend", "jax", *options, "--run", "lora-mixed", moment=kill)
+    resumed = tune(workplace, "--backend", "torch", "--run", "lora-mixed", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    for a, b in zip(metrics(workplace / "lora-mixed"), metrics(workplace / "lora"), strict=True):
+        assert a == pytest.approx(b, rel=1e-9)
+    losses = [entry["validation_loss"] for entry in metrics(workplace / "lora") if "validation_loss" in entry]
+    before = [entry["validation_loss"] for entry in metrics(runs["torch"][0]) if "validation_loss" in entry]
+    assert losses[0] == pytest.approx(before[-1], rel=1e-6)
+    assert losses[-1] != pytest.approx(losses[0], rel=1e-4)
+    files = {path.name for path in (workplace / "lora" / "checkpoints" / "000006").iterdir()}
+    assert files >= {"adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors"}
+    assert "model.safetensors" not in files
+    (workplace / "one.json").write_text('[{"instruction": "Even or odd?", "input": "12"}]')
+    answers = [
+        tune(workplace, "--backend", name, "--run", "lora", "--predict", "one.json", "--out", f"lora-{name}.json")
+        for name in BACKENDS
+    ]
+    assert [result.returncode for result in answers] == [0, 0], answers
+    first, second = ((workplace / f"lora-{name}.json").read_text(encoding="utf-8") for name in BACKENDS)
+    assert first == second
+
+
 def test_sample_prompts_are_instructions(workplace):
     (workplace / "prompts.txt").write_text("Is it even or odd?\nEven or odd?\n", encoding="utf-8")
     short = (*OPTIONS, "--steps", 1, "--eval-prompts", "prompts.txt", "--backend", "torch", "--run", "prompts")
@@ -137,6 +167,8 @@ BAD = {
     ),
     "two options for one": (("--predict", "data.jsonl"), "needs --run, the run that answers; give all three"),
     "resume without run": (("--resume",), "--resume continues the run in --run"),
+    "adapters without weights": (("--lora-rank", 4), "--lora-rank: adapters need weights under them"),
+    "rank 0": (("--lora-rank", 0), "the rank of an adapter must be an integer in 1"),
     "no examples": ((*OPTIONS, "--max-length", 20), "none of the 21 examples fits into 20 positions"),
 }
 

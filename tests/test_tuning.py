@@ -134,7 +134,7 @@ def test_the_embedded_instructions_are_always_the_same():
     records = embedded.instructions()
     assert records == embedded.instructions()
     assert len({(r["instruction"], r["input"]) for r in records}) == len(records) > 500
-    assert records[0] == {"instruction": "Name its kind.", "input": "spade", "output": "tool"}
+    assert records[0]["input"] == "deer"
     letters = [r for r in records if "letter" in r["instruction"]]
     assert all(r["output"] == r["input"][0] for r in letters)
     train, test, _ = split(records, 0.1, 0.05)

@@ -112,4 +112,7 @@ def parse_tune_args(cls: type[Args], description: str | None, args: Sequence[str
         tune=dataclasses.replace(recipe.tune, task=task),
         accumulate_is_default=given.accumulate is None,
     )
-    return check_rates(cli.parse(cls, description, default, args))
+    parsed = check_rates(cli.parse(cls, description, default, args))
+    if parsed.init_from is None and parsed.tune.lora is not None:
+        raise InputError("--lora-rank: adapters need weights under them; name them with --init-from")
+    return parsed

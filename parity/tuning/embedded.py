@@ -14,8 +14,14 @@ _WORDS = {
     "tool": "axe broom chisel drill file fork hammer knife ladder pliers rake ruler saw scissors shovel spade",
 }
 _QUESTIONS = {
-    "kind": ("What kind of thing is it?", "Name its kind.", "Is it an animal, a fruit, a color or a tool?"),
-    "first": ("What is the first letter?", "Name its first letter."),
+    "kind": (
+        "What kind of thing is it?",
+        "Name its kind.",
+        "Is it an animal, a fruit, a color or a tool?",
+        "What is it?",
+        "To which kind does it belong?",
+    ),
+    "first": ("What is the first letter?", "Name its first letter.", "Which letter comes first?"),
     "parity": ("Is it even or odd?", "Even or odd?"),
 }
 
