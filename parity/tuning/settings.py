@@ -117,7 +117,7 @@ TUNE_RECIPES: dict[str, TuneRecipe] = {
     RULES: TuneRecipe(
         PRESETS["small"],
         dataclasses.replace(
-            _SETTINGS, tokenizer="bytes", steps=500, batch_size=16, lr=3e-3, min_lr=1e-4, warmup=50, eval_every=100,
+            _SETTINGS, tokenizer="bytes", steps=800, batch_size=16, lr=3e-3, min_lr=1e-4, warmup=50, eval_every=200,
             sample_tokens=16,
         ),
         TuneSettings(),
