@@ -125,6 +125,16 @@ def test_the_script_measures_evaluation(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_script_measures_adapters(tmp_path):
+    options = ("--preset", "tiny", "--rounds", "1", "--calls", "1", "--batch-size", "2")
+    result = run_script("benchmark.py", "lora", *options, "--out", tmp_path / "out", timeout=500)
+    assert result.returncode == 0, result.stderr
+    [measurement] = json.loads((tmp_path / "out" / "results.json").read_text())["measurements"]
+    assert list(measurement["peers"]) == ["gpt_jax", "gpt_torch", "peft, transformers"]
+    assert all(peer["median_s"] > 0 for peer in measurement["peers"].values())
+
+
+@pytest.mark.slow
 def test_whole_processes_are_measured_with_and_without_a_cache(tmp_path):
     result = run_script("benchmark.py", "start", "--rounds", "1", "--out", tmp_path / "out", timeout=500)
     assert result.returncode == 0, result.stderr
