@@ -15,6 +15,7 @@ from support.runs import metrics
 
 import gpt_jax
 import gpt_jax.train
+import gpt_jax.train_step
 import gpt_torch
 import gpt_torch.train
 from parity.errors import InputError
@@ -103,7 +104,7 @@ def test_the_largest_clip_changes_nothing():
         for largest in (1e30, 5.0):
             gradient = torch.tensor([values])
             norm = gpt_torch.train.clip_by_global_norm([gradient], largest)
-            scaled, jax_norm = gpt_jax.train.clip_by_global_norm([jnp.array([values])], largest)
+            scaled, jax_norm = gpt_jax.train_step.clip_by_global_norm([jnp.array([values])], largest)
             assert gradient.tolist() == np.asarray(scaled[0]).tolist() == [values]
             assert float(norm) == float(jax_norm) == np.linalg.norm(values)
 
