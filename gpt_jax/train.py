@@ -3,7 +3,7 @@
 train_step.py has the step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from gpt_jax import checkpoint, sharding
 from gpt_jax.arrays import widened
 from gpt_jax.generate import generate
 from gpt_jax.lora import add_lora, save_adapter
-from gpt_jax.loss import summed_loss, tiling_for
+from gpt_jax.loss import tiling_for
 from gpt_jax.model import GPTModel, cast
 from gpt_jax.pretrained import save_weights
 from gpt_jax.train_step import TrainState, make_optimizer, make_summed_loss, make_train_step
@@ -49,7 +49,6 @@ class Trainer:
             that is resumed needs `init_from` as well.
         table: The rows of the parameters to train (parity/weights/table.py), by default all; a row that is limited to
             some layers trains those alone.
-        objective: The loss, summed over the targets that count; a function with the arguments of summed_loss().
 
     Raises:
         InputError: For dtype float64 without jax_enable_x64.
@@ -66,7 +65,6 @@ class Trainer:
         remat: str = "none",
         lora: LoraConfig | None = None,
         table: Sequence[Row] | None = None,
-        objective: Callable[..., Array] = summed_loss,
     ):
         self.config, self.settings, self._mesh = config, settings, mesh
         compute_dtype = jnp.dtype(settings.dtype)
@@ -117,9 +115,8 @@ class Trainer:
             out_shardings,
             tiling,
             self.trainable,
-            objective,
         )
-        loss = make_summed_loss(compute_dtype, mesh, tiling, objective)
+        loss = make_summed_loss(compute_dtype, mesh, tiling)
 
         def evaluate(model: GPTModel, frozen: GPTModel | None, inputs: Array, targets: Array) -> Array:
             return loss(join(model, frozen, self.trainable), inputs, targets)

@@ -1,7 +1,7 @@
 """The jitted training step on an explicit, donated state, and its loss, optimizer and clipping."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,16 +31,8 @@ class TrainState(NamedTuple):
     """AdamW's count and moments."""
 
 
-def make_summed_loss(
-    compute_dtype: Any,
-    mesh: Mesh | None = None,
-    tiling: Tiling = CPU_TILING,
-    objective: Callable[..., Array] = summed_loss,
-):
-    """Return summed_loss() in `compute_dtype`, with activations sharded over `mesh`, for jax.jit and jax.grad.
-
-    `objective` is another function with the arguments of summed_loss().
-    """
+def make_summed_loss(compute_dtype: Any, mesh: Mesh | None = None, tiling: Tiling = CPU_TILING):
+    """Return summed_loss() in `compute_dtype`, with activations sharded over `mesh`, for jax.jit and jax.grad."""
 
     def cast_and_sum(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
         model = cast(model, compute_dtype)
@@ -49,7 +41,7 @@ def make_summed_loss(
             key, adapter_key = jax.random.split(key)
             model = with_dropout(model, adapter_key)
         with sharding.shard_activations(mesh):
-            return objective(model, inputs, targets, key, tiling, mesh)
+            return summed_loss(model, inputs, targets, key, tiling, mesh)
 
     return cast_and_sum
 
@@ -114,7 +106,6 @@ def make_train_step(
     out_shardings: Any = None,
     tiling: Tiling = CPU_TILING,
     table: Sequence[Row] = (),
-    objective: Callable[..., Array] = summed_loss,
 ):
     """Return the jitted train_step(state, inputs [A, B, T], targets, lr, step) -> (state, {loss, grad_norm}).
 
@@ -129,13 +120,12 @@ def make_train_step(
         out_shardings: Shardings of the returned state and metrics.
         tiling: Size of the loss's chunks on the devices that the step is for; see tiling_for().
         table: The rows of the parameters that are trained, if a part of the model is frozen.
-        objective: The loss, a function with the arguments of summed_loss().
 
     Returns:
         The step, which donates its state. A step whose loss or gradient is not finite changes nothing.
     """
 
-    summed = make_summed_loss(compute_dtype, mesh, tiling, objective)
+    summed = make_summed_loss(compute_dtype, mesh, tiling)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
     def train_step(

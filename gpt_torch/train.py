@@ -88,7 +88,6 @@ class Trainer:
             that is resumed needs `init_from` as well.
         table: The rows of the parameters to train (parity/weights/table.py), by default all; a row that is limited to
             some layers trains those alone.
-        objective: The loss, summed over the targets that count; a function with the arguments of summed_loss().
     """
 
     def __init__(
@@ -102,7 +101,6 @@ class Trainer:
         processes: Processes = ALONE,
         lora: LoraConfig | None = None,
         table: Sequence[Row] | None = None,
-        objective: Callable[..., Tensor] = summed_loss,
     ):
         self.config, self.settings, self.device = config, settings, torch.device(device)
         self.processes = processes
@@ -124,7 +122,7 @@ class Trainer:
         self.model = model.to(self.device, param_dtype)
         self.optimizer = make_optimizer(self.model, settings, self.trainable)
         self._compute_dtype = None if dtype == param_dtype else dtype
-        self._summed_loss = torch.compile(objective) if compile else objective
+        self._summed_loss = torch.compile(summed_loss) if compile else summed_loss
         self._loss_module: nn.Module = SummedLoss(self.model, self._summed_loss)
         if processes.count > 1:
             self._loss_module = DistributedDataParallel(self._loss_module)

@@ -64,7 +64,7 @@ def report_error(error: BaseException) -> int:
             line = f"error: {name} is not installed; install the extra {extra}: pip install 'gpt-parity[{extra}]'"
             line, status = f"{line}, or in a clone pip install -e '.[{extra}]'", 2
         case KeyboardInterrupt():
-            line, status = "interrupted; the checkpoints saved so far are intact", 130
+            line, status = "interrupted; everything that was saved before is intact", 130
         case _ if _is_out_of_memory(error):
             reason = (str(error).strip().splitlines() or [""])[0]
             line, status = (
