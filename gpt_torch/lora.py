@@ -103,7 +103,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None, 
         model: A model with adapters.
         folder: The folder, which is made if it does not exist.
         base: Name of the base for adapter_config.json: a size such as "124M", or a folder with weights.
-        base_sha256: Hash of the base's weights (see parity.weights.peft_files.weights_sha256), which is checked
+        base_sha256: Hash of the base's weights (see parity.weights.digest.weights_sha256), which is checked
             wherever the base is found by its name.
 
     Raises:

@@ -31,7 +31,7 @@ from parity.evaluation.protocol import Item, Protocol, Task
 from parity.evaluation.records import Records
 from parity.evaluation.run import Record, items_of, records_of, results_of
 from parity.evaluation.scorer import Scorer
-from parity.evaluation.weights import weights_sha256
+from parity.evaluation.weights import model_sha256
 from parity.loading import Loaded, ModelArgs
 from parity.training.processes import Processes
 from parity.training.runs import RunFolder
@@ -203,7 +203,7 @@ def load_models(args: Args, these: Processes) -> list[Model]:
         model = loaded.backend.cast(loaded.model, args.dtype)
         scorer = Scorer(loaded.backend, model, args.batch_size, make_mesh(args, these))
         name = f"{options.run or options.model}{f' + {options.adapter}' if options.adapter else ''}"
-        sha256 = weights_sha256(loaded.backend, loaded.model, loaded.folder, options.adapter)
+        sha256 = model_sha256(loaded.backend, loaded.model, loaded.folder, options.adapter)
         models.append(Model(name, loaded._replace(model=None), scorer, sha256))
     names = [model.loaded.tokenizer.name for model in models]
     if len(set(names)) > 1:

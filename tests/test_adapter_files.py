@@ -29,6 +29,7 @@ from parity.storage import manifest
 from parity.storage.json import read_object
 from parity.weights import adapters, convert, huggingface, peft_files
 from parity.weights.adapters import LoraConfig, initial_adapter
+from parity.weights.digest import weights_sha256
 from parity.weights.load import read_folder
 from parity.weights.peft_files import Adapter
 
@@ -68,7 +69,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sha256(base):
-    return peft_files.weights_sha256(*read_folder(base))
+    return weights_sha256(*read_folder(base))
 
 
 @pytest.fixture
@@ -202,9 +203,9 @@ def adapters_base(format):
 
 def test_the_hash_does_not_depend_on_the_format(base, sha256, tmp_path):
     for format in ("openai", "flax"):
-        assert peft_files.weights_sha256(TINY, dict(adapters_base(format)), format) == sha256
+        assert weights_sha256(TINY, dict(adapters_base(format)), format) == sha256
     changed = {**WEIGHTS, "ln_f.bias": WEIGHTS["ln_f.bias"] + 1}
-    assert peft_files.weights_sha256(TINY, changed, "huggingface") != sha256
+    assert weights_sha256(TINY, changed, "huggingface") != sha256
 
 
 # Scripts

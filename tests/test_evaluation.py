@@ -26,7 +26,7 @@ from parity.evaluation.protocol import Task
 from parity.evaluation.records import Records
 from parity.evaluation.run import items_of, records_of
 from parity.evaluation.scorer import Scorer
-from parity.evaluation.weights import files_sha256, weights_sha256
+from parity.evaluation.weights import files_sha256, model_sha256
 from parity.storage.download import RemoteFile
 from parity.weights import huggingface, openai
 
@@ -304,7 +304,7 @@ def test_adapters_make_another_model(tmp_path):
     """The hash is then that of the merged weights, whichever file they come from."""
     huggingface.write(tmp_path, TINY, probing_weights(TINY, np.float32), "huggingface", None)
     model = gpt_torch.load_pretrained(tmp_path)
-    plain, merged = (weights_sha256(gpt_torch, model, tmp_path, adapter) for adapter in (None, tmp_path))
+    plain, merged = (model_sha256(gpt_torch, model, tmp_path, adapter) for adapter in (None, tmp_path))
     assert plain == files_sha256(tmp_path)
     assert merged != plain
-    assert merged == weights_sha256(gpt_jax, gpt_jax.load_pretrained(tmp_path), tmp_path / "config.json", tmp_path)
+    assert merged == model_sha256(gpt_jax, gpt_jax.load_pretrained(tmp_path), tmp_path / "config.json", tmp_path)

@@ -24,7 +24,7 @@ import gpt_jax.train
 import gpt_torch.distributed
 from parity.data.windows import Windows
 from parity.errors import InputError
-from parity.training import agreement, job
+from parity.training import agreement, job, job_data
 from parity.training import loop as fit
 from parity.training.args import JobArgs, parse_job_args
 from parity.training.job import load_job, start_run
@@ -457,7 +457,7 @@ def test_agreeing():
 def load_differently(monkeypatch, change, *arguments, other=()):
     """Load a job in two threads; `change()` happens before the second one reads its data."""
     loaded, current = threading.Event(), threading.local()
-    load_corpus, facts = job.load_corpus, job._facts
+    load_corpus, facts = job_data.load_corpus, job._facts
     parsed = [parse(*arguments), parse(*arguments, *other)]
 
     def load_in_turn(*options):
@@ -477,7 +477,7 @@ def load_differently(monkeypatch, change, *arguments, other=()):
         return load_job(parsed[these.index], these)
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "load_corpus", load_in_turn)
+        patch.setattr(job_data, "load_corpus", load_in_turn)
         patch.setattr(job, "_facts", facts_in_turn)
         return Threads(2).run(load)
 

@@ -35,7 +35,7 @@ def at_step(number):
 PUBLISHING_THE_FIRST_SAVE = "parity.training.checkpoints:_flush:1"
 # Of the save after step 20, the third one: half of its files are written.
 WRITING_A_LATER_SAVE = {
-    "jax": "gpt_jax.checkpoint:save_weights:3",
+    "jax": "gpt_jax.train:save_weights:3",
     "torch": "parity.training.optimizer_state:write_optimizer:3",
 }
 

@@ -26,7 +26,7 @@ from parity.errors import InputError
 from parity.evaluation.continuations import continue_texts
 from parity.evaluation.scorer import Request, Scorer
 from parity.weights import n_params
-from parity.weights.digest import sha256_of
+from parity.weights.digest import weights_sha256
 
 MAX_GEN_TOKS = 256
 """Number of new tokens of a task that does not state one, as in the harness's other models."""
@@ -252,7 +252,7 @@ class HarnessModel(TemplateLM):
     def _weights(self) -> tuple[str, str]:
         """The sha256 and the dtype of the weights."""
         arrays = self.package.export_weights(self.model)
-        return sha256_of(arrays), str(next(iter(arrays.values())).dtype)
+        return weights_sha256(self.model.config, arrays), str(next(iter(arrays.values())).dtype)
 
 
 def _claim(cache: MutableMapping[str, Any], name: str) -> None:

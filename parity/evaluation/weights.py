@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from parity.storage.manifest import file_sha256
-from parity.weights.digest import sha256_of
+from parity.weights.digest import weights_sha256
 from parity.weights.files import huggingface_files, tensorflow_files
 
 OPENAI_WEIGHTS = {
@@ -17,7 +17,7 @@ OPENAI_WEIGHTS = {
 """{sha256 of a file with weights: size of OpenAI's model}."""
 
 
-def weights_sha256(backend: Any, model: Any, folder: Path, adapter: Path | None = None) -> str:
+def model_sha256(backend: Any, model: Any, folder: Path, adapter: Path | None = None) -> str:
     """Return the sha256 of the file that a model was loaded from; of several files, that of their hashes.
 
     Args:
@@ -28,7 +28,7 @@ def weights_sha256(backend: Any, model: Any, folder: Path, adapter: Path | None 
             `folder` holds only an adapter, which names its base.
     """
     sha256 = None if adapter is not None else files_sha256(folder)
-    return sha256 or sha256_of(backend.export_weights(model))
+    return sha256 or weights_sha256(model.config, backend.export_weights(model))
 
 
 def files_sha256(path: Path) -> str | None:

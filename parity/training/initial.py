@@ -13,6 +13,7 @@ from parity.training.runs import RunFolder, read_run
 from parity.training.settings import TrainSettings
 from parity.weights import initial_weights, peft_files
 from parity.weights.adapters import LoraConfig
+from parity.weights.digest import weights_sha256
 from parity.weights.load import find_folder, read_folder
 
 
@@ -30,7 +31,7 @@ class Base(NamedTuple):
     name: str | None = None
     """One of OpenAI's sizes, or the path of the folder or file; None for weights that have no file."""
     sha256: str | None = None
-    """See parity.weights.peft_files.weights_sha256."""
+    """See parity.weights.digest.weights_sha256."""
 
 
 def weights_folder(init_from: str | Path) -> Path:
@@ -72,7 +73,7 @@ def initial_arrays(config: GPTConfig, settings: TrainSettings, init_from: str | 
 
 def base_of(config: GPTConfig, initial: InitialArrays, init_from: str | Path | None) -> Base:
     """Return what an adapter's files record of the weights that it is trained on; this reads all of them."""
-    sha256 = peft_files.weights_sha256(config, initial.arrays, initial.format)
+    sha256 = weights_sha256(config, initial.arrays, initial.format)
     if init_from is None or str(init_from) in SIZES:
         return Base(None if init_from is None else str(init_from), sha256)
     return Base(str(weights_folder(init_from).resolve()), sha256)

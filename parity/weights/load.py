@@ -10,6 +10,7 @@ from parity.storage.manifest import check_weights
 from parity.storage.paths import user_path
 from parity.weights import files, huggingface, openai, peft_files
 from parity.weights.adapters import merged
+from parity.weights.digest import weights_sha256
 from parity.weights.peft_files import Adapter
 from parity.weights.table import check
 
@@ -122,7 +123,7 @@ def _merge(
 ) -> tuple[GPTConfig, Mapping[str, Any], str]:
     config, arrays, format = base
     adapter.check(config)
-    if adapter.base_sha256 not in (None, peft_files.weights_sha256(config, arrays, format)):
+    if adapter.base_sha256 not in (None, weights_sha256(config, arrays, format)):
         raise InputError(
             f"{name} has other weights than those that the adapter in {adapter.origin} was trained on "
             f"({adapter.base or 'a base without a name'}, sha256 {adapter.base_sha256}); give that base"

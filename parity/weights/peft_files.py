@@ -1,7 +1,6 @@
 """Adapters in the files of peft: adapter_config.json and adapter_model.safetensors."""
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from parity.errors import InputError, printable
 from parity.storage import manifest
 from parity.storage.atomic import replace_text
 from parity.storage.json import read_object
-from parity.weights import conversion, huggingface
+from parity.weights import huggingface
 from parity.weights.adapters import LINEARS, PARTS, PREFIX, LoraConfig, adapted_linears, adapter_rows
 from parity.weights.table import check
 
@@ -44,7 +43,7 @@ class Adapter:
     base: str | None = None
     """The base: a size such as "124M", or a path."""
     base_sha256: str | None = None
-    """weights_sha256() of the base; None where it was not recorded, as by peft."""
+    """digest.weights_sha256() of the base; None where it was not recorded, as by peft."""
     origin: str = "adapter"
     """Where the adapter comes from, for messages."""
 
@@ -52,19 +51,6 @@ class Adapter:
         """Raise InputError unless the adapter fits a model."""
         shapes = {name: tuple(array.shape) for name, array in self.arrays.items()}
         check(shapes, config, "huggingface", self.origin, adapter_rows(self.lora))
-
-
-def weights_sha256(config: GPTConfig, arrays: Mapping[str, Any], format: str) -> str:
-    """Return a hash of a model's weights as float32, which does not depend on their format or their files."""
-    digest = hashlib.sha256()
-    converted = conversion.convert(arrays, format, "huggingface", config, np.float32)
-    for name, part in sorted((name, _sha256(array)) for name, array in converted):
-        digest.update(f"{name} {part}\n".encode())
-    return digest.hexdigest()
-
-
-def _sha256(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array, "<f4").view(np.uint8).data).hexdigest()
 
 
 def write(folder: Path, config: GPTConfig, adapter: Adapter) -> None:

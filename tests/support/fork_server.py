@@ -91,6 +91,8 @@ def run(path):
 
 if __name__ == "__main__" and (request := serve()):
     redirect(request["stdin"], request["stdout"], request["stderr"])
+    os.environ.clear()
+    os.environ.update(request["env"])
     os.chdir(request["cwd"])
     sys.argv = request["argv"]
     os._exit(run(sys.argv[0]))

@@ -40,6 +40,7 @@ def run_program(command, *, input="", cwd=None, env=None, timeout=300):
         for path in files.values():
             Path(path).write_text(input if path == files["stdin"] else "", encoding="utf-8")
         request = {"argv": list(map(str, command[1:])), "cwd": str(cwd or Path.cwd()), "timeout": timeout, **files}
+        request["env"] = dict(os.environ)  # a test may have changed it since the server started
         server = _server()
         print(json.dumps(request), file=server.stdin, flush=True)
         status = int(server.stdout.readline())
