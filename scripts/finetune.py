@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from parity.console import PlainConsole
 from parity.errors import InputError, exit_with_message
-from parity.loading import load_model_and_tokenizer
+from parity.loading import ModelArgs
 from parity.storage.paths import user_path
 from parity.training.job import Job, describe_precision, load_job, start_run
 from parity.training.loop import resume_and_train
@@ -127,15 +127,17 @@ def answer_file(args: Args) -> int:
     if args.predict is None or args.out is None or args.run is None:
         raise InputError("--predict FILE --out FILE needs --run, the run that answers; give all three")
     saved = read_tuning(RunFolder(args.run))
-    backend = importlib.import_module(f"gpt_{args.backend}")
-    device = importlib.import_module(f"gpt_{args.backend}.devices").choose_device(args.device)
-    if args.backend == "jax":
-        importlib.import_module("gpt_jax.compilation_cache").enable_compilation_cache(args.compilation_cache)
-    model, tokenizer, _ = load_model_and_tokenizer(
-        backend, args.run, vocab_bpe=args.vocab_bpe, checkpoint=args.checkpoint, device=device
-    )
+    loaded = ModelArgs(
+        run=args.run,
+        checkpoint=args.checkpoint,
+        backend=args.backend,
+        device=args.device,
+        vocab_bpe=args.vocab_bpe,
+        compilation_cache=args.compilation_cache,
+    ).load()
     most = saved.run.settings.sample_tokens
-    summary = predict(backend, model, tokenizer, saved.tune, most, user_path(args.predict), user_path(args.out))
+    files = user_path(args.predict), user_path(args.out)
+    summary = predict(loaded.backend, loaded.model, loaded.tokenizer, saved.tune, most, *files)
     PlainConsole(lossy=True).print(summary, soft_wrap=True)
     return 0
 

@@ -84,16 +84,16 @@ def read(file: DataFile, path: Path | None = None, on_progress: Callable[[int], 
     if path is None:
         target = cache_folder() / "evaluation" / file.file.name
         try:
-            found = fetch(file.file, target, file.addresses, on_progress=on_progress)
+            source = fetch(file.file, target, file.addresses, on_progress=on_progress)
         except InputError as error:
             raise InputError(f"{error}; or name the file with --data") from None
     else:
-        found = _find(file, path)
-    is_archive = bool(file.member) and found.name.lower().endswith(_ZIP + _TAR)
-    data = _member(found, file.member) if is_archive else _whole(found)
+        source = _find(file, path)
+    is_archive = bool(file.member) and source.name.lower().endswith(_ZIP + _TAR)
+    data = _member(source, file.member) if is_archive else _whole(source)
     sha256 = hashlib.sha256(data).hexdigest()
-    published = sha256 == file.sha256 or (is_archive and file_sha256(found) == file.file.sha256)
-    return Content(data, f"{found}, {file.member}" if is_archive else str(found), sha256, published)
+    published = sha256 == file.sha256 or (is_archive and file_sha256(source) == file.file.sha256)
+    return Content(data, f"{source}, {file.member}" if is_archive else str(source), sha256, published)
 
 
 def _find(file: DataFile, path: Path) -> Path:
