@@ -75,7 +75,7 @@ def lower_train_step(
         out_shardings,
         tiling_for(platform_of(devices)),
     )
-    return step.lower(state, tokens, tokens, lr, step_number)
+    return step.lower(state, (tokens, tokens), lr, step_number)
 
 
 def platform_of(devices: Mesh | jax.Device) -> str:

@@ -18,7 +18,7 @@ from gpt_jax import checkpoint, sharding
 from gpt_jax.arrays import widened
 from gpt_jax.generate import generate
 from gpt_jax.lora import add_lora, save_adapter
-from gpt_jax.loss import tiling_for
+from gpt_jax.loss import Objective, summed_loss, tiling_for
 from gpt_jax.model import GPTModel, cast
 from gpt_jax.pretrained import save_weights
 from gpt_jax.train_step import TrainState, make_optimizer, make_summed_loss, make_train_step
@@ -49,6 +49,7 @@ class Trainer:
             that is resumed needs `init_from` as well.
         table: The rows of the parameters to train (parity/weights/table.py), by default all; a row that is limited to
             some layers trains those alone.
+        objective: What to minimize; by default the cross-entropy of the next token.
 
     Raises:
         InputError: For dtype float64 without jax_enable_x64.
@@ -65,6 +66,7 @@ class Trainer:
         remat: str = "none",
         lora: LoraConfig | None = None,
         table: Sequence[Row] | None = None,
+        objective: Objective | None = None,
     ):
         self.config, self.settings, self._mesh = config, settings, mesh
         compute_dtype = jnp.dtype(settings.dtype)
@@ -106,6 +108,7 @@ class Trainer:
         dropout_seed = settings.seed if config.drop_rate or (lora is not None and lora.dropout) else None
         [device, *_] = jax.tree.leaves(self.state)[0].devices()
         tiling = tiling_for(device.platform)
+        self._objective = Objective(summed_loss) if objective is None else objective
         self._train_step = make_train_step(
             self.optimizer,
             settings.clip,
@@ -115,11 +118,12 @@ class Trainer:
             out_shardings,
             tiling,
             self.trainable,
+            self._objective,
         )
-        loss = make_summed_loss(compute_dtype, mesh, tiling)
+        loss = make_summed_loss(compute_dtype, mesh, tiling, self._objective)
 
-        def evaluate(model: GPTModel, frozen: GPTModel | None, inputs: Array, targets: Array) -> Array:
-            return loss(join(model, frozen, self.trainable), inputs, targets)
+        def evaluate(model: GPTModel, frozen: GPTModel | None, batch: tuple[Array, ...]) -> Array:
+            return loss(join(model, frozen, self.trainable), batch)
 
         self._summed_loss = jax.jit(evaluate, out_shardings=replicated)
 
@@ -130,18 +134,23 @@ class Trainer:
     def local_slice(self, size: int) -> slice:
         return slice(0, size) if self._mesh is None else sharding.local_rows(size, self._mesh)
 
-    def to_device(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Array, Array]:
-        self.config.check_targets(targets)
+    def to_device(self, inputs: np.ndarray, targets: np.ndarray, *more: np.ndarray) -> tuple[Array, ...]:
+        self._objective.check(self.config, targets)
         by_rows = [None] * (inputs.ndim - 2) + [sharding.BATCH]
-        return self._to_mesh(inputs, *by_rows), self._to_mesh(targets, *by_rows)
 
-    def train_step(self, inputs: Array, targets: Array, lr: float, step: int) -> dict[str, Array]:
+        def copy(array: np.ndarray) -> Array:
+            is_float = np.issubdtype(array.dtype, np.floating)
+            return self._to_mesh(array.astype(self._param_dtype) if is_float else array, *by_rows)
+
+        return tuple(map(copy, (inputs, targets, *more)))
+
+    def train_step(self, batch: Sequence[Array], lr: float, step: int) -> dict[str, Array]:
         numbers = self._to_mesh(np.asarray(lr, self._param_dtype)), self._to_mesh(np.asarray(step, np.int32))
-        self.state, metrics = self._train_step(self.state, inputs, targets, *numbers, self._frozen)
+        self.state, metrics = self._train_step(self.state, tuple(batch), *numbers, self._frozen)
         return self._block_on_cpu(metrics)
 
-    def evaluate_batch(self, inputs: Array, targets: Array) -> Array:
-        return self._block_on_cpu(self._summed_loss(self.state.model, self._frozen, inputs, targets))
+    def evaluate_batch(self, batch: Sequence[Array]) -> Array:
+        return self._block_on_cpu(self._summed_loss(self.state.model, self._frozen, tuple(batch)))
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
         return generate(self._gathered(self.model), prompts, max_new_tokens, **options)

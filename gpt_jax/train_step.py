@@ -14,10 +14,9 @@ from optax import tree_utils as otu
 from gpt_jax import sharding
 from gpt_jax.arrays import widened
 from gpt_jax.lora import lora_config, with_dropout
-from gpt_jax.loss import CPU_TILING, Tiling, summed_loss
+from gpt_jax.loss import CPU_TILING, Objective, Tiling, summed_loss
 from gpt_jax.model import GPTModel, cast
 from gpt_jax.trainable import join, parameter_name
-from parity.config import is_counted
 from parity.training.settings import TrainSettings
 from parity.weights import Row, rows
 
@@ -31,17 +30,24 @@ class TrainState(NamedTuple):
     """AdamW's count and moments."""
 
 
-def make_summed_loss(compute_dtype: Any, mesh: Mesh | None = None, tiling: Tiling = CPU_TILING):
-    """Return summed_loss() in `compute_dtype`, with activations sharded over `mesh`, for jax.jit and jax.grad."""
+def make_summed_loss(
+    compute_dtype: Any, mesh: Mesh | None = None, tiling: Tiling = CPU_TILING, objective: Objective | None = None
+):
+    """Return the objective's summed loss in `compute_dtype`, with activations sharded over `mesh`.
 
-    def cast_and_sum(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
+    It is a function of (model, batch, key) for jax.jit and jax.grad. By default the objective is the cross-entropy of
+    the next token.
+    """
+    function = (objective or Objective(summed_loss)).summed_loss
+
+    def cast_and_sum(model: GPTModel, batch: Sequence[Array], key: Array | None = None) -> Array:
         model = cast(model, compute_dtype)
         lora = lora_config(model)
         if key is not None and lora is not None and lora.dropout:
             key, adapter_key = jax.random.split(key)
             model = with_dropout(model, adapter_key)
         with sharding.shard_activations(mesh):
-            return summed_loss(model, inputs, targets, key, tiling, mesh)
+            return function(model, *batch, key=key, tiling=tiling, mesh=mesh)
 
     return cast_and_sum
 
@@ -106,10 +112,12 @@ def make_train_step(
     out_shardings: Any = None,
     tiling: Tiling = CPU_TILING,
     table: Sequence[Row] = (),
+    objective: Objective | None = None,
 ):
-    """Return the jitted train_step(state, inputs [A, B, T], targets, lr, step) -> (state, {loss, grad_norm}).
+    """Return the jitted train_step(state, batch, lr, step) -> (state, {loss, grad_norm}).
 
-    If a part of the model is frozen, the state holds the other part, and the frozen one is the last argument.
+    A batch is (inputs [A, B, T], targets, ...) with A micro-batches. If a part of the model is frozen, the state holds
+    the other part, and the frozen one is the last argument.
 
     Args:
         optimizer: AdamW without the learning rate, from make_optimizer().
@@ -120,35 +128,37 @@ def make_train_step(
         out_shardings: Shardings of the returned state and metrics.
         tiling: Size of the loss's chunks on the devices that the step is for; see tiling_for().
         table: The rows of the parameters that are trained, if a part of the model is frozen.
+        objective: What to minimize; by default the cross-entropy of the next token.
 
     Returns:
         The step, which donates its state. A step whose loss or gradient is not finite changes nothing.
     """
 
-    summed = make_summed_loss(compute_dtype, mesh, tiling)
+    objective = objective or Objective(summed_loss)
+    summed = make_summed_loss(compute_dtype, mesh, tiling, objective)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
-    def train_step(
-        state: TrainState, inputs: Array, targets: Array, lr: Array, step: Array, frozen: GPTModel | None = None
-    ):
+    def train_step(state: TrainState, batch: tuple[Array, ...], lr: Array, step: Array, frozen: GPTModel | None = None):
         @jax.value_and_grad
-        def loss_and_grads(model: GPTModel, *batch: Any) -> Array:
-            return summed(join(model, frozen, table), *batch)
+        def loss_and_grads(model: GPTModel, batch: tuple[Array, ...], key: Array | None) -> Array:
+            return summed(join(model, frozen, table), batch, key)
 
-        A = inputs.shape[0]
+        A = batch[0].shape[0]
         keys = None
         if dropout_seed is not None:
             keys = jax.random.split(jax.random.fold_in(jax.random.key(dropout_seed), step), A)
 
-        def micro_batch(total, batch):
-            return jax.tree.map(jnp.add, total, loss_and_grads(state.model, *batch)), None
+        def micro_batch(total, batch_and_key):
+            return jax.tree.map(jnp.add, total, loss_and_grads(state.model, *batch_and_key)), None
 
         if A == 1:
-            total = loss_and_grads(state.model, inputs[0], targets[0], None if keys is None else keys[0])
+            only = tuple(array[0] for array in batch)
+            total = loss_and_grads(state.model, only, None if keys is None else keys[0])
         else:
             zeros = (jnp.zeros((), widened(compute_dtype)), jax.tree.map(jnp.zeros_like, state.model))
-            total, _ = jax.lax.scan(micro_batch, zeros, (inputs, targets, keys))
-        loss, grads = jax.tree.map(lambda a: a / is_counted(targets).sum(dtype=a.dtype), total)
+            total, _ = jax.lax.scan(micro_batch, zeros, (batch, keys))
+        count = objective.n_terms(batch[1])
+        loss, grads = jax.tree.map(lambda a: a / count.astype(a.dtype), total)
         grads, norm = clip_by_global_norm(grads, clip)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)  # otherwise the step is skipped
         with jax.numpy_dtype_promotion("standard"):  # optax does not run in the strict mode

@@ -1,15 +1,35 @@
 """Cross-entropy of the model's logits; gpt_jax/loss.py has the same functions."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gpt_torch.model import GPTModel
 from gpt_torch.modes import unwrap, values
-from parity.config import IGNORE_INDEX, is_counted
+from parity.config import IGNORE_INDEX, GPTConfig, is_counted
 
 
-def summed_loss(model: GPTModel, inputs: Tensor, targets: Tensor, compute_dtype: torch.dtype | None = None) -> Tensor:
+def count_targets(targets: Tensor) -> Tensor:
+    """Return the number of targets that are not ignored."""
+    return is_counted(targets).sum()
+
+
+class Objective(NamedTuple):
+    """What a trainer minimizes: a sum over the terms of all micro-batches and processes, divided by their number."""
+
+    summed_loss: Callable[..., Tensor]
+    """(model, inputs, targets, *more) -> the sum of a micro-batch, a scalar."""
+    n_terms: Callable[[Tensor], Tensor] = count_targets
+    """targets -> the number of terms in the sum; rows that only fill a batch have none."""
+    check: Callable[[GPTConfig, np.ndarray], None] = GPTConfig.check_targets
+    """(config, targets) -> None; raises InputError for targets that are not valid."""
+
+
+def summed_loss(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy in nats, summed over the targets that are not ignored.
 
     Args:
@@ -17,17 +37,11 @@ def summed_loss(model: GPTModel, inputs: Tensor, targets: Tensor, compute_dtype:
         inputs: Token ids, integers [B, T].
         targets: The ids to predict, integers [B, T]. Targets -1 and -100 are ignored; any other target outside the
             vocabulary makes the loss and its gradients NaN, because a compiled function cannot raise.
-        compute_dtype: Dtype of the computation, to which the parameters are cast temporarily; by default their own.
 
     Returns:
         A scalar of dtype float32 or float64.
     """
-    if compute_dtype is None:
-        logits = model(inputs)  # [B, T, V]
-    else:
-        inner = unwrap(model)
-        cast = {name: p.to(compute_dtype) for name, p in inner.named_parameters()}
-        logits = torch.func.functional_call(inner, cast, inputs)  # [B, T, V]
+    logits = model(inputs)  # [B, T, V]
     counted = is_counted(targets)
     valid = counted & (targets >= 0) & (targets < unwrap(model).config.n_vocab)
     known = torch.where(valid, targets, IGNORE_INDEX)

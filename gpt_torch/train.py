@@ -17,12 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt_torch.distributed import all_sum
 from gpt_torch.generate import generate
 from gpt_torch.lora import add_lora, save_adapter
-from gpt_torch.loss import summed_loss
+from gpt_torch.loss import Objective, summed_loss
 from gpt_torch.model import GPTModel
 from gpt_torch.pretrained import save_weights
 from gpt_torch.weights import copy_arrays, load_weights
 from parity import weights
-from parity.config import GPTConfig, is_counted
+from parity.config import GPTConfig
 from parity.training import checkpoints, optimizer_state
 from parity.training.initial import Base, base_of, check_base, initial_arrays
 from parity.training.processes import ALONE, Processes
@@ -61,14 +61,26 @@ def clip_by_global_norm(gradients: list[Tensor], largest: float) -> Tensor:
 
 
 class SummedLoss(nn.Module):
-    """summed_loss as a module, which DistributedDataParallel can wrap."""
+    """The summed loss of an objective as a module, which DistributedDataParallel can wrap."""
 
     def __init__(self, model: GPTModel, function: Callable[..., Tensor]):
         super().__init__()
         self.model, self.function = model, function
 
-    def forward(self, inputs: Tensor, targets: Tensor, compute_dtype: torch.dtype | None) -> Tensor:
-        return self.function(self.model, inputs, targets, compute_dtype)
+    def forward(self, *batch: Tensor) -> Tensor:
+        return self.function(self.model, *batch)
+
+
+class InDtype(nn.Module):
+    """A module that computes in another dtype than that of its parameters, which are cast at each call."""
+
+    def __init__(self, module: nn.Module, compute_dtype: torch.dtype):
+        super().__init__()
+        self.inner, self.compute_dtype = module, compute_dtype
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        cast = {name: p.to(self.compute_dtype) for name, p in self.inner.named_parameters()}
+        return torch.func.functional_call(self.inner, cast, batch)
 
 
 class Trainer:
@@ -88,6 +100,7 @@ class Trainer:
             that is resumed needs `init_from` as well.
         table: The rows of the parameters to train (parity/weights/table.py), by default all; a row that is limited to
             some layers trains those alone.
+        objective: What to minimize; by default the cross-entropy of the next token.
     """
 
     def __init__(
@@ -101,11 +114,12 @@ class Trainer:
         processes: Processes = ALONE,
         lora: LoraConfig | None = None,
         table: Sequence[Row] | None = None,
+        objective: Objective | None = None,
     ):
         self.config, self.settings, self.device = config, settings, torch.device(device)
         self.processes = processes
         dtype = getattr(torch, settings.dtype)
-        param_dtype = torch.promote_types(dtype, torch.float32)
+        self._param_dtype = param_dtype = torch.promote_types(dtype, torch.float32)
         self.lora = lora
         initial = initial_arrays(config, settings, init_from)
         self.base = Base() if lora is None else base_of(config, initial, init_from)
@@ -121,40 +135,45 @@ class Trainer:
             parameter.requires_grad_(name in trained)
         self.model = model.to(self.device, param_dtype)
         self.optimizer = make_optimizer(self.model, settings, self.trainable)
-        self._compute_dtype = None if dtype == param_dtype else dtype
-        self._summed_loss = torch.compile(summed_loss) if compile else summed_loss
-        self._loss_module: nn.Module = SummedLoss(self.model, self._summed_loss)
+        self._objective = Objective(summed_loss) if objective is None else objective
+        loss: nn.Module = SummedLoss(self.model, self._objective.summed_loss)
+        if dtype != param_dtype:
+            loss = InDtype(loss, dtype)
+        self._evaluation_loss: Any = torch.compile(loss) if compile else loss
+        self._training_loss = self._evaluation_loss
         if processes.count > 1:
-            self._loss_module = DistributedDataParallel(self._loss_module)
+            self._training_loss = DistributedDataParallel(self._evaluation_loss)
 
     def local_slice(self, size: int) -> slice:
         share = size // self.processes.count
         return slice(self.processes.index * share, (self.processes.index + 1) * share)
 
-    def to_device(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor]:
-        self.config.check_targets(targets)
+    def to_device(self, inputs: np.ndarray, targets: np.ndarray, *more: np.ndarray) -> tuple[Tensor, ...]:
+        self._objective.check(self.config, targets)
 
-        def copy(ids: np.ndarray) -> Tensor:
-            tensor = torch.from_numpy(ids).long()
+        def copy(array: np.ndarray) -> Tensor:
+            tensor = torch.from_numpy(array)
+            tensor = tensor.to(self._param_dtype if tensor.is_floating_point() else torch.int64)
             if self.device.type == "cuda":  # pinned memory is copied while the GPU computes
                 tensor = tensor.pin_memory()
             return tensor.to(self.device, non_blocking=True)
 
-        return copy(inputs), copy(targets)
+        return tuple(map(copy, (inputs, targets, *more)))
 
-    def train_step(self, inputs: Tensor, targets: Tensor, lr: float, step: int) -> dict[str, Tensor]:
+    def train_step(self, batch: Sequence[Tensor], lr: float, step: int) -> dict[str, Tensor]:
         if self.config.drop_rate or (self.lora is not None and self.lora.dropout):
             seeds = [self.settings.seed, step, self.processes.index]
             torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        count = all_sum(is_counted(targets).sum())
+        micro_batches = list(zip(*batch, strict=True))
+        count = all_sum(self._objective.n_terms(batch[1]))
         loss = torch.zeros((), device=self.device)
-        for number, micro_batch in enumerate(zip(inputs, targets, strict=True), 1):
+        for number, micro_batch in enumerate(micro_batches, 1):
             # DistributedDataParallel averages the gradients over the processes, in the last backward pass. They
             # should be summed, so the loss is multiplied by the number of processes.
-            with self._gradient_sync(number == len(inputs)):
-                micro_loss = self._loss_module(*micro_batch, self._compute_dtype) / count
+            with self._gradient_sync(number == len(micro_batches)):
+                micro_loss = self._training_loss(*micro_batch) / count
                 (micro_loss * self.processes.count).backward()
             loss = loss + micro_loss.detach()
         loss = all_sum(loss)
@@ -168,13 +187,13 @@ class Trainer:
         return {"loss": loss, "grad_norm": norm}
 
     def _gradient_sync(self, enabled: bool) -> contextlib.AbstractContextManager:
-        if isinstance(self._loss_module, DistributedDataParallel) and not enabled:
-            return self._loss_module.no_sync()
+        if isinstance(self._training_loss, DistributedDataParallel) and not enabled:
+            return self._training_loss.no_sync()
         return contextlib.nullcontext()
 
     @torch.no_grad()
-    def evaluate_batch(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return all_sum(self._summed_loss(self.model, inputs, targets, self._compute_dtype))
+    def evaluate_batch(self, batch: Sequence[Tensor]) -> Tensor:
+        return all_sum(self._evaluation_loss(*batch))
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
         return generate(self.model, prompts, max_new_tokens, **options)

@@ -40,7 +40,7 @@ def steps(trainer, first, last, lr=1e-3):
     losses = []
     for step in range(first, last):
         inputs, targets = random_batch(TINY, 4, seed=step)
-        losses.append(float(trainer.train_step(*trainer.to_device(inputs[None], targets[None]), lr, step)["loss"]))
+        losses.append(float(trainer.train_step(trainer.to_device(inputs[None], targets[None]), lr, step)["loss"]))
     return losses
 
 
@@ -119,7 +119,7 @@ def test_a_step_that_is_not_finite_changes_nothing(make, tmp_path):
     assert steps(trainer, 0, 3) == steps(undisturbed, 0, 3)
     before = stored(checkpoints.save(tmp_path, 3, trainer.save, keep=2))
     inputs, _ = random_batch(TINY, 4)
-    bad = trainer.train_step(*trainer.to_device(inputs[None], np.full_like(inputs[None], IGNORE_INDEX)), 1e-3, 3)
+    bad = trainer.train_step(trainer.to_device(inputs[None], np.full_like(inputs[None], IGNORE_INDEX)), 1e-3, 3)
     assert np.isnan(float(bad["loss"]))
     assert_same(stored(checkpoints.save(tmp_path, 4, trainer.save, keep=2)), before)
     assert steps(trainer, 3, 6) == steps(undisturbed, 3, 6)

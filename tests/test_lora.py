@@ -260,11 +260,11 @@ def test_dropout_of_the_result_is_caught(name, monkeypatch):
 def test_dropout_is_a_function_of_the_step_and_off_in_evaluation(name):
     lora = dataclasses.replace(OPTIONS["q and v"], dropout=0.5)
     trainer = TRAINER[name](TINY, dataclasses.replace(SETTINGS, dtype="float32"), lora=lora)
-    trainer.train_step(*trainer.to_device(*batch(0)), 0.1, 0)  # B is no longer zero
+    trainer.train_step(trainer.to_device(*batch(0)), 0.1, 0)  # B is no longer zero
 
     def losses(step):  # a learning rate of 0 changes nothing
-        evaluated = float(trainer.evaluate_batch(*trainer.to_device(*(part[0] for part in batch(1)))))
-        return evaluated, float(trainer.train_step(*trainer.to_device(*batch(1)), 0.0, step)["loss"])
+        evaluated = float(trainer.evaluate_batch(trainer.to_device(*(part[0] for part in batch(1)))))
+        return evaluated, float(trainer.train_step(trainer.to_device(*batch(1)), 0.0, step)["loss"])
 
     first, again, other = losses(1), losses(1), losses(2)
     assert first == again
@@ -308,7 +308,7 @@ def train(name, kind, steps, change=lambda trainer: None):
         change(trainer)
         before, metrics, trail = frozen_arrays(name, trainer), [], [trained_arrays(name, trainer)]
         for step in range(steps):
-            result = trainer.train_step(*trainer.to_device(*batch(step)), LR, step)
+            result = trainer.train_step(trainer.to_device(*batch(step)), LR, step)
             metrics.append((float(result["loss"]), float(result["grad_norm"])))
             trail.append(trained_arrays(name, trainer))
         for old, new in zip(before, frozen_arrays(name, trainer), strict=True):
@@ -396,7 +396,7 @@ def test_the_first_gradient_of_A_is_zero(runs, name):
 def test_the_optimizer_holds_the_adapters_alone(name):
     lora = OPTIONS["q and v"]
     trainer = TRAINER[name](TINY, dataclasses.replace(SETTINGS, dtype="float32"), lora=lora)
-    trainer.train_step(*trainer.to_device(*batch(0)), LR, 0)
+    trainer.train_step(trainer.to_device(*batch(0)), LR, 0)
     # B has 3 D outputs for 2 * 3 columns, of which a third in each column is trained.
     n_held = TINY.n_layer * (6 * D + 3 * D * 6)
     assert n_adapter_params(TINY, lora) == TINY.n_layer * 4 * 3 * D
@@ -416,7 +416,7 @@ def test_runs_resume_in_either_framework(kind, tmp_path):
     options, losses = KINDS[kind], {}
 
     def go_on(name, trainer, first, last):
-        return [float(trainer.train_step(*trainer.to_device(*batch(s)), LR, s)["loss"]) for s in range(first, last)]
+        return [float(trainer.train_step(trainer.to_device(*batch(s)), LR, s)["loss"]) for s in range(first, last)]
 
     for name in BACKENDS:
         with full_precision(name):

@@ -99,7 +99,7 @@ def test_the_lowered_step_is_the_one_that_the_trainer_runs():
         trainer = Trainer(config, settings)
         batch = np.zeros((2, 2, config.n_ctx), np.int32)
         numbers = (trainer._to_mesh(number) for number in (np.asarray(1e-3, np.float32), np.asarray(0, np.int32)))
-        run = trainer._train_step.lower(trainer.state, *trainer.to_device(batch, batch), *numbers)
+        run = trainer._train_step.lower(trainer.state, trainer.to_device(batch, batch), *numbers)
         assert run.as_text() == lower_train_step(config, settings, OPTIONS, CPU).as_text()
 
 

@@ -45,9 +45,7 @@ FUNCTIONS = {
     "run_with_cache": lambda model: gpt_torch.run_with_cache(model, IDS)[1],
     "run_with_patches": lambda model: {"logits": gpt_torch.run_with_patches(model, IDS, {"embed": np.ones(20)})},
     "calc_loss": lambda model: {"loss": gpt_torch.loss.calc_loss(model, IDS, TARGET_IDS)},
-    "bfloat16 loss": lambda model: {
-        "loss": gpt_torch.loss.summed_loss(model, IDS, TARGET_IDS, compute_dtype=torch.bfloat16)
-    },
+    "summed_loss": lambda model: {"loss": gpt_torch.loss.summed_loss(model, IDS, TARGET_IDS)},
     "calc_loss_batch": lambda model: {"loss": gpt_torch.notebook.calc_loss_batch(IDS, TARGET_IDS, model)},
 }
 WRAPPERS = {
@@ -291,7 +289,7 @@ def train_step(config, dtype):
     settings = dataclasses.replace(recipe("tiny").settings, dtype=dtype, batch_size=2, accumulate=2)
     trainer = Trainer(config, settings)
     batch = trainer.to_device(INPUTS[:, None], TARGETS[:, None])
-    return trainer.train_step(*batch, 1e-3, 0)
+    return trainer.train_step(batch, 1e-3, 0)
 
 
 NOTEBOOK = dataclasses.replace(TINY, tied_head=False, qkv_bias=False, drop_rate=0.1)

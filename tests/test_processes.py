@@ -643,10 +643,11 @@ class Part:
         rows = size // self.count
         return slice(self.index * rows, (self.index + 1) * rows)
 
-    def to_device(self, inputs, targets):
-        return inputs, targets
+    def to_device(self, *batch):
+        return batch
 
-    def evaluate_batch(self, inputs, targets):
+    def evaluate_batch(self, batch):
+        _, targets = batch
         return float((targets >= 0).sum())
 
 

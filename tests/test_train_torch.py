@@ -15,7 +15,7 @@ def test_dropout_is_a_function_of_seed_step_and_process():
 
     def loss(step=0, process=0):
         trainer = Trainer(config, settings, processes=Processes(index=process))
-        return float(trainer.train_step(*trainer.to_device(inputs, targets), 1e-3, step)["loss"])
+        return float(trainer.train_step(trainer.to_device(inputs, targets), 1e-3, step)["loss"])
 
     assert loss() == loss()
     # The initial weights are the same, so that only dropout can change the loss.

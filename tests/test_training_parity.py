@@ -223,9 +223,9 @@ def mean_of_means(monkeypatch):
     """Average the means of the micro-batches, which is wrong if their numbers of targets differ."""
     right = gpt_torch.train.summed_loss
 
-    def wrong(model, inputs, targets, dtype=None):
+    def wrong(model, inputs, targets):
         count = (targets != IGNORE_INDEX).sum()
-        return right(model, inputs, targets, dtype) * (targets.numel() / count)
+        return right(model, inputs, targets) * (targets.numel() / count)
 
     monkeypatch.setattr(gpt_torch.train, "summed_loss", wrong)
 
@@ -264,6 +264,6 @@ def test_compiled_torch_trains_alike():
         for compile in (False, True):
             trainer = gpt_torch.train.Trainer(TINY, settings, attention="sdpa", compile=compile)
             steps = enumerate(batches(TINY, 3))
-            metrics = [trainer.train_step(*trainer.to_device(*batch[:2]), batch.lr, step) for step, batch in steps]
+            metrics = [trainer.train_step(trainer.to_device(*batch[:2]), batch.lr, step) for step, batch in steps]
             losses.append([float(values["loss"]) for values in metrics])
         assert losses[1] == pytest.approx(losses[0], rel=rtol)

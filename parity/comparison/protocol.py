@@ -134,7 +134,7 @@ def train_steps(
     """
     metrics = []
     for step, (inputs, targets, lr) in enumerate(batches):
-        result = trainer.train_step(*trainer.to_device(inputs, targets), lr, step)
+        result = trainer.train_step(trainer.to_device(inputs, targets), lr, step)
         metrics.append((float(result["loss"]), float(result["grad_norm"])))
         if after_step is not None:
             after_step({name: array.copy() for name, array in export_weights().items()})

@@ -15,7 +15,8 @@ from parity.errors import InputError
 class Dataset(Protocol):
     """What the training loop needs from a dataset; Windows is one, and any class with these members can replace it.
 
-    Batches are pairs (inputs, targets) of int32 arrays [B, T]; T is at most the model's n_ctx, and may differ between
+    Batches are tuples of arrays whose first axis is the rows. For the next token they are (inputs, targets), both int32
+    [B, T]; other objectives have other targets, or more arrays. T is at most the model's n_ctx, and may differ between
     batches. The target at a position is the id to predict there, or IGNORE_INDEX if the loss should ignore the
     position: padding, or a prompt. Inputs are always in the vocabulary, at ignored positions too.
     """
@@ -24,9 +25,7 @@ class Dataset(Protocol):
     def n_targets(self) -> int:
         """Number of targets in all of in_order() that are not ignored."""
 
-    def batch(
-        self, seed: int, step: int, size: int, places: Sequence[int] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, seed: int, step: int, size: int, places: Sequence[int] | None = None) -> tuple[np.ndarray, ...]:
         """Return the batch of a training step: a pure function of its arguments.
 
         Args:
@@ -39,7 +38,7 @@ class Dataset(Protocol):
     def batch_windows(self, seed: int, step: int, size: int) -> list[int]:
         """Return the indices of the examples in a batch; they are recorded if its loss is not finite."""
 
-    def in_order(self, size: int, part: slice = slice(None)) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def in_order(self, size: int, part: slice = slice(None)) -> Iterator[tuple[np.ndarray, ...]]:
         """Yield the whole dataset once, for evaluation.
 
         Args:

@@ -66,7 +66,7 @@ class Pending(NamedTuple):
 def evaluate(trainer: Trainer, dataset: Dataset, batch_size: int) -> float:
     """Return the mean loss in nats per target over the whole dataset."""
     batches = dataset.in_order(batch_size, trainer.local_slice(batch_size))
-    sums = [trainer.evaluate_batch(*trainer.to_device(*batch)) for batch in batches]
+    sums = [trainer.evaluate_batch(trainer.to_device(*batch)) for batch in batches]
     return math.fsum(map(float, sums)) / dataset.n_targets
 
 
@@ -139,11 +139,11 @@ def train_loop(trainer: Trainer, job: Job, done: int | None, console: Console) -
         bar = progress.add_task("training", total=settings.steps, completed=done, summary="compiling")
         last_time, n_tokens = time.perf_counter(), 0
         batches = stack.enter_context(contextlib.closing(_batches(trainer, job, done)))
-        for step, (inputs, targets) in zip(range(done, settings.steps), batches, strict=True):
+        for step, batch in zip(range(done, settings.steps), batches, strict=True):
             lr = learning_rate(step, settings.lr, settings.min_lr, settings.warmup, settings.steps)
-            pending.append(Pending(step + 1, lr, trainer.train_step(inputs, targets, lr, step)))
+            pending.append(Pending(step + 1, lr, trainer.train_step(batch, lr, step)))
             finished = step + 1
-            n_tokens += settings.batch_size * inputs.shape[-1]
+            n_tokens += settings.batch_size * batch[0].shape[-1]
             evaluating = finished % settings.eval_every == 0 or finished == settings.steps
             reading = evaluating or finished % settings.log_every == 0
             # Several processes must agree to stop, which waits for the device; so only where they wait anyway.
@@ -167,17 +167,17 @@ def train_loop(trainer: Trainer, job: Job, done: int | None, console: Console) -
         return 0
 
 
-def _batches(trainer: Trainer, job: Job, done: int) -> Generator[tuple[Any, Any], None, None]:
+def _batches(trainer: Trainer, job: Job, done: int) -> Generator[Sequence[Any], None, None]:
     """Yield the batches of the steps from `done` on, as to_device() returns them, prefetched on another thread."""
     settings = job.settings
     rows = np.arange(settings.batch_size).reshape(-1, job.micro_size)  # [A, B]
     local_rows = rows[:, trainer.local_slice(job.micro_size)]
     flat_rows = local_rows.flatten().tolist()
 
-    def load(step: int) -> tuple[Any, Any]:
-        inputs, targets = job.train.batch(settings.seed, step, settings.batch_size, flat_rows)
-        shape = (*local_rows.shape, inputs.shape[1])  # [A, B, T]
-        return trainer.to_device(inputs.reshape(shape), targets.reshape(shape))
+    def load(step: int) -> Sequence[Any]:
+        batch = job.train.batch(settings.seed, step, settings.batch_size, flat_rows)
+        arrays = (array.reshape(*local_rows.shape, *array.shape[1:]) for array in batch)  # [A, B, ...]
+        return trainer.to_device(*arrays)
 
     return prefetch(load, range(done, settings.steps))
 
@@ -277,7 +277,7 @@ def _record_nonfinite(job: Job, step: int, lr: float, values: dict[str, float], 
     """Record the step and its batch; raises InputError if more steps than allowed were not finite."""
     settings = job.settings
     windows = job.train.batch_windows(settings.seed, step - 1, settings.batch_size)
-    inputs, _ = job.train.batch(settings.seed, step - 1, settings.batch_size)
+    inputs, *_ = job.train.batch(settings.seed, step - 1, settings.batch_size)
     texts = {name: str(value) for name, value in values.items()}  # JSON has no NaN
     entries = {"step": step, "lr": lr, **texts, "windows": windows, "inputs": inputs.tolist()}
     file = job.run.write(f"nonfinite-{step:06d}.json", entries)

@@ -20,37 +20,39 @@ class Trainer(Protocol):
     def local_slice(self, size: int) -> slice:
         """Return the slice of a batch of `size` rows that this process computes (all of it in a one-process run)."""
 
-    def to_device(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Any, Any]:
+    def to_device(self, inputs: np.ndarray, targets: np.ndarray, *more: np.ndarray) -> tuple[Any, ...]:
         """Start the transfer of a batch to the device.
 
         Called on another thread than the other methods.
 
         Args:
             inputs: Token ids int32 [..., B, T] of the rows in local_slice().
-            targets: The token ids to predict, of the same shape; IGNORE_INDEX where there is none.
+            targets: For the next token, the token ids to predict, of the same shape; IGNORE_INDEX where there is none.
+                What it is for another objective, its module says; the first axes are those of the inputs.
+            *more: What else the objective needs, with the same first axes. Floating-point numbers get the dtype of the
+                parameters.
         """
 
-    def train_step(self, inputs: Any, targets: Any, lr: float, step: int) -> dict[str, Any]:
+    def train_step(self, batch: Sequence[Any], lr: float, step: int) -> dict[str, Any]:
         """Make one optimizer step.
 
         If the loss or the gradient is not finite, the model and the optimizer stay as they were.
 
         Args:
-            inputs: What to_device() returned for ids [A, B, T], A micro-batches.
-            targets: The same for the targets.
+            batch: What to_device() returned for arrays [A, B, ...], A micro-batches.
             lr: Learning rate of the step.
             step: Number of the step, from 0; dropout depends on it.
 
         Returns:
-            "loss", in nats per target, and "grad_norm", before clipping; both may still be on the device.
+            "loss", the mean of the objective's terms (in nats per target), and "grad_norm", before clipping; both may
+            still be on the device.
         """
 
-    def evaluate_batch(self, inputs: Any, targets: Any) -> Any:
-        """Return the loss in nats, without dropout, summed over the targets of all processes.
+    def evaluate_batch(self, batch: Sequence[Any]) -> Any:
+        """Return the loss in nats, without dropout, summed over the terms of the objective in all processes.
 
         Args:
-            inputs: What to_device() returned for ids [B, T].
-            targets: The same for the targets.
+            batch: What to_device() returned for arrays [B, ...].
         """
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:

@@ -41,7 +41,7 @@ def jax_step(config: GPTConfig, settings: TrainSettings, options: LoraConfig, un
     from gpt_jax.train import Trainer
 
     trainer, host = Trainer(config, settings, unroll=unroll, lora=options), peers.batch(config, settings)
-    return peers.in_jax(lambda: jax.block_until_ready(trainer.train_step(*trainer.to_device(*host), 1e-3, 0)))
+    return peers.in_jax(lambda: jax.block_until_ready(trainer.train_step(trainer.to_device(*host), 1e-3, 0)))
 
 
 def torch_step(config: GPTConfig, settings: TrainSettings, options: LoraConfig, threads: int) -> Workload:
@@ -51,7 +51,7 @@ def torch_step(config: GPTConfig, settings: TrainSettings, options: LoraConfig, 
     _, device = peers.set_up_torch(threads)
     trainer = Trainer(config, settings, attention="sdpa", device=device, lora=options)
     host = peers.batch(config, settings)
-    return peers.in_torch(lambda: float(trainer.train_step(*trainer.to_device(*host), 1e-3, 0)["loss"]))
+    return peers.in_torch(lambda: float(trainer.train_step(trainer.to_device(*host), 1e-3, 0)["loss"]))
 
 
 def peft_step(config: GPTConfig, settings: TrainSettings, options: LoraConfig, threads: int) -> Workload:

@@ -70,7 +70,7 @@ def step_profile(config: GPTConfig, settings: TrainSettings, unroll: int, remat:
     kinds, flops = _kinds(program)
 
     def step() -> None:
-        jax.block_until_ready(trainer.train_step(*batch, 1e-3, 0))
+        jax.block_until_ready(trainer.train_step(batch, 1e-3, 0))
 
     step()
 

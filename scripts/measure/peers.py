@@ -36,7 +36,7 @@ def jax_step(config: GPTConfig, settings: TrainSettings, unroll: int, remat: str
     def step() -> None:
         if not trainers:  # made here, so that the first call includes everything that a user waits for
             trainers.append(Trainer(config, settings, attention=attention, unroll=unroll, remat=remat))
-        jax.block_until_ready(trainers[0].train_step(*trainers[0].to_device(*host), 1e-3, 0))
+        jax.block_until_ready(trainers[0].train_step(trainers[0].to_device(*host), 1e-3, 0))
 
     return in_jax(step)
 
@@ -59,7 +59,7 @@ def torch_step(config: GPTConfig, settings: TrainSettings, compile: bool, thread
     def step() -> None:
         if not trainers:
             trainers.append(Trainer(config, settings, attention="sdpa", device=device, compile=compile))
-        trainers[0].train_step(*trainers[0].to_device(*host), 1e-3, 0)
+        trainers[0].train_step(trainers[0].to_device(*host), 1e-3, 0)
         _synchronize(torch)
 
     return in_torch(step)

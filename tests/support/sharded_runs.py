@@ -60,7 +60,7 @@ def head_losses(shape, width):
 
 
 def losses(trainer, first, last):
-    return [float(trainer.train_step(*trainer.to_device(*batch(s)), 1e-3, s)["loss"]) for s in range(first, last)]
+    return [float(trainer.train_step(trainer.to_device(*batch(s)), 1e-3, s)["loss"]) for s in range(first, last)]
 
 
 def partial_losses(settings, shape, options, folder):
@@ -81,7 +81,7 @@ def facts(trainer):
         for shard in leaf.addressable_shards:
             held[shard.device.id] = held.get(shard.device.id, 0) + shard.data.nbytes
     numbers = (trainer._to_mesh(number) for number in (np.asarray(1e-3, trainer._param_dtype), np.asarray(0, np.int32)))
-    step = trainer._train_step.lower(trainer.state, *trainer.to_device(*batch(0)), *numbers)
+    step = trainer._train_step.lower(trainer.state, trainer.to_device(*batch(0)), *numbers)
     program = step.compile().as_text()  # the cache of compiled programs has it
     return {
         "bytes": sorted(set(held.values())),
