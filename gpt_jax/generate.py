@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Unpack, overload
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from gpt_jax.decoding import DecodingModel
@@ -93,11 +92,7 @@ def generate(
         as_array=isinstance(ids, Array),
         return_logprobs=return_logprobs,
     )
-    chunks = list(run(model, request, steps_per_call=request.max_new_tokens))
-    new_tokens = np.concatenate([chunk.tokens for chunk in chunks], axis=1)  # [B, new]
-    logprobs = np.concatenate([chunk.logprobs for chunk in chunks], axis=1)  # [B, new]
-    lengths = chunks[-1].lengths  # [B]
-    result = request.result(new_tokens, logprobs, lengths)
+    result = request.result(list(run(model, request, steps_per_call=request.max_new_tokens)))
     return jnp.asarray(result, ids.dtype) if isinstance(ids, Array) else result
 
 

@@ -18,24 +18,13 @@ from jax import Array
 from gpt_jax.decoding import Cache, DecodingModel, for_decoding
 from gpt_jax.model import GPTModel, LayerCache
 from gpt_jax.sampling import choose
-from parity.generation import Request, RowInputs, check_finite
+from parity.generation import Chunk, Request, RowInputs, check_finite
 from parity.sampling import ActiveRules
 
 SMALLEST_GROWTH = 128
 """Smallest number of slots by which a cache grows."""
 SMALL_CACHE = 2**24
 """A cache of so many bytes is read so fast that it need not be shorter."""
-
-
-class Chunk(NamedTuple):
-    """New tokens on the host."""
-
-    tokens: np.ndarray
-    """int32 [B, new]"""
-    logprobs: np.ndarray
-    """float32 [B, new]"""
-    lengths: np.ndarray
-    """int32 [B], number of new tokens of each row so far"""
 
 
 class State(NamedTuple):
@@ -56,6 +45,10 @@ class State(NamedTuple):
     failed_at: Array
     """int32, the first step of this segment whose logits were not finite, or -1"""
     cache: Cache
+    top_ids: Array | None = None
+    """int32 [B, new, n_top], if they were requested"""
+    top_logprobs: Array | None = None
+    """float32 [B, new, n_top]"""
 
     @property
     def prompt_width(self) -> int:
@@ -96,13 +89,14 @@ class StaticOptions(NamedTuple):
 
     active: ActiveRules
     return_logprobs: bool
+    n_top: int = 0
 
 
 def run(model: GPTModel | DecodingModel, request: Request, steps_per_call: int) -> Iterator[Chunk]:
     """Yield the first token, then those of each call of a compiled loop, until every row has ended."""
     decoder = for_decoding(model)
     inputs = request.inputs
-    static = StaticOptions(request.active, request.return_logprobs)
+    static = StaticOptions(request.active, request.return_logprobs, request.n_top)
     B, P = request.tokens.shape
     growth = cache_growth(decoder, B)
     cache_length = min(request.cache_length, P // growth * growth + growth)
@@ -117,7 +111,8 @@ def run(model: GPTModel | DecodingModel, request: Request, steps_per_call: int) 
             check_finite(first + int(host.failed_at))
         columns = slice(done, min(int(host.step), request.max_new_tokens - first))
         done = int(host.step)
-        yield Chunk(host.new_tokens[:, columns], host.logprobs[:, columns], host.lengths)
+        top = [None if array is None else array[:, columns] for array in (host.top_ids, host.top_logprobs)]
+        yield Chunk(host.new_tokens[:, columns], host.logprobs[:, columns], host.lengths, *top)
         if first + done >= request.max_new_tokens or not host.running:
             return
         if done == request.segment:
@@ -178,6 +173,9 @@ def _start(weights: FlatModel, tokens: Array, inputs: RowInputs, *, cache_length
         failed_at=jnp.int32(-1),
         cache=[],
     )
+    if static.n_top:
+        shape = (*inputs.uniforms.shape, static.n_top)
+        state = state._replace(top_ids=jnp.zeros(shape, jnp.int32), top_logprobs=jnp.zeros(shape, jnp.float32))
     logits, cache = decoder.decode(tokens, decoder.new_cache(B, cache_length), 0, inputs.pad_lengths)
     return _add_token(state, logits, cache, inputs, static)
 
@@ -220,7 +218,7 @@ def _next_segment(state: State) -> State:
         text=jnp.concatenate([state.new_tokens, jnp.zeros_like(state.new_tokens)], axis=1),
         logprobs=jnp.zeros_like(state.logprobs),
         cache=[],
-    )
+    )  # the next tokens overwrite top_ids and top_logprobs
 
 
 def _add_token(state: State, logits: Array, cache: Cache, inputs: RowInputs, static: StaticOptions) -> State:
@@ -228,10 +226,15 @@ def _add_token(state: State, logits: Array, cache: Cache, inputs: RowInputs, sta
     step = state.step
     finite = (jnp.isfinite(logits.max(axis=-1)) | state.ended).all()
     token = choose(logits, state.seen, inputs.uniforms[:, step], inputs.options, static.active)  # [B]
-    logprobs = state.logprobs
+    logprobs, top_ids, top_logprobs = state.logprobs, state.top_ids, state.top_logprobs
     if static.return_logprobs:
         chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]  # [B]
-        logprobs = logprobs.at[:, step].set((chosen - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32))
+        log_total = jax.nn.logsumexp(logits, axis=-1)  # [B]
+        logprobs = logprobs.at[:, step].set((chosen - log_total).astype(jnp.float32))
+        if top_ids is not None and top_logprobs is not None:
+            top_logits, ids = jax.lax.top_k(logits, static.n_top)  # [B, n_top]
+            top_ids = top_ids.at[:, step].set(ids.astype(jnp.int32))
+            top_logprobs = top_logprobs.at[:, step].set((top_logits - log_total[:, None]).astype(jnp.float32))
     text = state.text.at[:, state.slot].set(token)
     lengths = state.lengths + (~state.ended).astype(jnp.int32)
     return State(
@@ -243,6 +246,8 @@ def _add_token(state: State, logits: Array, cache: Cache, inputs: RowInputs, sta
         logprobs=logprobs,
         failed_at=jnp.where(finite, state.failed_at, step),
         cache=cache,
+        top_ids=top_ids,
+        top_logprobs=top_logprobs,
     )
 
 

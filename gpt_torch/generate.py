@@ -1,7 +1,7 @@
 """Generation in PyTorch: a loop over a key/value cache. parity/sampling.py has the options and the rules."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from gpt_torch.model import GPTModel
 from gpt_torch.modes import eval_mode, require_values, unwrap
 from gpt_torch.sampling import choose
-from parity.generation import Request, RowInputs, check_finite, pick_prompts, prepare, running_tokens
+from parity.generation import Chunk, Request, RowInputs, check_finite, pick_prompts, prepare, running_tokens
 from parity.sampling import GenerateOptions, RowOptions
 
 
@@ -93,12 +93,7 @@ def generate(
         as_array=isinstance(ids, Tensor),
         return_logprobs=return_logprobs,
     )
-    steps = list(_steps(model, request))
-    B = len(request.prompts)
-    new_tokens = np.array([step.token for step in steps], np.int32).reshape(-1, B).T  # [B, new]
-    logprobs = np.array([step.logprob for step in steps]).reshape(-1, B).T  # [B, new]
-    lengths = steps[-1].lengths if steps else np.zeros(B, np.int32)  # [B]
-    result = request.result(new_tokens, logprobs, lengths)
+    result = request.result(list(run(model, request)))
     return torch.from_numpy(result).to(ids) if isinstance(ids, Tensor) else result
 
 
@@ -132,24 +127,13 @@ def stream(
 
 
 def _stream(model: GPTModel, request: Request) -> Iterator[list[int | None]]:
-    for number, step in enumerate(_steps(model, request)):
-        yield running_tokens(step.token, step.lengths, number)
-
-
-class Step(NamedTuple):
-    """The result of one step of the loop."""
-
-    token: np.ndarray
-    """int64 [B]"""
-    logprob: np.ndarray
-    """float64 [B], zeros unless they were requested"""
-    lengths: np.ndarray
-    """int32 [B], number of new tokens of each row so far"""
+    for number, chunk in enumerate(run(model, request)):
+        yield running_tokens(chunk.tokens[:, 0], chunk.lengths, number)
 
 
 @torch.inference_mode()
-def _steps(model: GPTModel, request: Request) -> Iterator[Step]:
-    """Yield the steps until every row has ended."""
+def run(model: GPTModel, request: Request) -> Iterator[Chunk]:
+    """Yield one new token of each row at a time, until every row has ended."""
     model = unwrap(model)
     require_values(model)
 
@@ -182,15 +166,19 @@ def _steps(model: GPTModel, request: Request) -> Iterator[Step]:
             noise = torch.from_numpy(request.uniforms(number)).to(device)
         u = noise[:, number % request.segment]  # [B]
         token = choose(logits, seen, u, inputs.options, request.active)  # [B]
-        logprob = logits.new_zeros(B)
+        logprob = logits.new_zeros((B, 1))
+        top: list[np.ndarray] = []
         if request.return_logprobs:
-            logprob = logits.log_softmax(dim=-1).gather(-1, token[:, None])[:, 0]  # [B]
+            logprobs = logits.log_softmax(dim=-1)  # [B, V]
+            logprob = logprobs.gather(-1, token[:, None])  # [B, 1]
+            if request.n_top:
+                top = _most_likely(logprobs, request.n_top)
         lengths = lengths + (~ended).int()
         text = torch.cat([text, token[:, None].int()], dim=1)[:, -n_kept:]
         if seen is not None:
             seen.scatter_(1, token[:, None], True)
         ended = ended | (lengths >= inputs.max_new_per_row) | _stopped(text, inputs, number + 1)
-        yield Step(token.cpu().numpy(), logprob.double().cpu().numpy(), lengths.cpu().numpy())
+        yield Chunk(token[:, None].cpu().numpy(), logprob.double().cpu().numpy(), lengths.cpu().numpy(), *top)
         if ended.all():
             return
         if number < request.n_cached_steps:
@@ -199,6 +187,12 @@ def _steps(model: GPTModel, request: Request) -> Iterator[Step]:
             n_cropped = P + number + 1 - C
             pad_lengths = (inputs.pad_lengths - n_cropped).clamp(min=0)
             logits = decode(text[:, -C:], model.new_cache(B, C), 0, pad_lengths)
+
+
+def _most_likely(logprobs: Tensor, count: int) -> list[np.ndarray]:
+    """logprobs [B, V] -> the most likely tokens and their log-probabilities, each [B, 1, count]."""
+    ordered = logprobs.sort(dim=-1, descending=True, stable=True)  # not topk(), which returns any of several equal ones
+    return [array[:, None, :count].cpu().numpy() for array in (ordered.indices, ordered.values.float())]
 
 
 def _to_device(inputs: RowInputs, device: torch.device) -> RowInputs:

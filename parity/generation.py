@@ -52,6 +52,21 @@ class RowInputs(NamedTuple):
     options: RowOptions
 
 
+class Chunk(NamedTuple):
+    """New tokens of some steps of the loop, as NumPy arrays."""
+
+    tokens: np.ndarray
+    """int [B, new]"""
+    logprobs: np.ndarray
+    """float [B, new], zeros unless they were requested"""
+    lengths: np.ndarray
+    """int32 [B], number of new tokens of each row so far"""
+    top_ids: np.ndarray | None = None
+    """int [B, new, n_top], the most likely tokens in descending order; None unless they were requested"""
+    top_logprobs: np.ndarray | None = None
+    """float [B, new, n_top]"""
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """Checked prompts and options, laid out for a loop over a key/value cache."""
@@ -76,6 +91,8 @@ class Request:
     """Row of the random numbers of each row."""
     as_array: bool
     return_logprobs: bool
+    n_top: int = 0
+    """Number of most likely tokens that chunks have for each new token."""
 
     @property
     def max_new_tokens(self) -> int:
@@ -89,14 +106,12 @@ class Request:
         """Random numbers float32 [B, segment] of the new tokens from number `first` on."""
         return uniforms(self.seeds, self.noise_rows, [len(prompt) + first for prompt in self.prompts], self.segment)
 
-    def result(self, new_tokens: np.ndarray, logprobs: np.ndarray, lengths: np.ndarray) -> Any:
-        """Return what generate() returns, with a NumPy array in place of the backend's.
-
-        Args:
-            new_tokens: int [B, new].
-            logprobs: float [B, new], the log-probabilities of the new tokens.
-            lengths: int [B], the number of new tokens of each row.
-        """
+    def result(self, chunks: Sequence[Chunk]) -> Any:
+        """Return what generate() returns for all chunks of a loop, with a NumPy array in place of the backend's."""
+        none = np.zeros((len(self.prompts), 0), np.int32)
+        new_tokens = np.concatenate([none, *(chunk.tokens for chunk in chunks)], axis=1)  # [B, new]
+        logprobs = np.concatenate([none, *(chunk.logprobs for chunk in chunks)], axis=1)  # [B, new]
+        lengths = chunks[-1].lengths if chunks else np.zeros(len(none), np.int32)  # [B]
         new_rows = zip(self.prompts, new_tokens.tolist(), lengths.tolist(), strict=True)
         rows = [prompt + new[:length] for prompt, new, length in new_rows]
         if self.as_array:
@@ -130,6 +145,7 @@ def prepare(
     *,
     as_array: bool = False,
     return_logprobs: bool = False,
+    n_top: int = 0,
 ) -> Request:
     """Check the arguments of a call, and lay them out as arrays.
 
@@ -141,6 +157,7 @@ def prepare(
         notebook_options: Values of NOTEBOOK_ORDER that were given by position.
         as_array: Whether the call returns an array, which makes greedy decoding the default.
         return_logprobs: Whether the call also returns the log-probabilities of the new tokens.
+        n_top: See Request.
 
     Raises:
         InputError: For an empty prompt, an unknown option, and a value out of range; the message names it.
@@ -199,11 +216,12 @@ def prepare(
         noise_rows=noise_rows,
         as_array=as_array,
         return_logprobs=return_logprobs,
+        n_top=min(n_top, config.n_vocab),
     )
 
 
 def running_tokens(tokens: np.ndarray, lengths: np.ndarray, number: int) -> list[int | None]:
-    """Return what stream() yields for new token `number` of each row: tokens [B], or None where the row has ended."""
+    """What stream() yields for new token `number` of each row: tokens [B], or None where the row has ended."""
     return [int(t) if length > number else None for t, length in zip(tokens, lengths, strict=True)]
 
 
@@ -240,8 +258,9 @@ def _without_none(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _token_lists(prompts: Any, config: GPTConfig, context_size: int | None) -> list[list[int]]:
     """Return the prompts as lists of ints; those longer than an explicit context_size are cropped later."""
+    prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
     try:
-        lists = [[operator.index(token) for token in prompt] for prompt in _as_list(prompts)]
+        lists = [[operator.index(token) for token in prompt] for prompt in prompts]
     except TypeError:
         raise InputError(f"prompts must be sequences of token ids (integers), got {prompts!r:.60}") from None
     if not lists:
@@ -251,10 +270,6 @@ def _token_lists(prompts: Any, config: GPTConfig, context_size: int | None) -> l
             raise InputError(f"prompt {number} is empty; start with the end-of-text token to generate from nothing")
         config.check_tokens((1, min(len(prompt), context_size or len(prompt))), min(prompt), max(prompt))
     return lists
-
-
-def _as_list(prompts: Any) -> Any:
-    return prompts.tolist() if hasattr(prompts, "tolist") else prompts
 
 
 def _check_array_form(rows: Sequence[Mapping[str, Any]], return_logprobs: bool) -> None:
