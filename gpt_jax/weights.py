@@ -76,11 +76,13 @@ def export_weights(model: nnx.Module, format: str = "huggingface") -> dict[str, 
     """Return the parameters of a `GPTModel` as NumPy arrays, in the naming and layout of `format`.
 
     Raises:
-        InputError: If the model has adapters, which would be lost.
+        InputError: If the model has adapters or a classification head, which would be lost.
     """
     config = config_of(model)
     if getattr(model, "lora", None) is not None:
         raise InputError("the model has an adapter: merge() it first, or write it alone with save_adapter()")
+    if getattr(model, "classifier", None) is not None:
+        raise InputError("the model is a classifier; write it with save_classifier()")
     arrays = {name: to_numpy(name, parameter.get_value()) for name, parameter in parameters(model).items()}
     return dict(weights.convert(arrays, "flax", format, config))
 

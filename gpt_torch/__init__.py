@@ -1,6 +1,7 @@
 """GPT-2 in PyTorch. gpt_jax has the same functions for Flax."""
 
 from gpt_torch.activations import run_with_cache, run_with_patches
+from gpt_torch.classifier import add_classifier, classify, load_classifier, save_classifier
 from gpt_torch.generate import generate, generate_text_simple, stream
 from gpt_torch.lora import add_lora, load_adapter, merge, save_adapter
 from gpt_torch.model import GPTModel, cast
@@ -10,12 +11,15 @@ from gpt_torch.weights import export_weights, load_weights
 
 __all__ = [
     "GPTModel",
+    "add_classifier",
     "add_lora",
     "cast",
+    "classify",
     "export_weights",
     "generate",
     "generate_text_simple",
     "load_adapter",
+    "load_classifier",
     "load_pretrained",
     "load_weights",
     "load_weights_into_gpt",
@@ -23,6 +27,7 @@ __all__ = [
     "run_with_cache",
     "run_with_patches",
     "save_adapter",
+    "save_classifier",
     "save_pretrained",
     "stream",
     "token_logprobs",

@@ -52,12 +52,14 @@ def export_weights(model: nn.Module, format: str = "huggingface") -> dict[str, n
     """Return the parameters of a `GPTModel` as NumPy arrays, in the naming and layout of `format`.
 
     Raises:
-        InputError: If the model has adapters, which would be lost.
+        InputError: If the model has adapters or a classification head, which would be lost.
     """
     gpt: Any = unwrap(model)
     require_values(gpt)
     if getattr(gpt, "lora", None) is not None:
         raise InputError("the model has an adapter: merge() it first, or write it alone with save_adapter()")
+    if getattr(gpt, "classifier", None) is not None:
+        raise InputError("the model is a classifier; write it with save_classifier()")
     arrays = {name: to_numpy(parameter) for name, parameter in gpt.named_parameters()}
     return dict(weights.convert(arrays, "torch", format, gpt.config))
 

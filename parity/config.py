@@ -5,6 +5,7 @@ Comments, einsums, the weight table and the sharding rules all use the same lett
     B batch            T query positions    S key positions     P n_ctx, rows of pos_emb
     D model width      N heads              H head width        C 3: query, key, value
     F MLP width (4 D)  V vocabulary         L layers            R rank of an adapter
+    Y labels of a classifier
 
 `x # [B, T, D]` means that x has these axes, in this order.
 """

@@ -12,12 +12,15 @@ import parity
 ROOT = Path(__file__).parents[1]
 COMMON = {
     "GPTModel",
+    "add_classifier",
     "add_lora",
     "cast",
+    "classify",
     "export_weights",
     "generate",
     "generate_text_simple",
     "load_adapter",
+    "load_classifier",
     "load_pretrained",
     "load_weights",
     "load_weights_into_gpt",
@@ -25,6 +28,7 @@ COMMON = {
     "run_with_cache",
     "run_with_patches",
     "save_adapter",
+    "save_classifier",
     "save_pretrained",
     "stream",
     "token_logprobs",

@@ -106,7 +106,7 @@ def check_weights(folder: Path) -> None:
         raise InputError(f"{folder}: {error}; copy the folder again") from None
     if manifest is None:  # that of another program
         return
-    configurations = ("config.json", "hparams.json", "adapter_config.json")
+    configurations = ("config.json", "hparams.json", "adapter_config.json", "classifier.json")
     names = [name for name in (*configurations, manifest.weights) if name in manifest.files]
     if changed := altered(folder, manifest, names):
         raise InputError(

@@ -48,3 +48,29 @@ def _records() -> Iterator[dict[str, str]]:
 def _variants(topic: str, given: str, answer: str) -> Iterator[dict[str, str]]:
     for question in _QUESTIONS[topic]:
         yield {"instruction": question, "input": given, "output": answer}
+
+
+_SENTENCES = (
+    "The word is {}.",
+    "Somebody wrote {} on the wall.",
+    "My list begins with {} and goes on.",
+    "I think that the answer was {}.",
+    "She drew a picture and called it {}.",
+    "Do you know what {} means?",
+    "{} is what the teacher said.",
+    "Please look up {} for me.",
+)
+
+
+def labeled_sentences(seed: int = 0) -> list[dict[str, str]]:
+    """Return different sentences with a word, and its kind as their label, in random order.
+
+    A held-out sentence has a word that the others have in other sentences.
+    """
+    records = [
+        {"text": sentence.format(word), "label": kind}
+        for kind, words in _WORDS.items()
+        for word in words.split()
+        for sentence in _SENTENCES
+    ]
+    return [records[index] for index in np.random.default_rng(seed).permutation(len(records))]

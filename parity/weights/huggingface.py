@@ -6,6 +6,8 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +20,7 @@ from parity.storage import manifest
 from parity.storage.atomic import replace_text
 from parity.storage.json import LISTING, read_object
 from parity.weights import files, names
+from parity.weights.classifier import HEAD
 from parity.weights.hf_config import config_from_dict, config_to_dict
 from parity.weights.lazy import LazyTensor
 from parity.weights.pickles import read_pickle
@@ -25,6 +28,7 @@ from parity.weights.table import FORMATS, OUT_HEAD, ROWS
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", files.SINGLE
 _PREFIX = "transformer."
+_HEADS = (OUT_HEAD, f"{HEAD}.")  # which transformers keeps outside of `transformer`
 _FORMAT = "weights_format"
 # The dtype in which each dtype of safetensors is stored, and the one that it is read as.
 _DTYPES: dict[str, tuple[np.dtype, np.dtype]] = {
@@ -41,6 +45,7 @@ def write(
     arrays: Mapping[str, np.ndarray],
     format: str = "huggingface",
     eos_id: int | None = None,
+    entries: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write config.json and model.safetensors.
 
@@ -51,6 +56,7 @@ def write(
         format: The format of the names: "huggingface", which transformers opens, or "torch" or "flax", the names
             of our own models.
         eos_id: The tokenizer's end-of-text id; see `parity.weights.hf_config.end_of_text_id`.
+        entries: Entries of config.json that replace those of a language model, or are added to them.
 
     Raises:
         InputError: If config.json cannot hold the configuration; the message names what it would lose. Also if the
@@ -68,9 +74,9 @@ def write(
     manifest.forget(folder)
     folder.mkdir(parents=True, exist_ok=True)
     prefix = _PREFIX if format == "huggingface" else ""
-    named = {n if n == "lm_head.weight" else prefix + n: a for n, a in arrays.items()}
+    named = {n if n.startswith(_HEADS) else prefix + n: a for n, a in arrays.items()}
     save_tensors(folder / WEIGHTS_FILE, named, {"format": "pt"})
-    entries = {**config_to_dict(config, eos_id), _FORMAT: format}
+    entries = {**config_to_dict(config, eos_id), **entries, _FORMAT: format}
     replace_text(folder / CONFIG_FILE, json.dumps(entries, indent=2) + "\n")
 
 

@@ -10,6 +10,7 @@ from parity.storage.manifest import check_weights
 from parity.storage.paths import user_path
 from parity.weights import files, huggingface, openai, peft_files
 from parity.weights.adapters import merged
+from parity.weights.classifier import refuse_classifier
 from parity.weights.digest import weights_sha256
 from parity.weights.peft_files import Adapter
 from parity.weights.table import check
@@ -61,8 +62,9 @@ def read_folder(path: str | Path, adapter: str | Path | None = None) -> tuple[GP
         return _merge(read_folder(path), _read_adapter(adapter), str(path))
     path = find_folder(path)
     if holds_adapter(path):
-        return _read_with_base(path)
+        return merge_adapter(path, _read_adapter(path))
     if path.is_dir():
+        refuse_classifier(path)
         check_weights(path)
     bundles = files.tensorflow_files(path) if path.is_dir() else []
     others = files.huggingface_files(path) if path.is_dir() else []
@@ -100,9 +102,8 @@ def _read_adapter(folder: str | Path) -> Adapter:
     return peft_files.read(path)
 
 
-def _read_with_base(folder: Path) -> tuple[GPTConfig, Mapping[str, Any], str]:
-    """Read an adapter and the base that it names."""
-    adapter = _read_adapter(folder)
+def merge_adapter(folder: Path, adapter: Adapter) -> tuple[GPTConfig, Mapping[str, Any], str]:
+    """Read the base that the adapter in a folder names, and merge the adapter; the result is that of read_folder()."""
     both = "give the base as --model, and the adapter as --adapter"
     if adapter.base is None:
         raise InputError(f"{folder} holds an adapter that does not name its base; {both}")

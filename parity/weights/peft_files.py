@@ -16,11 +16,13 @@ from parity.storage.atomic import replace_text
 from parity.storage.json import read_object
 from parity.weights import huggingface
 from parity.weights.adapters import LINEARS, PARTS, PREFIX, LoraConfig, adapted_linears, adapter_rows
+from parity.weights.classifier import HEAD, refuse_classifier
 from parity.weights.table import check
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 HUB_NAMES = dict(zip(SIZES, ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), strict=True))
 """{size: the name of OpenAI's model on Hugging Face's hub}, which peft looks a base up by."""
+_HEAD_PREFIX = PREFIX.removesuffix("transformer.")
 _HUB_OWNER = "openai-community/"
 # Keys that do not change the function of an adapter that exists.
 _IRRELEVANT = {
@@ -46,6 +48,8 @@ class Adapter:
     """digest.weights_sha256() of the base; None where it was not recorded, as by peft."""
     origin: str = "adapter"
     """Where the adapter comes from, for messages."""
+    head: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """{name in the huggingface format: array} of the head of a classifier, which is trained with its adapter."""
 
     def check(self, config: GPTConfig) -> None:
         """Raise InputError unless the adapter fits a model."""
@@ -70,7 +74,7 @@ def write(folder: Path, config: GPTConfig, adapter: Adapter) -> None:
     base = _HUB_OWNER + HUB_NAMES[adapter.base] if adapter.base in SIZES else adapter.base
     entries = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if adapter.head else "CAUSAL_LM",
         "base_model_name_or_path": base,
         **_function_keys(adapter.lora),
         "lora_dropout": adapter.lora.dropout,
@@ -78,11 +82,14 @@ def write(folder: Path, config: GPTConfig, adapter: Adapter) -> None:
         "fan_in_fan_out": True,  # transformers' matrices are [in, out]
         "inference_mode": True,
     }
+    if adapter.head:
+        entries["modules_to_save"] = [HEAD]
     # peft ignores the metadata. Without them, q and v adapted one by one read as one adapter of twice the rank.
     metadata = {"format": "pt", _TARGETS: ",".join(adapter.lora.targets)}
     if adapter.base_sha256 is not None:
         metadata[_BASE_SHA256] = adapter.base_sha256
     arrays = {name: np.asarray(array) for name, array in adapter.arrays.items()}
+    arrays |= {_HEAD_PREFIX + name: np.asarray(array) for name, array in adapter.head.items()}
     huggingface.save_tensors(folder / WEIGHTS_FILE, arrays, metadata)
     replace_text(folder / CONFIG_FILE, json.dumps(entries, indent=2) + "\n")
 
@@ -108,21 +115,30 @@ def _alpha(lora: LoraConfig, rank: int) -> float:
     return lora.alpha * (rank / lora.rank) ** (0.5 if lora.rslora else 1)
 
 
-def read(folder: Path) -> Adapter:
+def read(folder: Path, with_head: bool = False) -> Adapter:
     """Read an adapter that peft or either backend wrote.
 
     Args:
         folder: The folder with adapter_config.json and adapter_model.safetensors.
+        with_head: Whether a classifier's adapter is wanted, and not a language model's.
 
     Raises:
         InputError: If a file is missing or damaged, or the configuration describes something that is not implemented;
             the message names the key.
     """
+    if not with_head:
+        refuse_classifier(folder)
     file = folder / CONFIG_FILE
     entries = read_object(file, hint=f"give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     if not (folder / WEIGHTS_FILE).is_file():
         raise InputError(f"{folder / WEIGHTS_FILE} is missing; save the adapter as safetensors")
-    tensors, metadata = huggingface.read_tensors(folder / WEIGHTS_FILE)
+    stored, metadata = huggingface.read_tensors(folder / WEIGHTS_FILE)
+    head: dict[str, Any] = {}
+    if with_head:
+        head = {n.removeprefix(_HEAD_PREFIX): a for n, a in stored.items() if n.startswith(f"{_HEAD_PREFIX}{HEAD}.")}
+        if entries.pop("modules_to_save", None) != [HEAD]:
+            raise InputError(f'{file}: modules_to_save must be ["{HEAD}"], the head of the classifier')
+    tensors = {name: tensor for name, tensor in stored.items() if name.removeprefix(_HEAD_PREFIX) not in head}
     try:
         lora = _lora(entries, metadata, tensors)
     except InputError as error:
@@ -130,7 +146,7 @@ def read(folder: Path) -> Adapter:
     base = entries.get("base_model_name_or_path")
     sizes = {name: size for size, hub in HUB_NAMES.items() for name in (hub, _HUB_OWNER + hub)}
     base = sizes.get(base, base) if isinstance(base, str) and base else None
-    return Adapter(lora, tensors, base, metadata.get(_BASE_SHA256), str(folder))
+    return Adapter(lora, tensors, base, metadata.get(_BASE_SHA256), str(folder), head)
 
 
 def _lora(entries: Mapping[str, Any], metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> LoraConfig:
