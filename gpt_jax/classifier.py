@@ -16,6 +16,7 @@ from jax import Array
 
 from gpt_jax.arrays import at_least_float32
 from gpt_jax.lora import export_adapter, lora_config
+from gpt_jax.loss import Objective
 from gpt_jax.model import GPTModel, Linear
 from gpt_jax.weights import config_of, copy_arrays, load_weights, parameters, to_numpy
 from parity import weights
@@ -77,7 +78,7 @@ def label_logits(model: Any, inputs: Array, lengths: Array, key: Array | None = 
     return at_least_float32(model.score(x))  # [B, Y]
 
 
-def summed_loss(model: GPTModel, inputs: Array, targets: Array, lengths: Array, key: Array | None = None) -> Array:
+def summed_loss(model: Any, inputs: Array, targets: Array, lengths: Array, key: Array | None = None) -> Array:
     """Return the cross-entropy of the labels in nats, summed over the rows whose target is not ignored.
 
     Args:
@@ -93,6 +94,15 @@ def summed_loss(model: GPTModel, inputs: Array, targets: Array, lengths: Array, 
     logprobs = jax.nn.log_softmax(label_logits(model, inputs, lengths, key), axis=-1)  # [B, Y]
     own = jnp.take_along_axis(logprobs, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]  # [B]
     return -jnp.where(is_counted(targets), own, 0).sum()
+
+
+def label_objective(classifier: ClassifierConfig) -> Objective:
+    """Return the objective of training a classifier, whose batches are (inputs [B, T], targets [B], lengths [B])."""
+
+    def loss(model: Any, inputs: Array, targets: Array, lengths: Array, key: Array | None = None, **_: Any) -> Array:
+        return summed_loss(model, inputs, targets, lengths, key)
+
+    return Objective(loss, check=classifier.check_targets)
 
 
 @jax.jit

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt_torch.lora import export_adapter, lora_config
+from gpt_torch.loss import Objective
 from gpt_torch.model import GPTModel, at_least_float32
 from gpt_torch.modes import eval_mode, require_values, unwrap
 from gpt_torch.weights import copy_arrays, load_weights, to_numpy
@@ -90,6 +91,12 @@ def summed_loss(model: GPTModel, inputs: Tensor, targets: Tensor, lengths: Tenso
     """
     known = torch.where(is_counted(targets), targets, IGNORE_INDEX)
     return F.cross_entropy(label_logits(model, inputs, lengths), known, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def label_objective(classifier: ClassifierConfig) -> Objective:
+    """Return the objective of training a classifier, whose batches are (inputs [B, T], targets [B], lengths [B])."""
+
+    return Objective(summed_loss, check=classifier.check_targets)
 
 
 @torch.inference_mode()

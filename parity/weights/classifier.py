@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from parity.config import GPTConfig
+from parity.config import GPTConfig, is_counted
 from parity.errors import InputError, check_choice
 from parity.weights.table import Row, shapes
 
@@ -64,6 +64,12 @@ class ClassifierConfig:
             raise InputError(f"the padding of a classifier is token {self.pad_id}; the model has {config.n_vocab}")
         if self.length is not None and self.length > config.n_ctx:
             raise InputError(f"a classifier that pads to {self.length} tokens; the model's context is {config.n_ctx}")
+
+    def check_targets(self, config: GPTConfig, targets: np.ndarray) -> None:
+        """Raise InputError for a target that is not ignored and not the number of a label."""
+        counted = np.asarray(targets)[is_counted(targets)]
+        if counted.size and not 0 <= counted.min() <= counted.max() < len(self.labels):
+            raise InputError(f"targets: {len(self.labels)} labels have the numbers 0..{len(self.labels) - 1}")
 
 
 def head_rows(classifier: ClassifierConfig) -> list[Row]:
