@@ -79,8 +79,7 @@ def summed_loss(
     Returns:
         A scalar of dtype float32 or float64.
     """
-    head = model.tok_emb.embedding[...] if model.config.tied_head else model.out_head.kernel[...].T  # [V, D]
-    return head_loss(model.hidden(inputs, key), head, targets, tiling, mesh)
+    return head_loss(model.hidden(inputs, key), head_matrix(model), targets, tiling, mesh)
 
 
 def calc_loss(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
@@ -99,6 +98,11 @@ def calc_loss(model: GPTModel, inputs: Array, targets: Array, key: Array | None 
         model.config.check_targets(np.asarray(targets))
     loss = summed_loss(model, inputs, targets, key)
     return loss / is_counted(targets).sum(dtype=loss.dtype)
+
+
+def head_matrix(model: GPTModel) -> Array:
+    """Return the weights of the output head, [V, D]."""
+    return model.tok_emb.embedding[...] if model.config.tied_head else model.out_head.kernel[...].T
 
 
 def head_loss(x: Array, head: Array, targets: Array, tiling: Tiling = CPU_TILING, mesh: Mesh | None = None) -> Array:

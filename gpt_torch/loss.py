@@ -41,9 +41,13 @@ def summed_loss(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:
     Returns:
         A scalar of dtype float32 or float64.
     """
-    logits = model(inputs)  # [B, T, V]
+    return cross_entropy(model(inputs), targets)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return summed_loss() for the logits [B, T, V] of a model."""
     counted = is_counted(targets)
-    valid = counted & (targets >= 0) & (targets < unwrap(model).config.n_vocab)
+    valid = counted & (targets >= 0) & (targets < logits.shape[-1])
     known = torch.where(valid, targets, IGNORE_INDEX)
     loss = F.cross_entropy(logits.flatten(0, 1), known.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     return loss * torch.where((counted & ~valid).any(), torch.nan, 1.0)

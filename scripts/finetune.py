@@ -82,9 +82,18 @@ def prepare_torch(args: Args, job: Job) -> tuple[Any, dict[str, str]]:
             "change --batch-size or --accumulate"
         )
     device = choose_device(args.device)
-    lora = args.tune.lora
-    trainer = Trainer(job.config, job.settings, job.init_from, "sdpa", device, processes=job.processes, lora=lora)
-    precision = describe_precision(job.settings, "sdpa")
+    attention = "explicit" if args.tune.packing else "sdpa"
+    trainer = Trainer(
+        job.config,
+        job.settings,
+        job.init_from,
+        attention,
+        device,
+        processes=job.processes,
+        lora=args.tune.lora,
+        objective=objective("gpt_torch", args),
+    )
+    precision = describe_precision(job.settings, attention)
     return trainer, {"device": describe(device), "precision": precision, **describe_adapters(args)}
 
 
@@ -101,17 +110,32 @@ def prepare_jax(args: Args, job: Job) -> tuple[Any, dict[str, str]]:
     jax.config.update("jax_default_device", device)
     jax.config.update("jax_enable_x64", job.settings.dtype == "float64")
     enable_compilation_cache(args.compilation_cache)
-    attention = choose_attention("auto", device, job.settings.dtype, job.config)
+    wanted = "explicit" if args.tune.packing else "auto"
+    attention = choose_attention(wanted, device, job.settings.dtype, job.config)
     unroll, remat = recipe(FINE_TUNING).program(job.config.n_layer, device.platform)
     mesh, mesh_info = None, ""
     if args.mesh is not None:
         shape = MeshShape.parse(args.mesh)
         shape.check(job.config, job.micro_size)
         mesh, mesh_info = make_mesh(shape, device.platform), f", {shape.size} of them: {shape}"
-    lora = args.tune.lora
-    trainer = Trainer(job.config, job.settings, job.init_from, attention.name, unroll, mesh, remat, lora)
+    trainer = Trainer(
+        job.config,
+        job.settings,
+        job.init_from,
+        attention.name,
+        unroll,
+        mesh,
+        remat,
+        lora=args.tune.lora,
+        objective=objective("gpt_jax", args),
+    )
     precision = describe_precision(job.settings, str(attention))
     return trainer, {"device": describe(device) + mesh_info, "precision": precision, **describe_adapters(args)}
+
+
+def objective(package: str, args: Args) -> Any:
+    """Return what a trainer of the package minimizes; None is the cross-entropy of the next token."""
+    return importlib.import_module(f"{package}.packing").PACKED if args.tune.packing else None
 
 
 def describe_adapters(args: Args) -> dict[str, str]:

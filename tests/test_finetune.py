@@ -101,6 +101,21 @@ def test_a_run_of_the_other_backend_is_resumed(workplace):
         assert a == pytest.approx(b, rel=1e-9)
 
 
+def test_packed_examples_in_both_backends(workplace):
+    """In float64 and without dropout the losses are equal, and the first is that of examples in rows of their own."""
+    options = (*OPTIONS, "--steps", 2, "--eval-every", 1, "--drop-rate", 0, "--dtype", "float64", "--max-length", 90)
+    runs = {"torch": ("--packing", "--batch-size", 2), "jax": ("--packing", "--batch-size", 2), "padded": ()}
+    results = {}
+    for run, packing in runs.items():
+        backend = "torch" if run == "padded" else run
+        result = tune(workplace, "--backend", backend, *options, *packing, "--run", f"packed-{run}")
+        assert result.returncode == 0, result.stderr
+        results[run] = metrics(workplace / f"packed-{run}")
+    for a, b in zip(results["jax"], results["torch"], strict=True):
+        assert a == pytest.approx(b, rel=1e-9)
+    assert results["torch"][0] == pytest.approx(results["padded"][0], rel=1e-9)
+
+
 def test_adapters_in_either_backend(runs, workplace):
     """In float64, a run of adapters that JAX begins and torch ends has the losses of one in torch; its base stays."""
     lora = ("--lora-rank", 2, "--lora-targets", "q", "v", "mlp.in", "--dtype", "float64", "--drop-rate", 0)

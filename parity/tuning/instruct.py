@@ -18,6 +18,7 @@ from parity.tuning.args import TuneArgs
 from parity.tuning.embedded import EMBEDDED, instructions
 from parity.tuning.encoding import encode_example, encode_prompt
 from parity.tuning.examples import Examples, Fitted, fit
+from parity.tuning.packing import Packed
 from parity.tuning.records import Conversation, Record, Turn, conversation, read_records, split
 from parity.tuning.settings import TuneSettings
 from parity.tuning.template import render
@@ -82,8 +83,8 @@ def load_instructions(args: TuneArgs, tokenizer: Tokenizer) -> JobData:
         measure = _exact_match(prompts, expected, settings.sample_tokens, tokenizer, config)
     return JobData(
         corpus=corpus,
-        train=Examples(train.examples, config.n_ctx, tokenizer.eos_id),
-        validation=Examples(validation.examples, config.n_ctx, tokenizer.eos_id),
+        train=_dataset(train, tune, config, tokenizer),
+        validation=_dataset(validation, tune, config, tokenizer),
         prompts=_sample_prompts(args, tokenizer) or prompts[:_SAMPLES],
         sample_options={"eos_id": tokenizer.eos_id},
         measure=measure,
@@ -97,6 +98,12 @@ def _encode(
     examples = [encode_example(render(c, tune.template), tokenizer, tune.loss_on, c.origin) for c in part]
     max_length = min(tune.max_length or config.n_ctx, config.n_ctx)
     return fit(examples, [c.origin for c in part], max_length, tune.overlong, name)
+
+
+def _dataset(fitted: Fitted, tune: TuneSettings, config: GPTConfig, tokenizer: Tokenizer) -> Examples | Packed:
+    if tune.packing:
+        return Packed(fitted.examples, min(tune.max_length or config.n_ctx, config.n_ctx), tokenizer.eos_id)
+    return Examples(fitted.examples, config.n_ctx, tokenizer.eos_id)
 
 
 def _tokens(fitted: Fitted) -> np.ndarray:

@@ -63,6 +63,9 @@ class TuneSettings:
     """Number of examples for tests that each evaluation answers, to count the responses that match exactly."""
     max_length: int | None = None
     """Largest number of tokens of an example; by default the model's context."""
+    packing: bool = False
+    """Put several examples into each row, which then has --max-length positions. An example does not see the others in
+    its row. --batch-size and --accumulate count rows."""
     overlong: Overlong = "cut"
     """What to do with an example that is longer: cut its end off, drop it, or refuse to train."""
 
