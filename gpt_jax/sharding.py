@@ -76,6 +76,30 @@ class MeshShape:
             )
 
 
+def choose_mesh(
+    option: str | None, config: GPTConfig, micro_size: int | None, platform: str
+) -> tuple[Mesh | None, MeshShape, str]:
+    """Return the mesh of a run, its shape, and what the summary says about it.
+
+    Args:
+        option: The text of --mesh, or None for one device, or for all devices of a run of several processes.
+        config: The model.
+        micro_size: Number of rows of a micro-batch; None if it will be chosen later.
+        platform: JAX's name of the platform.
+
+    Raises:
+        InputError: If the model, the micro-batches or the devices do not fit the mesh.
+    """
+    if option is None and jax.process_count() == 1:
+        return None, MeshShape(), ""
+    shape = MeshShape(jax.device_count()) if option is None else MeshShape.parse(option)
+    shape.check(config, micro_size or shape.data * shape.fsdp)
+    info = f", {shape.size} of them: {shape}"
+    if jax.process_count() > 1:
+        info += f" in {jax.process_count()} processes"
+    return make_mesh(shape, platform), shape, info
+
+
 def make_mesh(shape: MeshShape, device_kind: str | None = None) -> Mesh:
     """Return a mesh over the first devices of a kind.
 

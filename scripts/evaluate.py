@@ -33,14 +33,14 @@ from parity.evaluation.run import Record, items_of, records_of, results_of
 from parity.evaluation.scorer import Scorer
 from parity.evaluation.weights import model_sha256
 from parity.loading import Loaded, ModelArgs
-from parity.training.processes import Processes
+from parity.training.processes import JoinArgs, Processes
 from parity.training.runs import RunFolder
 
 _COLUMNS = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(ModelArgs):
+class Args(JoinArgs, ModelArgs):
     protocol: tuple[str, ...] = ()
     """Names of the protocols; --list shows them."""
     list: bool = False
@@ -72,15 +72,6 @@ class Args(ModelArgs):
     all processes."""
     out: Path | None = None
     """Folder for results.json and items.jsonl. By default evaluations/NAME, with a name made of the options."""
-    distributed: bool = False
-    """With --backend jax: join the other processes that SLURM, Open MPI or Kubernetes started."""
-    coordinator: str | None = None
-    """With --backend jax: HOST:PORT of process 0, to start several processes by hand; requires --num-processes and
-    --process-id."""
-    num_processes: int | None = None
-    """Number of processes, if no scheduler provides it."""
-    process_id: int | None = None
-    """Index of this process, from 0, if no scheduler provides it."""
 
 
 class Model(NamedTuple):
@@ -125,11 +116,11 @@ def processes(args: Args) -> Iterator[Processes]:
     """Join the other processes, if there are any."""
     module = importlib.import_module(f"gpt_{args.backend}.distributed")
     if args.backend == "jax":
-        options = (args.distributed, args.coordinator, args.num_processes, args.process_id)
-        with module.processes(*options) as these:
+        with module.processes(*args.join_options) as these:
             yield these
     else:
-        with module.processes() as these:
+        args.refuse_for_torch("scripts/evaluate.py")
+        with module.processes(args.join_timeout) as these:
             yield these
 
 

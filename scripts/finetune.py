@@ -20,7 +20,7 @@ from parity.loading import ModelArgs
 from parity.storage.paths import user_path
 from parity.training.job import Job, describe_precision, load_job, start_run
 from parity.training.loop import resume_and_train
-from parity.training.processes import ALONE, Processes
+from parity.training.processes import JoinArgs, Processes
 from parity.training.runs import RunFolder
 from parity.training.settings import FINE_TUNING, recipe
 from parity.tuning.args import TuneArgs, parse_tune_args, read_tuning
@@ -30,7 +30,7 @@ from parity.weights.adapters import n_adapter_params
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(TuneArgs):
+class Args(JoinArgs, TuneArgs):
     backend: Literal["jax", "torch"] = "jax"
     """Framework that tunes the model, or that answers with --predict."""
     device: Literal["auto", "cpu", "gpu", "cuda", "tpu", "mps"] = "auto"
@@ -56,7 +56,7 @@ def main() -> int:
         )
     if args.predict is not None or args.out is not None:
         return answer_file(args)
-    with processes(args.backend) as these:
+    with processes(args) as these:
         console = PlainConsole(quiet=not these.first, lossy=True)
         prepare = prepare_jax if args.backend == "jax" else prepare_torch
         job = load_job(args, these, lambda _, tokenizer: load_instructions(args, tokenizer))
@@ -64,11 +64,13 @@ def main() -> int:
         return resume_and_train(trainer, start_run(job, args.backend, device_info, console), console)
 
 
-def processes(backend: str) -> contextlib.AbstractContextManager[Processes]:
-    """Return the processes of torchrun; with JAX there is one process."""
-    if backend == "torch":
-        return importlib.import_module("gpt_torch.distributed").processes()
-    return contextlib.nullcontext(ALONE)
+def processes(args: Args) -> contextlib.AbstractContextManager[Processes]:
+    """Join the other processes, if there are any."""
+    module = importlib.import_module(f"gpt_{args.backend}.distributed")
+    if args.backend == "jax":
+        return module.processes(*args.join_options)
+    args.refuse_for_torch("scripts/finetune.py")
+    return module.processes(args.join_timeout)
 
 
 def prepare_torch(args: Args, job: Job) -> tuple[Any, dict[str, str]]:
@@ -103,21 +105,17 @@ def prepare_jax(args: Args, job: Job) -> tuple[Any, dict[str, str]]:
 
     from gpt_jax.compilation_cache import enable_compilation_cache
     from gpt_jax.devices import choose_attention, choose_device, describe
-    from gpt_jax.sharding import MeshShape, make_mesh
+    from gpt_jax.sharding import choose_mesh
     from gpt_jax.train import Trainer
 
     device = choose_device(args.device)
     jax.config.update("jax_default_device", device)
     jax.config.update("jax_enable_x64", job.settings.dtype == "float64")
-    enable_compilation_cache(args.compilation_cache)
+    enable_compilation_cache(args.compilation_cache, job.processes.count)
     wanted = "explicit" if args.tune.packing else "auto"
     attention = choose_attention(wanted, device, job.settings.dtype, job.config)
     unroll, remat = recipe(FINE_TUNING).program(job.config.n_layer, device.platform)
-    mesh, mesh_info = None, ""
-    if args.mesh is not None:
-        shape = MeshShape.parse(args.mesh)
-        shape.check(job.config, job.micro_size)
-        mesh, mesh_info = make_mesh(shape, device.platform), f", {shape.size} of them: {shape}"
+    mesh, _, mesh_info = choose_mesh(args.mesh, job.config, job.micro_size, device.platform)
     trainer = Trainer(
         job.config,
         job.settings,

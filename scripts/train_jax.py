@@ -16,7 +16,7 @@ from parity.training.args import JobArgs, parse_job_args
 from parity.training.flops import estimated_time
 from parity.training.job import describe_precision, load_job, start_run
 from parity.training.loop import resume_and_train
-from parity.training.processes import JOIN_SECONDS, Processes
+from parity.training.processes import JoinArgs, Processes
 from parity.training.settings import recipe
 
 with exit_with_message():
@@ -28,12 +28,12 @@ with exit_with_message():
     from gpt_jax.lowering import StepOptions
     from gpt_jax.memory import memory
     from gpt_jax.micro_batches import choose_micro_batch, memory_limit
-    from gpt_jax.sharding import MeshShape, make_mesh
+    from gpt_jax.sharding import choose_mesh
     from gpt_jax.train import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(JobArgs):
+class Args(JoinArgs, JobArgs):
     device: Literal["auto", "cpu", "gpu", "cuda", "tpu"] = "auto"
     """Kind of device to train on; auto takes the one that JAX prefers, and gpu and cuda mean the same."""
     attention: Literal["auto", "explicit", "cudnn"] = "auto"
@@ -51,21 +51,11 @@ class Args(JobArgs):
     mesh: str | None = None
     """Number of devices along each axis of the mesh that model and batches are sharded over, for example
     data=2,fsdp=2,tensor=2. By default one device, or data=ALL for a run of several processes."""
-    distributed: bool = False
-    """This is one of several processes that SLURM, Open MPI or Kubernetes started; JAX detects the others."""
-    coordinator: str | None = None
-    """Address (HOST:PORT) of process 0, if no scheduler provides it; requires --num-processes and --process-id."""
-    num_processes: int | None = None
-    """Total number of processes, if no scheduler provides it; requires --coordinator and --process-id."""
-    process_id: int | None = None
-    """Index of this process, from 0, if no scheduler provides it; requires --coordinator and --num-processes."""
-    join_timeout: float = JOIN_SECONDS
-    """Number of seconds that the processes of a run wait for each other at the start."""
 
 
 def main() -> int:
     args = parse_job_args(Args, __doc__)
-    with processes(args.distributed, args.coordinator, args.num_processes, args.process_id, args.join_timeout) as these:
+    with processes(*args.join_options) as these:
         return train(args, these)
 
 
@@ -89,15 +79,10 @@ def train(args: Args, these: Processes) -> int:
     limit = memory_limit(jax.local_devices(backend=device.platform))
     is_gpu_default = args.accumulate_is_default and device.platform == "gpu"
     is_automatic = limit is not None and (is_gpu_default or job.settings.accumulate == "auto")
-    micro_size = 0 if is_automatic else job.micro_size
+    micro_size = None if is_automatic else job.micro_size
 
     # Mesh
-    mesh, shape, mesh_info = None, MeshShape(), ""
-    if args.mesh is not None or these.count > 1:
-        shape = MeshShape(jax.device_count()) if args.mesh is None else MeshShape.parse(args.mesh)
-        shape.check(job.config, micro_size or shape.data * shape.fsdp)
-        mesh, mesh_info = make_mesh(shape, device.platform), f", {shape.size} of them: {shape}"
-        mesh_info += f" in {these.count} processes" * (these.count > 1)
+    mesh, shape, mesh_info = choose_mesh(args.mesh, job.config, micro_size, device.platform)
 
     # Micro-batches
     estimates = {}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from support.interrupting import interrupted
 from support.models import BACKENDS
+from support.processes import finish, free_port, spawn
 from support.runs import command, metrics, run_program
 
 from parity.errors import InputError
@@ -116,6 +117,27 @@ def test_packed_examples_in_both_backends(workplace):
     assert results["torch"][0] == pytest.approx(results["padded"][0], rel=1e-9)
 
 
+@pytest.mark.slow
+def test_processes_and_devices_make_the_same_steps(workplace):
+    """In float64: one process, two processes of JAX, a mesh of two devices, and two processes of torchrun."""
+    options = (*OPTIONS, "--drop-rate", 0, "--dtype", "float64")
+    torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    join = ("--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2, "--process-id")
+    started = {
+        "alone": [((), {})],
+        "processes": [((*join, index), {}) for index in range(2)],
+        "mesh": [(("--mesh", "data=2"), {"JAX_NUM_CPU_DEVICES": "2"})],
+        "torchrun": [(("--backend", "torch"), {**torchrun, "RANK": str(index)}) for index in range(2)],
+    }
+    for name, processes in started.items():
+        run = ("--run", workplace / f"together-{name}", "--data", workplace / "data.jsonl")
+        words = [(command("finetune.py", *options, *run, *more), environment) for more, environment in processes]
+        for result in finish([spawn(word, **environment) for word, environment in words]):
+            assert result[0] == 0, result
+        for a, b in zip(metrics(workplace / f"together-{name}"), metrics(workplace / "together-alone"), strict=True):
+            assert a == pytest.approx(b, rel=1e-9)
+
+
 def test_adapters_in_either_backend(runs, workplace):
     """In float64, a run of adapters that JAX begins and torch ends has the losses of one in torch; its base stays."""
     lora = ("--lora-rank", 2, "--lora-targets", "q", "v", "mlp.in", "--dtype", "float64", "--drop-rate", 0)
@@ -163,6 +185,10 @@ def in_process(monkeypatch, workplace, *arguments):
 
 BAD = {
     "torch has no mesh": (("--backend", "torch", "--mesh", "data=2"), "--mesh is an option of JAX; .*torchrun"),
+    "torch has no coordinator": (
+        ("--backend", "torch", "--num-processes", 2),
+        "--num-processes and --process-id are options of JAX; .*torchrun --nproc-per-node",
+    ),
     "no weights": (
         ("--data", "data.jsonl"),
         "--preset instruct needs weights to start from",

@@ -20,6 +20,35 @@ _RESUME = "Earlier checkpoints are intact: start all processes again with --resu
 
 
 @dataclasses.dataclass(frozen=True)
+class JoinArgs:
+    """Options of a script by which one of several JAX processes finds the others."""
+
+    distributed: bool = False
+    """This is one of several processes of JAX that SLURM, Open MPI or Kubernetes started; JAX detects the others."""
+    coordinator: str | None = None
+    """Address (HOST:PORT) of process 0, if no scheduler provides it; requires --num-processes and --process-id."""
+    num_processes: int | None = None
+    """Total number of processes of JAX, if no scheduler provides it; requires --coordinator and --process-id."""
+    process_id: int | None = None
+    """Index of this process of JAX, from 0, if no scheduler provides it; requires --coordinator and --num-processes."""
+    join_timeout: float = JOIN_SECONDS
+    """Number of seconds that the processes of a run wait for each other at the start."""
+
+    @property
+    def join_options(self) -> tuple[bool, str | None, int | None, int | None, float]:
+        """The arguments of gpt_jax.distributed.processes()."""
+        return self.distributed, self.coordinator, self.num_processes, self.process_id, self.join_timeout
+
+    def refuse_for_torch(self, script: str) -> None:
+        """Raise InputError if an option is given with which only processes of JAX find each other."""
+        if self.distributed or not self.coordinator == self.num_processes == self.process_id is None:
+            raise InputError(
+                "--distributed, --coordinator, --num-processes and --process-id are options of JAX; with --backend "
+                f"torch start one process per device: torchrun --nproc-per-node N -- {script} --backend torch"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Processes:
     """This process's place among the processes of a run.
 
