@@ -18,6 +18,8 @@ import tyro
 from parity.cli import parse
 from parity.errors import InputError, exit_with_message
 from parity.loading import ModelArgs
+from parity.training.runs import RunFolder
+from parity.tuning.args import read_tuning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,14 @@ def backends(args: Args) -> list[str]:
     return ["jax", "torch"]
 
 
+def template(run: Path | None) -> str | None:
+    """Return the template of a run that was tuned on instructions."""
+    if run is None or "tune" not in RunFolder(run).config():
+        return None
+    tune = read_tuning(RunFolder(run)).tune
+    return tune.template if tune.task == "instruct" else None
+
+
 def main() -> None:
     args = parse(Args, __doc__)
     if args.max_batch < 1 or args.max_waiting < 1:
@@ -74,6 +84,7 @@ def main() -> None:
             max_batch=args.max_batch,
             max_waiting=args.max_waiting,
             description=f"{loaded.device_info}, {args.dtype}",
+            template=template(args.run),
         )
         sys.stderr.write(f"[{model_name}: {engine.description}]\n")
         if args.warm_up:

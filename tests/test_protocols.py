@@ -40,7 +40,9 @@ def pairs(items, tokenizer=BYTES):
 def scored(*logprobs, greedy=True, top_ids=()):
     """Return the score of a request whose tokens have these log-probabilities."""
     values = np.array(logprobs, np.float32)
-    return Score(float(values.sum(dtype=np.float64)), greedy, values, 0, 1.0, np.array(top_ids))
+    return Score(
+        float(values.sum(dtype=np.float64)), greedy, values, 0, 1.0, np.array(top_ids), np.zeros(np.shape(top_ids))
+    )
 
 
 def lambada_items(name, texts, **options):

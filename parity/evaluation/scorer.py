@@ -39,6 +39,8 @@ class Score(NamedTuple):
     top_ids: np.ndarray
     """Ids of the `top` most likely tokens at the position of each token of the continuation, int [n, top], in
     descending order; the first id first among equal logits."""
+    top_logprobs: np.ndarray
+    """Their log-probabilities, float [n, top]."""
 
 
 class Scorer:
@@ -153,6 +155,7 @@ def _score(result: TokenLogprobs, n_truncated: int, name: str) -> Score:
         n_truncated=n_truncated,
         margin=float(result.margins.min()),
         top_ids=result.top_ids,
+        top_logprobs=result.top_logprobs,
     )
 
 

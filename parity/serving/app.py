@@ -15,6 +15,8 @@ from starlette.routing import Route
 
 import parity
 from parity.serving import page
+from parity.serving.chat import chat_completions
+from parity.serving.completions import completions
 from parity.serving.engine import Engine
 from parity.serving.security import Guard, error_response
 
@@ -73,6 +75,8 @@ def make_app(engines: Mapping[str, Engine], options: Options) -> Starlette:
         routes=[
             Route("/health", health),
             Route("/v1/models", models),
+            Route("/v1/completions", completions(engines), methods=["POST"]),
+            Route("/v1/chat/completions", chat_completions(engines), methods=["POST"]),
             *page.routes(engines, options.runs),
         ],
         middleware=[guard],

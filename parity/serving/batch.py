@@ -43,7 +43,7 @@ class Batch:
             size: Number of rows of the batch; those beyond the rows that clients requested end with their first token.
         """
         n_padding = size - len(self.rows)
-        own = [row.row.options | {"max_new_tokens": row.n_remaining} for row in self.rows]
+        own = [PromptOptions(row=0) | row.row.options | {"max_new_tokens": row.n_remaining} for row in self.rows]
         request = prepare(
             config,
             [row.ids for row in self.rows] + [self.rows[0].ids] * n_padding,

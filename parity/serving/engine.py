@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from parity.data.tokenizer import Tokenizer
 from parity.errors import InputError
-from parity.generation import Chunk, Request, prepare
+from parity.generation import Chunk, Request
+from parity.sampling import check_options
 from parity.serving.batch import MOST_TOP, Batch
 from parity.serving.rows import Generation, Row, WaitingRow
 
@@ -25,6 +26,10 @@ class BusyError(Exception):
 
 class ClosedError(Exception):
     """The engine was closed before the request was finished."""
+
+
+class FailedError(Exception):
+    """The model cannot decode; the message says why."""
 
 
 class _Call(NamedTuple):
@@ -46,6 +51,7 @@ class Engine:
         max_batch: Largest number of rows that are decoded at the same time.
         max_waiting: Largest number of rows that wait for a place, and of calls that wait for their turn.
         description: What runs the model, for people: device, framework, dtype.
+        template: The template (parity.tuning.template) of a model that was tuned on instructions.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class Engine:
         max_batch: int = 8,
         max_waiting: int = 256,
         description: str = "",
+        template: str | None = None,
     ):
         self.name = name
         self.backend = backend
@@ -66,6 +73,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.config = model.config
         self.description = description
+        self.template = template
         self.max_batch = max_batch
         self.max_waiting = max_waiting
         self.serving = serving
@@ -113,7 +121,7 @@ class Engine:
         if not 0 <= n_top <= MOST_TOP:
             raise InputError(f"the number of most likely tokens must be in 0..{MOST_TOP}, got {n_top}")
         for row in rows:
-            self._check(row)
+            self.check(row)
         generation = Generation(rows, n_top, self._forget)
         with self._changed:
             if not self.is_ready:
@@ -162,8 +170,12 @@ class Engine:
             self._changed.notify_all()
         self._thread.join()
 
-    def _check(self, row: Row) -> None:
-        prepare(self.config, [row.prompt], row.max_new_tokens, {"per_prompt": [row.options]})
+    def check(self, row: Row) -> None:
+        """Raise the InputError that `submit` raises for a row."""
+        if not row.prompt:
+            raise InputError("the prompt is empty; start with the end-of-text token to generate from nothing")
+        self.config.check_tokens((1, min(len(row.prompt), self.config.n_ctx)), min(row.prompt), max(row.prompt))
+        check_options({**row.options, "max_new_tokens": row.max_new_tokens}, self.config.n_vocab)
         if len(row.prompt) + row.max_new_tokens > self.config.n_ctx + 1:
             raise InputError(
                 f"the prompt has {len(row.prompt)} tokens and {row.max_new_tokens} more were requested, but the "
@@ -221,7 +233,7 @@ class Engine:
         batch, self._batch = self._batch, None
         for row in batch.running if batch else []:
             row.generation.is_cancelled = True
-            row.generation.deliver(error)
+            row.generation.deliver(FailedError(str(error)) if isinstance(error, InputError) else error)
 
 
 def _run(call: _Call) -> None:

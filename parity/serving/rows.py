@@ -23,8 +23,7 @@ class Row:
     max_new_tokens: int
     """At least 1. With the prompt, at most n_ctx + 1 tokens, because the last one does not enter the model."""
     options: PromptOptions = dataclasses.field(default_factory=PromptOptions)
-    """The options of generate(). Give `seed` and `row`, on which the tokens depend; rows 0, 1, 2, ... are the samples
-    of generate()."""
+    """The options of generate(). `row` is 0 by default; rows 0, 1, 2, ... are the samples that generate() makes."""
     stop: Sequence[str] = ()
     """Texts that end the continuation; none of them is a part of it."""
 

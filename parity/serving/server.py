@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -13,26 +14,51 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from parity.errors import InputError
 
 HEADER_SECONDS = 10.0
-"""A client has so long to send the headers of its first request."""
+"""A client has so long to send the headers of a request after it has connected, or after their first byte."""
+STALL_SECONDS = 60.0
+"""A client that reads nothing of its response for so long is disconnected."""
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1 that closes connections on which no request arrives; uvicorn does so after the first request only."""
+    """HTTP/1.1 that disconnects clients which send no request, half of one, or read nothing."""
 
     _deadline: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._deadline = self.loop.call_later(HEADER_SECONDS, self._close_without_request)
+        self._deadline = self.loop.call_later(HEADER_SECONDS, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:  # the headers are complete
+            self._deadline = _cancelled(self._deadline)
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+
+    def on_response_complete(self) -> None:
+        self._deadline = _cancelled(self._deadline)
+        super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
+        self._deadline, self._stalled = _cancelled(self._deadline), _cancelled(self._stalled)
         super().connection_lost(exc)
 
-    def _close_without_request(self) -> None:
-        if self.scope is None:
-            self.transport.abort()
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = _cancelled(self._stalled)
+        self._stalled = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stalled = _cancelled(self._stalled)
+        super().resume_writing()
+
+
+def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """Cancel a timer, and return the value of one that is not set."""
+    if timer is not None:
+        timer.cancel()
+    return None
 
 
 class Server(uvicorn.Server):
