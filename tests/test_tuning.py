@@ -391,21 +391,31 @@ def test_every_update_of_a_hundred_steps_on_instructions(dataset):
             assert result.ok, str(result)
 
 
+def padded_to_context(batch):
+    """One micro-batch as long as the context."""
+    parts = (
+        np.pad(part, ((0, 0), (0, 0), (0, CONFIG.n_ctx - part.shape[2])), constant_values=value)
+        for part, value in ((batch.inputs, 5), (batch.targets, IGNORE_INDEX))
+    )
+    return Batch(*(part.reshape(1, 4, CONFIG.n_ctx) for part in parts), batch.lr)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_padding_changes_no_step(dataset, name):
     """Padded to the context, a batch gives the same losses and updates as in its bucket; so does one micro-batch."""
     given = list(instruction_batches(dataset, 2))
-    padded = [
-        Batch(
-            *(
-                np.pad(part, ((0, 0), (0, 0), (0, 112 - part.shape[2])), constant_values=value).reshape(1, 4, 112)
-                for part, value in ((batch.inputs, 5), (batch.targets, IGNORE_INDEX))
-            ),
-            batch.lr,
-        )
-        for batch in given
-    ]
+    padded = [padded_to_context(batch) for batch in given]
     short, long = train(name, given), train(name, padded)
     assert compare("losses and norms", short[0], long[0], 0, 1e-11).ok
     for a, b in zip(short[1], long[1], strict=True):
         assert all(compare(n, a[n], b[n], 1e-9 * np.abs(b[n]).max() + 1e-300).ok for n in b)
+
+
+@pytest.mark.optimized  # as users' programs are compiled
+def test_losses_of_a_hundred_steps_on_instructions_in_float32(dataset):
+    """Within the bounds of training on windows (see tests/test_training_parity.py)."""
+    given = [padded_to_context(batch) for batch in instruction_batches(dataset, 100)]  # one program to compile
+    (got, _), (want, _) = (train(name, given, "float32") for name in ("jax", "torch"))
+    for result in (compare("loss", got[:, 0], want[:, 0], 0, 5e-6), compare("norm", got[:, 1], want[:, 1], 0, 3e-5)):
+        print(result)
+        assert result.ok, str(result)
