@@ -35,7 +35,7 @@ class Options:
     """Largest number of bytes of a request's body."""
 
 
-PUBLIC_PATHS = ("/", "/health", "/static/")
+PUBLIC_PATHS = ("/", "/health", "/static/*")
 """Paths that need no API key: they have no text of the model and start no computation."""
 
 

@@ -21,7 +21,7 @@ from parity.serving.text import Token
 from parity.storage.json import as_object, parse
 
 Result = TypeVar("Result")
-RETRY_SECONDS = 2
+RETRY_SECONDS = 1
 """What the header Retry-After says to clients that are refused because too many wait."""
 
 
@@ -87,7 +87,7 @@ def unavailable(error: BusyError | ClosedError) -> Response:
     """Return the response to a request for which there is no place."""
     if isinstance(error, ClosedError):
         return error_response(503, "the server is shutting down", code="unavailable")
-    message = f"too many requests wait already; try again in {RETRY_SECONDS} seconds"
+    message = f"too many requests wait already; try again in {RETRY_SECONDS} s"
     return error_response(429, message, code="busy", headers={"Retry-After": str(RETRY_SECONDS)})
 
 

@@ -51,7 +51,7 @@ class Guard:
         hosts: Names by which clients may address the server, besides localhost and IP addresses.
         api_key: If given, all paths but `public` need the header `Authorization: Bearer KEY`.
         largest_body: Largest number of bytes of a body.
-        public: Paths, or beginnings of paths that end with "/", which need no key.
+        public: Paths which need no key; one that ends with "/*" stands for all paths that begin like it.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Guard:
         return True
 
     def _is_public(self, path: str) -> bool:
-        return any(path == public or (public.endswith("/") and path.startswith(public)) for public in self._public)
+        return any(path == public or (public[-1] == "*" and path.startswith(public[:-1])) for public in self._public)
 
     def _too_large(self) -> Response:
         return error_response(413, f"the body has more than {self._largest_body} bytes", code="too_large")
