@@ -223,7 +223,8 @@ def test_the_end_of_text_token_ends_the_completion(app):
     [response] = complete(app, {"prompt": "a", "max_tokens": 6, "seed": seeds[0], "logprobs": 1})
     [choice] = answer(response)["choices"]
     assert (choice["text"], choice["finish_reason"]) == (text_of(ids), "stop")
-    assert len(choice["logprobs"]["tokens"]) == len(ids)
+    assert len(choice["logprobs"]["tokens"]) == len(ids) + 1
+    assert choice["logprobs"]["tokens"][-1] == "<|endoftext|>"
 
 
 def test_log_probabilities_of_new_tokens_and_of_the_prompt(app, name):

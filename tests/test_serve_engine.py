@@ -40,8 +40,8 @@ def expected(row):
     backend, model = tiny_model("torch")
     new = backend.generate(model, [row.prompt], row.max_new_tokens, per_prompt=[row.options])[0][len(row.prompt) :]
     is_stopped = new[-1] == row.options.get("eos_id")
-    new = new[:-1] if is_stopped else new
-    return "".join(stream_text(ByteTokenizer(), new)), new, "stop" if is_stopped else "length"
+    text = "".join(stream_text(ByteTokenizer(), new[:-1] if is_stopped else new))
+    return text, new, "stop" if is_stopped else "length"
 
 
 def mixed_rows(count, seed=0):

@@ -36,7 +36,7 @@ class Progress(NamedTuple):
     text: str
     """New text, of whole characters."""
     tokens: Sequence[Token]
-    """The new tokens. The end-of-text token is not among them."""
+    """The new tokens. The last one may be the end-of-text token, of which the text has nothing."""
     finish_reason: FinishReason | None
     """None if more follows."""
 
@@ -111,11 +111,9 @@ class WaitingRow:
         reason: FinishReason | None = None
         for id, logprob, top in zip(ids, logprobs, tops, strict=True):
             self.new_ids.append(id)
-            if id == self.row.options.get("eos_id"):
-                reason = "stop"
-            else:
-                self._text.add(id, logprob, top)
-                reason = "stop" if self._text.is_stopped else None if self.n_remaining else "length"
+            is_end = id == self.row.options.get("eos_id")
+            self._text.add(id, logprob, top, has_text=not is_end)
+            reason = "stop" if is_end or self._text.is_stopped else None if self.n_remaining else "length"
             if reason:
                 break
         if reason:

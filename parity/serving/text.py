@@ -39,10 +39,10 @@ class TextStream:
         self.is_stopped = False
         """Whether a stop text occurred. Nothing follows it."""
 
-    def add(self, id: int, logprob: float, top: Sequence[tuple[int, float]]) -> None:
-        """Add the next token; call `release` for what is certain now."""
+    def add(self, id: int, logprob: float, top: Sequence[tuple[int, float]], *, has_text: bool = True) -> None:
+        """Add the next token, whose text counts if it has one; call `release` for what is certain now."""
         self._tokens.append(Token(id, logprob, top, self._n_released + len(self._withheld)))
-        if id < self._tokenizer.n_vocab:  # models with a padded vocabulary may generate tokens without a text
+        if has_text and id < self._tokenizer.n_vocab:  # models with a padded vocabulary generate tokens without a text
             self._append(self._decoder.decode(self._tokenizer.token_bytes(id)))
 
     def end(self) -> None:
