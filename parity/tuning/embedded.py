@@ -36,6 +36,23 @@ def instructions(seed: int = 0) -> list[dict[str, str]]:
     return [records[index] for index in np.random.default_rng(seed).permutation(len(records))]
 
 
+def preferences(seed: int = 0) -> list[dict[str, str]]:
+    """Return preferences about the answers to instructions(), in another order.
+
+    The chosen answer is a sentence, with a capital letter and a full stop, and the rejected one is what a model that
+    was tuned on instructions() says.
+    """
+    return [
+        {
+            "instruction": record["instruction"],
+            "input": record["input"],
+            "chosen": record["output"].capitalize() + ".",
+            "rejected": record["output"],
+        }
+        for record in instructions(seed)
+    ]
+
+
 def _records() -> Iterator[dict[str, str]]:
     for kind, words in _WORDS.items():
         for word in words.split():

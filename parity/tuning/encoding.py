@@ -1,7 +1,7 @@
 """Conversations as token ids with the targets of the loss."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 
@@ -20,9 +20,18 @@ class Example(NamedTuple):
     targets: np.ndarray
 
     @property
+    def length(self) -> int:
+        """Number of positions."""
+        return len(self.inputs)
+
+    @property
     def n_targets(self) -> int:
         """Number of scored positions."""
         return int((self.targets != IGNORE_INDEX).sum())
+
+    def cut(self, length: int) -> Self:
+        """Return the first `length` positions."""
+        return self._replace(inputs=self.inputs[:length], targets=self.targets[:length])
 
 
 def encode_segments(segments: Sequence[Segment], tokenizer: Tokenizer, origin: str = "") -> list[tuple[list[int], int]]:

@@ -1,8 +1,9 @@
 """Examples of different lengths as batches of few sizes; the training loop takes them in place of windows."""
 
+import abc
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -26,10 +27,28 @@ def bucket(length: int, n_ctx: int) -> int:
     return min(max(_SMALLEST, -(-length // step) * step), n_ctx)
 
 
-class Fitted(NamedTuple):
+class Row(Protocol):
+    """An example that becomes one row of a batch, of texts that are padded to one length."""
+
+    @property
+    def length(self) -> int:
+        """Number of positions of the longest text."""
+
+    @property
+    def n_targets(self) -> int:
+        """Number of terms that the row adds to the sum of the losses; 0 if nothing is scored."""
+
+    def cut(self, length: int) -> Self:
+        """Return the row with texts of at most `length` positions."""
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+
+class Fitted(NamedTuple, Generic[AnyRow]):
     """Examples that fit into a context."""
 
-    examples: list[Example]
+    examples: list[AnyRow]
     n_cut: int
     """Number of examples that lost their end, and with it their end-of-text token."""
     n_dropped: int
@@ -40,8 +59,8 @@ class Fitted(NamedTuple):
 
 
 def fit(
-    examples: Sequence[Example], origins: Sequence[str], max_length: int, overlong: Overlong = "cut", name: str = "data"
-) -> Fitted:
+    examples: Sequence[AnyRow], origins: Sequence[str], max_length: int, overlong: Overlong = "cut", name: str = "data"
+) -> Fitted[AnyRow]:
     """Shorten or leave out the examples that have more than `max_length` positions.
 
     Args:
@@ -57,15 +76,15 @@ def fit(
     """
     fitted, n_cut, n_dropped = [], 0, 0
     for example, origin in zip(examples, origins, strict=True):
-        if len(example.inputs) <= max_length:
+        if example.length <= max_length:
             fitted.append(example)
             continue
         if overlong == "refuse":
             raise InputError(
-                f"{origin}: the example has {len(example.inputs)} positions, more than {max_length}; shorten it, or "
+                f"{origin}: the example has {example.length} positions, more than {max_length}; shorten it, or "
                 "use --overlong cut or drop"
             )
-        cut = Example(example.inputs[:max_length], example.targets[:max_length])
+        cut = example.cut(max_length)
         if overlong == "cut" and cut.n_targets:
             fitted.append(cut)
             n_cut += 1
@@ -79,8 +98,8 @@ def fit(
     return Fitted(fitted, n_cut, n_dropped)
 
 
-class Examples:
-    """A dataset of examples; implements parity.data.windows.Dataset, which documents the methods.
+class Rows(abc.ABC, Generic[AnyRow]):
+    """A dataset of examples of any kind; implements parity.data.windows.Dataset, which documents the methods.
 
     The examples of a batch are padded at their end to the bucket of the longest one. The order is that of windows: each
     epoch contains every example once, in a permutation that depends on the seed and the epoch. Within each pool of
@@ -93,9 +112,13 @@ class Examples:
         pad_id: Input at the positions after the end of an example; it has no effect on the positions before.
     """
 
-    def __init__(self, examples: Sequence[Example], n_ctx: int, pad_id: int):
+    def __init__(self, examples: Sequence[AnyRow], n_ctx: int, pad_id: int):
         self.examples, self.n_ctx, self.pad_id = list(examples), n_ctx, pad_id
         self._pools: dict[tuple[int, int, int], np.ndarray] = {}  # the newest one
+
+    @abc.abstractmethod
+    def arrays(self, rows: Sequence[AnyRow | None], T: int) -> tuple[np.ndarray, ...]:
+        """Return the batch of rows whose texts are padded to T positions; None is a row without targets."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -104,10 +127,8 @@ class Examples:
     def n_targets(self) -> int:
         return sum(example.n_targets for example in self.examples)
 
-    def batch(
-        self, seed: int, step: int, size: int, places: Sequence[int] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        chosen: list[Example | None] = [self.examples[index] for index in self.batch_windows(seed, step, size)]
+    def batch(self, seed: int, step: int, size: int, places: Sequence[int] | None = None) -> tuple[np.ndarray, ...]:
+        chosen: list[AnyRow | None] = [self.examples[index] for index in self.batch_windows(seed, step, size)]
         return self._stack(chosen, range(size) if places is None else places)
 
     def batch_windows(self, seed: int, step: int, size: int) -> list[int]:
@@ -120,25 +141,36 @@ class Examples:
             places = range(number * POOL * size, (number + 1) * POOL * size)
             epochs, count = (place // len(self) for place in places), len(self)
             chosen = [order(seed, epoch, count)[place % count] for epoch, place in zip(epochs, places, strict=True)]
-            by_length = sorted(chosen, key=lambda index: len(self.examples[index].inputs))
+            by_length = sorted(chosen, key=lambda index: self.examples[index].length)
             batches = np.array(by_length).reshape(POOL, size)
             generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, number, POOL])))
             pool = batches[generator.permutation(POOL)]
             self._pools = {(seed, number, size): pool}
         return pool
 
-    def in_order(self, size: int, part: slice = slice(None)) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def in_order(self, size: int, part: slice = slice(None)) -> Iterator[tuple[np.ndarray, ...]]:
         remaining = iter(self.examples)
         while chunk := list(itertools.islice(remaining, size)):
             yield self._stack([*chunk, *[None] * (size - len(chunk))], range(size)[part])
 
-    def _stack(self, rows: Sequence[Example | None], places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Pad the rows at the places to the bucket of the longest of all rows; None is a row without targets."""
-        T = bucket(max(len(row.inputs) for row in rows if row is not None), self.n_ctx)
-        inputs = np.full((len(places), T), self.pad_id, np.int32)
-        targets = np.full((len(places), T), IGNORE_INDEX, np.int32)
-        for number, place in enumerate(places):
-            if (row := rows[place]) is not None:
-                inputs[number, : len(row.inputs)] = row.inputs
-                targets[number, : len(row.targets)] = row.targets
+    def _stack(self, rows: Sequence[AnyRow | None], places: Sequence[int]) -> tuple[np.ndarray, ...]:
+        """Pad the rows at the places to the bucket of the longest of all rows."""
+        T = bucket(max(row.length for row in rows if row is not None), self.n_ctx)
+        return self.arrays([rows[place] for place in places], T)
+
+    def pad(self, texts: Sequence[Example | None], T: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the inputs and targets int32 [len(texts), T]; None is a text without targets."""
+        inputs = np.full((len(texts), T), self.pad_id, np.int32)
+        targets = np.full((len(texts), T), IGNORE_INDEX, np.int32)
+        for number, text in enumerate(texts):
+            if text is not None:
+                inputs[number, : text.length] = text.inputs
+                targets[number, : text.length] = text.targets
         return inputs, targets
+
+
+class Examples(Rows[Example]):
+    """A dataset of texts whose next tokens are predicted; the batches are (inputs, targets), both int32 [B, T]."""
+
+    def arrays(self, rows: Sequence[Example | None], T: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.pad(rows, T)

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -16,14 +16,16 @@ from parity.training.job_data import JobData, prompt_texts
 from parity.training.trainer import Trainer
 from parity.tuning.args import TuneArgs
 from parity.tuning.embedded import EMBEDDED, instructions
-from parity.tuning.encoding import encode_example, encode_prompt
+from parity.tuning.encoding import Example, encode_example, encode_prompt
 from parity.tuning.examples import Examples, Fitted, fit
 from parity.tuning.packing import Packed
 from parity.tuning.records import Conversation, Record, Turn, conversation, read_records, split
 from parity.tuning.settings import TuneSettings
 from parity.tuning.template import render
 
-_SAMPLES = 3
+AnyRecord = TypeVar("AnyRecord")
+SAMPLES = 3
+"""Number of held-out instructions whose answers are written as samples."""
 _ANSWERED_AT_ONCE = 32
 
 
@@ -60,13 +62,8 @@ def load_instructions(args: TuneArgs, tokenizer: Tokenizer) -> JobData:
     """
     settings, tune, config = args.settings, args.tune, args.model
     conversations = read_instructions(settings.corpus)
-    parts = split(conversations, tune.test_fraction, settings.validation_fraction)
-    for part, option in zip(parts, ("training", "--test-fraction", "--validation-fraction"), strict=True):
-        if not part and not (option == "--test-fraction" and not tune.test_fraction):
-            raise InputError(f"{settings.corpus}: of {len(conversations)} examples none is left for {option}")
-    train_part, test, validation_part = parts
-    prompts = [encode_prompt(render(c, tune.template), tokenizer, c.origin) for c in test[: tune.eval_items]]
-    _check_prompts(prompts, [c.origin for c in test], config)
+    train_part, test, validation_part = divide(conversations, args)
+    prompts = held_out_prompts(test, args, tokenizer)
     train, validation = (
         _encode(part, tune, config, tokenizer, settings.corpus) for part in (train_part, validation_part)
     )
@@ -77,48 +74,64 @@ def load_instructions(args: TuneArgs, tokenizer: Tokenizer) -> JobData:
         [_tokens(validation)],
         hashlib.sha256(json.dumps([c._replace(origin="") for c in conversations]).encode()).hexdigest(),
     )
-    measure = None
-    if prompts:
-        expected = [c.turns[-1].response for c in test[: tune.eval_items]]
-        measure = _exact_match(prompts, expected, settings.sample_tokens, tokenizer, config)
     return JobData(
         corpus=corpus,
         train=_dataset(train, tune, config, tokenizer),
         validation=_dataset(validation, tune, config, tokenizer),
-        prompts=_sample_prompts(args, tokenizer) or prompts[:_SAMPLES],
+        prompts=sample_prompts(args, tokenizer) or prompts[:SAMPLES],
         sample_options={"eos_id": tokenizer.eos_id},
-        measure=measure,
+        measure=exact_match(prompts, test, settings.sample_tokens, tokenizer, config) if prompts else None,
         has_baseline=False,
     )
 
 
+def divide(records: Sequence[AnyRecord], args: TuneArgs) -> tuple[list[AnyRecord], list[AnyRecord], list[AnyRecord]]:
+    """Return the records for training, for tests and for validation; raises InputError if there are too few."""
+    settings, test_fraction = args.settings, args.tune.test_fraction
+    parts = split(records, test_fraction, settings.validation_fraction)
+    for part, option in zip(parts, ("training", "--test-fraction", "--validation-fraction"), strict=True):
+        if not part and not (option == "--test-fraction" and not test_fraction):
+            raise InputError(f"{settings.corpus}: of {len(records)} examples none is left for {option}")
+    return parts
+
+
 def _encode(
     part: Sequence[Conversation], tune: TuneSettings, config: GPTConfig, tokenizer: Tokenizer, name: str
-) -> Fitted:
+) -> Fitted[Example]:
     examples = [encode_example(render(c, tune.template), tokenizer, tune.loss_on, c.origin) for c in part]
     max_length = min(tune.max_length or config.n_ctx, config.n_ctx)
     return fit(examples, [c.origin for c in part], max_length, tune.overlong, name)
 
 
-def _dataset(fitted: Fitted, tune: TuneSettings, config: GPTConfig, tokenizer: Tokenizer) -> Examples | Packed:
+def _dataset(
+    fitted: Fitted[Example], tune: TuneSettings, config: GPTConfig, tokenizer: Tokenizer
+) -> Examples | Packed:
     if tune.packing:
         return Packed(fitted.examples, min(tune.max_length or config.n_ctx, config.n_ctx), tokenizer.eos_id)
     return Examples(fitted.examples, config.n_ctx, tokenizer.eos_id)
 
 
-def _tokens(fitted: Fitted) -> np.ndarray:
+def _tokens(fitted: Fitted[Example]) -> np.ndarray:
     return np.concatenate([example.inputs for example in fitted.examples])
 
 
+def held_out_prompts(test: Sequence[Conversation], args: TuneArgs, tokenizer: Tokenizer) -> list[list[int]]:
+    """Return the prompts that each evaluation answers; raises InputError for one that does not fit into the context."""
+    chosen = test[: args.tune.eval_items]
+    prompts = [encode_prompt(render(c, args.tune.template), tokenizer, c.origin) for c in chosen]
+    _check_prompts(prompts, [c.origin for c in chosen], args.model)
+    return prompts
+
+
 def _check_prompts(prompts: Sequence[Sequence[int]], origins: Sequence[str], config: GPTConfig) -> None:
-    for prompt, origin in zip(prompts, origins, strict=False):
+    for prompt, origin in zip(prompts, origins, strict=True):
         if len(prompt) >= config.n_ctx:
             raise InputError(
                 f"{origin}: the instruction has {len(prompt)} tokens, the model's context {config.n_ctx}; shorten it"
             )
 
 
-def _sample_prompts(args: TuneArgs, tokenizer: Tokenizer) -> list[list[int]]:
+def sample_prompts(args: TuneArgs, tokenizer: Tokenizer) -> list[list[int]]:
     """Return the prompts of --sample-prompt and --eval-prompts, which are instructions; none by default."""
     if not args.settings.sample_prompt and args.settings.eval_prompts is None:
         return []
@@ -129,10 +142,23 @@ def _sample_prompts(args: TuneArgs, tokenizer: Tokenizer) -> list[list[int]]:
     return prompts
 
 
-def _exact_match(
-    prompts: Sequence[Sequence[int]], expected: Sequence[str], most: int, tokenizer: Tokenizer, config: GPTConfig
+def exact_match(
+    prompts: Sequence[Sequence[int]],
+    conversations: Sequence[Conversation],
+    most: int,
+    tokenizer: Tokenizer,
+    config: GPTConfig,
 ) -> Callable[[Trainer], Mapping[str, float]]:
-    """Return a function from a trainer to the fraction of responses that match, and of those that end."""
+    """Return a function from a trainer to the fraction of responses that match, and of those that end.
+
+    Args:
+        prompts: Those of held_out_prompts().
+        conversations: The conversations that the prompts are of, perhaps followed by others.
+        most: Largest number of tokens of a response.
+        tokenizer: The tokenizer.
+        config: The model's configuration.
+    """
+    expected = [c.turns[-1].response for c in conversations[: len(prompts)]]
 
     def measure(trainer: Trainer) -> dict[str, float]:
         answers = answer(trainer.generate, prompts, most, tokenizer, config)

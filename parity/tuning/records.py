@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from parity.data.tokenizer import replace_surrogates
 from parity.errors import InputError, printable
 from parity.storage.json import LISTING, as_object, parse
+
+T = TypeVar("T")
 
 FORMS = (
     'Alpaca {"instruction", "input", "output"}, Dolly {"instruction", "context", "response"}, '
@@ -178,7 +180,7 @@ def _names(fields: Mapping[str, Any]) -> str:
     return printable(", ".join(map(repr, sorted(map(str, fields)))), 300)
 
 
-def split(records: Sequence[Any], test: float, validation: float) -> tuple[list[Any], list[Any], list[Any]]:
+def split(records: Sequence[T], test: float, validation: float) -> tuple[list[T], list[T], list[T]]:
     """Split records in file order into those for training, for tests and for validation, in this order.
 
     Args:
