@@ -37,6 +37,8 @@ class Objective(NamedTuple):
     """targets -> the number of terms in the sum; rows that only fill a batch have none."""
     check: Callable[[GPTConfig, np.ndarray], None] = GPTConfig.check_targets
     """(config, targets) -> None; raises InputError for targets that are not valid."""
+    rows: Callable[..., Array] | None = None
+    """(model, inputs, targets, *more, key=, tiling=, mesh=) -> [B, ...]: what evaluations measure of each row."""
 
 
 class Tiling(NamedTuple):

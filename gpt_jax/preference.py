@@ -5,7 +5,7 @@ pair is -log sigmoid(beta * margin), where the margin is how much further the lo
 risen above that of the reference than the log-probability of the rejected response has.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ def pair_logprobs(
 
 
 def _summed_logprobs(x: Array, head: Array, targets: Array, valid: Array, tiling: Tiling) -> Array:
-    """x [R, T, D], head [V, D], targets and valid [R, T] -> sums over T [R], from one chunk of the positions at a time."""
+    """x [R, T, D], head [V, D], targets and valid [R, T] -> sums over T [R], one chunk of positions after another"""
 
     def chunk_sums(x: Array, targets: Array, valid: Array) -> Array:
         logits = at_least_float32(jnp.einsum("RTD,VD->RTV", x, head))
@@ -99,7 +99,7 @@ def preference(beta: float, reduction: Reduction = "sum") -> Objective:
         reduction: See pair_logprobs(); the reference's log-probabilities have the same.
     """
 
-    def summed_loss(
+    def rows(
         model: GPTModel,
         inputs: Array,
         targets: Array,
@@ -108,7 +108,10 @@ def preference(beta: float, reduction: Reduction = "sum") -> Objective:
         tiling: Tiling = CPU_TILING,
         mesh: Mesh | None = None,
     ) -> Array:
-        losses = preference_losses(pair_logprobs(model, inputs, targets, reduction, key, tiling), reference, beta)
+        return pair_logprobs(model, inputs, targets, reduction, key, tiling)
+
+    def summed_loss(model: GPTModel, inputs: Array, targets: Array, reference: Array, **options: Any) -> Array:
+        losses = preference_losses(rows(model, inputs, targets, reference, **options), reference, beta)
         return jnp.where(is_pair(targets), losses, 0).sum()
 
-    return Objective(summed_loss, lambda targets: is_pair(targets).sum())
+    return Objective(summed_loss, lambda targets: is_pair(targets).sum(), rows=rows)

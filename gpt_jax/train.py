@@ -3,7 +3,7 @@
 train_step.py has the step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from gpt_jax.lora import add_lora, save_adapter
 from gpt_jax.loss import Objective, summed_loss, tiling_for
 from gpt_jax.model import GPTModel, cast
 from gpt_jax.pretrained import save_weights
-from gpt_jax.train_step import TrainState, make_optimizer, make_summed_loss, make_train_step
+from gpt_jax.train_step import TrainState, make_optimizer, make_train_step, with_compute_dtype
 from gpt_jax.trainable import join, parameter_name, split
 from gpt_jax.weights import copy_arrays, load_weights
 from parity.config import GPTConfig
@@ -120,12 +120,17 @@ class Trainer:
             self.trainable,
             self._objective,
         )
-        loss = make_summed_loss(compute_dtype, mesh, tiling, self._objective)
 
-        def evaluate(model: GPTModel, frozen: GPTModel | None, batch: tuple[Array, ...]) -> Array:
-            return loss(join(model, frozen, self.trainable), batch)
+        def evaluation(function: Callable[..., Array]) -> Callable[..., Array]:
+            compute = with_compute_dtype(function, compute_dtype, mesh, tiling)
 
-        self._summed_loss = jax.jit(evaluate, out_shardings=replicated)
+            def evaluate(model: GPTModel, frozen: GPTModel | None, batch: tuple[Array, ...]) -> Array:
+                return compute(join(model, frozen, self.trainable), batch)
+
+            return jax.jit(evaluate, out_shardings=replicated)
+
+        self._summed_loss = evaluation(self._objective.summed_loss)
+        self._rows = None if self._objective.rows is None else evaluation(self._objective.rows)
 
     @property
     def model(self) -> GPTModel:
@@ -151,6 +156,10 @@ class Trainer:
 
     def evaluate_batch(self, batch: Sequence[Array]) -> Array:
         return self._block_on_cpu(self._summed_loss(self.state.model, self._frozen, tuple(batch)))
+
+    def evaluate_rows(self, batch: Sequence[Array]) -> np.ndarray:
+        assert self._rows is not None, "the objective has no rows"
+        return np.asarray(self._rows(self.state.model, self._frozen, tuple(batch)))
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
         return generate(self._gathered(self.model), prompts, max_new_tokens, **options)

@@ -1,7 +1,7 @@
 """The jitted training step on an explicit, donated state, and its loss, optimizer and clipping."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,17 +30,15 @@ class TrainState(NamedTuple):
     """AdamW's count and moments."""
 
 
-def make_summed_loss(
-    compute_dtype: Any, mesh: Mesh | None = None, tiling: Tiling = CPU_TILING, objective: Objective | None = None
+def with_compute_dtype(
+    function: Callable[..., Array], compute_dtype: Any, mesh: Mesh | None = None, tiling: Tiling = CPU_TILING
 ):
-    """Return the objective's summed loss in `compute_dtype`, with activations sharded over `mesh`.
+    """Return a function of an objective in `compute_dtype`, with activations sharded over `mesh`.
 
-    It is a function of (model, batch, key) for jax.jit and jax.grad. By default the objective is the cross-entropy of
-    the next token.
+    It is a function of (model, batch, key) for jax.jit and jax.grad.
     """
-    function = (objective or Objective(summed_loss)).summed_loss
 
-    def cast_and_sum(model: GPTModel, batch: Sequence[Array], key: Array | None = None) -> Array:
+    def compute(model: GPTModel, batch: Sequence[Array], key: Array | None = None) -> Array:
         model = cast(model, compute_dtype)
         lora = lora_config(model)
         if key is not None and lora is not None and lora.dropout:
@@ -49,7 +47,7 @@ def make_summed_loss(
         with sharding.shard_activations(mesh):
             return function(model, *batch, key=key, tiling=tiling, mesh=mesh)
 
-    return cast_and_sum
+    return compute
 
 
 def make_optimizer(
@@ -135,7 +133,7 @@ def make_train_step(
     """
 
     objective = objective or Objective(summed_loss)
-    summed = make_summed_loss(compute_dtype, mesh, tiling, objective)
+    summed = with_compute_dtype(objective.summed_loss, compute_dtype, mesh, tiling)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
     def train_step(state: TrainState, batch: tuple[Array, ...], lr: Array, step: Array, frozen: GPTModel | None = None):

@@ -74,6 +74,15 @@ def all_sum(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def all_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Return the rows [B, ...] of all processes, which have equally many, in the order of the processes."""
+    if not distributed.is_initialized():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
 def _all_reduce_max(number: int) -> int:
     value = torch.tensor(number)
     distributed.all_reduce(value, distributed.ReduceOp.MAX)

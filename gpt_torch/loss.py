@@ -27,6 +27,8 @@ class Objective(NamedTuple):
     """targets -> the number of terms in the sum; rows that only fill a batch have none."""
     check: Callable[[GPTConfig, np.ndarray], None] = GPTConfig.check_targets
     """(config, targets) -> None; raises InputError for targets that are not valid."""
+    rows: Callable[..., Tensor] | None = None
+    """(model, inputs, targets, *more) -> [B, ...]: what evaluations measure of each row."""
 
 
 def summed_loss(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:

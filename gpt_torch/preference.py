@@ -72,8 +72,11 @@ def preference(beta: float, reduction: Reduction = "sum") -> Objective:
         reduction: See pair_logprobs(); the reference's log-probabilities have the same.
     """
 
+    def rows(model: GPTModel, inputs: Tensor, targets: Tensor, reference: Tensor) -> Tensor:
+        return pair_logprobs(model, inputs, targets, reduction)
+
     def summed_loss(model: GPTModel, inputs: Tensor, targets: Tensor, reference: Tensor) -> Tensor:
-        losses = preference_losses(pair_logprobs(model, inputs, targets, reduction), reference, beta)
+        losses = preference_losses(rows(model, inputs, targets, reference), reference, beta)
         return torch.where(is_pair(targets), losses, 0).sum()
 
-    return Objective(summed_loss, lambda targets: is_pair(targets).sum())
+    return Objective(summed_loss, lambda targets: is_pair(targets).sum(), rows=rows)

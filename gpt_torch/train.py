@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt_torch.distributed import all_sum
+from gpt_torch.distributed import all_rows, all_sum
 from gpt_torch.generate import generate
 from gpt_torch.lora import add_lora, save_adapter
 from gpt_torch.loss import Objective, summed_loss
@@ -60,8 +60,8 @@ def clip_by_global_norm(gradients: list[Tensor], largest: float) -> Tensor:
     return norm
 
 
-class SummedLoss(nn.Module):
-    """The summed loss of an objective as a module, which DistributedDataParallel can wrap."""
+class Applied(nn.Module):
+    """A function of an objective, applied to a model; a module, which DistributedDataParallel can wrap."""
 
     def __init__(self, model: GPTModel, function: Callable[..., Tensor]):
         super().__init__()
@@ -136,10 +136,14 @@ class Trainer:
         self.model = model.to(self.device, param_dtype)
         self.optimizer = make_optimizer(self.model, settings, self.trainable)
         self._objective = Objective(summed_loss) if objective is None else objective
-        loss: nn.Module = SummedLoss(self.model, self._objective.summed_loss)
-        if dtype != param_dtype:
-            loss = InDtype(loss, dtype)
+
+        def applied(function: Callable[..., Tensor]) -> nn.Module:
+            module = Applied(self.model, function)
+            return module if dtype == param_dtype else InDtype(module, dtype)
+
+        loss = applied(self._objective.summed_loss)
         self._evaluation_loss: Any = torch.compile(loss) if compile else loss
+        self._rows = None if self._objective.rows is None else applied(self._objective.rows)
         self._training_loss = self._evaluation_loss
         if processes.count > 1:
             self._training_loss = DistributedDataParallel(self._evaluation_loss)
@@ -194,6 +198,11 @@ class Trainer:
     @torch.no_grad()
     def evaluate_batch(self, batch: Sequence[Tensor]) -> Tensor:
         return all_sum(self._evaluation_loss(*batch))
+
+    @torch.no_grad()
+    def evaluate_rows(self, batch: Sequence[Tensor]) -> np.ndarray:
+        assert self._rows is not None, "the objective has no rows"
+        return all_rows(self._rows(*batch)).cpu().numpy()
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
         return generate(self.model, prompts, max_new_tokens, **options)

@@ -24,8 +24,8 @@ from parity.training.processes import JoinArgs, Processes
 from parity.training.runs import RunFolder
 from parity.training.settings import FINE_TUNING, recipe
 from parity.tuning.args import TuneArgs, parse_tune_args, read_tuning
-from parity.tuning.instruct import load_instructions
 from parity.tuning.predict import predict
+from parity.tuning.tasks import TASKS
 from parity.weights.adapters import n_adapter_params
 
 
@@ -59,8 +59,9 @@ def main() -> int:
     with processes(args) as these:
         console = PlainConsole(quiet=not these.first, lossy=True)
         prepare = prepare_jax if args.backend == "jax" else prepare_torch
-        job = load_job(args, these, lambda _, tokenizer: load_instructions(args, tokenizer))
-        trainer, device_info = prepare(args, job)
+        task = TASKS[args.tune.task]
+        job = load_job(args, these, lambda _, tokenizer: task.load(args, tokenizer))
+        trainer, device_info = prepare(args, job, task.objective(args.backend, args.tune))
         return resume_and_train(trainer, start_run(job, args.backend, device_info, console), console)
 
 
@@ -73,7 +74,7 @@ def processes(args: Args) -> contextlib.AbstractContextManager[Processes]:
     return module.processes(args.join_timeout)
 
 
-def prepare_torch(args: Args, job: Job) -> tuple[Any, dict[str, str]]:
+def prepare_torch(args: Args, job: Job, objective: Any) -> tuple[Any, dict[str, str]]:
     """Return the trainer, and facts about the device for the summary."""
     from gpt_torch.devices import choose_device, describe
     from gpt_torch.train import Trainer
@@ -93,13 +94,13 @@ def prepare_torch(args: Args, job: Job) -> tuple[Any, dict[str, str]]:
         device,
         processes=job.processes,
         lora=args.tune.lora,
-        objective=objective("gpt_torch", args),
+        objective=objective,
     )
     precision = describe_precision(job.settings, attention)
     return trainer, {"device": describe(device), "precision": precision, **describe_adapters(args)}
 
 
-def prepare_jax(args: Args, job: Job) -> tuple[Any, dict[str, str]]:
+def prepare_jax(args: Args, job: Job, objective: Any) -> tuple[Any, dict[str, str]]:
     """Return the trainer, and facts about the device for the summary."""
     import jax
 
@@ -125,15 +126,10 @@ def prepare_jax(args: Args, job: Job) -> tuple[Any, dict[str, str]]:
         mesh,
         remat,
         lora=args.tune.lora,
-        objective=objective("gpt_jax", args),
+        objective=objective,
     )
     precision = describe_precision(job.settings, str(attention))
     return trainer, {"device": describe(device) + mesh_info, "precision": precision, **describe_adapters(args)}
-
-
-def objective(package: str, args: Args) -> Any:
-    """Return what a trainer of the package minimizes; None is the cross-entropy of the next token."""
-    return importlib.import_module(f"{package}.packing").PACKED if args.tune.packing else None
 
 
 def describe_adapters(args: Args) -> dict[str, str]:

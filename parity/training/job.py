@@ -59,6 +59,7 @@ class Job:
     """Hash of samples of the corpus's tokens, which shows files that were changed in place."""
     sample_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     measure: Callable[[Trainer], Mapping[str, float]] | None = None
+    begin: Callable[..., None] | None = None
     has_baseline: bool = True
     bigram: float | None = None
     """Validation loss of the baseline in nats per token, if it was computed."""

@@ -27,6 +27,8 @@ class JobData(NamedTuple):
     """Options of generate() for these prompts, in addition to those of the settings."""
     measure: Callable[[Trainer], Mapping[str, float]] | None = None
     """Called at each evaluation; what it returns is printed, and logged with the validation loss."""
+    begin: Callable[..., None] | None = None
+    """Called with (trainer, job, console) before a run begins or resumes, with the trainer's initial weights."""
     has_baseline: bool = True
     """Whether the loss of a bigram model on the corpus is a baseline of the run."""
 

@@ -81,6 +81,8 @@ def resume_and_train(trainer: Trainer, job: Job, console: Console) -> int:
 def _resume_and_train(trainer: Trainer, job: Job, console: Console) -> int:
     done = job.resumed_step
     saved_metrics = None
+    if job.begin is not None:
+        job.begin(trainer, job, console)
     if done is not None:
         folder = checkpoints.step_folder(job.run.checkpoints, done)
         trainer.restore(folder)

@@ -55,6 +55,15 @@ class Trainer(Protocol):
             batch: What to_device() returned for arrays [B, ...].
         """
 
+    def evaluate_rows(self, batch: Sequence[Any]) -> np.ndarray:
+        """Return what the objective measures of each row, [B, ...] of all processes, without dropout.
+
+        All processes call it with their rows of the same batch. Not every objective has something to measure.
+
+        Args:
+            batch: What to_device() returned for arrays [B, ...].
+        """
+
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
         """Continue prompts; the options are those of the backend's `generate`."""
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import tyro
 
@@ -13,7 +13,7 @@ from parity.storage.json import get_entry
 from parity.training.args import Decisive, JobArgs, check_rates, start_values
 from parity.training.runs import RunFolder, SavedRun, read_run
 from parity.tuning.embedded import EMBEDDED
-from parity.tuning.settings import RULES, TUNE_RECIPES, ExampleSettings, TuneSettings, tune_recipe
+from parity.tuning.settings import OFFLINE, RULES, TUNE_RECIPES, ExampleSettings, Task, TuneSettings, tune_recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TuneArgs(JobArgs):
         default=RULES,
         metadata={
             "help": f"Settings to start from: {', '.join(TUNE_RECIPES)}. The other options override single values. By "
-            f"default {RULES} without data, and otherwise the task's name."
+            f"default the task's name; without data, {' or '.join(OFFLINE.values())}."
         },
     )
     init_from: str | None = dataclasses.field(
@@ -32,7 +32,7 @@ class TuneArgs(JobArgs):
         metadata={
             "help": f"Weights to start from: one of OpenAI's sizes ({', '.join(SIZES)}), a folder or file with "
             "weights, or a run folder, which stands for its newest intact checkpoint. By default the weights are "
-            "random, which suits the preset rules only."
+            "random, which suits presets for a small model only."
         },
     )
     settings: tyro.conf.OmitArgPrefixes[ExampleSettings] = dataclasses.field(default_factory=ExampleSettings)
@@ -52,7 +52,7 @@ Args = TypeVar("Args", bound=TuneArgs)
 @dataclasses.dataclass(frozen=True)
 class _Decisive(Decisive):
     data: str | None = None
-    task: Literal["instruct"] | None = None
+    task: Task | None = None
 
 
 class SavedTuning(NamedTuple):
@@ -74,6 +74,10 @@ def read_tuning(run: RunFolder) -> SavedTuning:
     except TypeError as error:
         raise InputError(f"{run.config_file} was not written by this version of the scripts ({error})") from None
     return SavedTuning(saved._replace(settings=settings), tune)
+
+
+def _preset(task: Task, data: str | None) -> str:
+    return OFFLINE[task] if data in (None, EMBEDDED) else task
 
 
 def parse_tune_args(cls: type[Args], description: str | None, args: Sequence[str] | None = None) -> Args:
@@ -98,10 +102,11 @@ def parse_tune_args(cls: type[Args], description: str | None, args: Sequence[str
         saved = read_tuning(RunFolder(given.run))
         default = dataclasses.replace(cls(), **saved.run._asdict(), tune=saved.tune, accumulate_is_default=False)
         return cli.parse(cls, description, default, args)
-    task = given.task or "instruct"
-    preset = given.preset or (RULES if given.data in (None, EMBEDDED) else task)
+    preset = given.preset or _preset(given.task or "instruct", given.data)
     recipe = tune_recipe(preset)
-    if given.init_from is None and preset != RULES and "--help" not in (args or ()):
+    if given.task not in (None, recipe.tune.task):
+        raise InputError(f"--preset {preset} is for the task {recipe.tune.task}, not for --task {given.task}")
+    if given.init_from is None and recipe.needs_weights and "--help" not in (args or ()):
         raise InputError(f"--preset {preset} needs weights to start from; name them with --init-from")
     model, settings = start_values(given, recipe.model, recipe.settings)
     default = dataclasses.replace(
@@ -109,7 +114,7 @@ def parse_tune_args(cls: type[Args], description: str | None, args: Sequence[str
         preset=preset,
         model=model,
         settings=settings,
-        tune=dataclasses.replace(recipe.tune, task=task),
+        tune=recipe.tune,
         accumulate_is_default=given.accumulate is None,
     )
     parsed = check_rates(cli.parse(cls, description, default, args))

@@ -1,6 +1,6 @@
 """Pairs of a preferred and a rejected response to the same instruction: records, token ids and batches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -39,8 +39,8 @@ def preference(record: Record) -> Preference:
         chosen, rejected = (_chat(record, name) for name in Preference._fields)
         if _before_response(chosen) != _before_response(rejected):
             raise InputError(
-                f"{record.origin}: the messages of 'chosen' and 'rejected' differ before the last one; both must answer "
-                "the same conversation"
+                f"{record.origin}: the messages of 'chosen' and 'rejected' differ before the last one; both must "
+                "answer the same conversation"
             )
         return Preference(chosen, rejected)
     name = next((name for name in ("instruction", "prompt") if name in fields), None)
@@ -94,7 +94,8 @@ class Pair(NamedTuple):
 
 def encode_pair(pair: Preference, tokenizer: Tokenizer, template: str = "plain") -> Pair:
     """Return the token ids of a preference. The last response and the end-of-text token after it are scored."""
-    return Pair(*(_encode(conversation, tokenizer, template) for conversation in pair))
+    chosen, rejected = (_encode(conversation, tokenizer, template) for conversation in pair)
+    return Pair(chosen, rejected)
 
 
 def _encode(conversation: Conversation, tokenizer: Tokenizer, template: str) -> Example:

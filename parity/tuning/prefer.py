@@ -77,6 +77,7 @@ def load_preferences(args: TuneArgs, tokenizer: Tokenizer) -> JobData:
         prompts=sample_prompts(args, tokenizer) or prompts[:SAMPLES],
         sample_options={"eos_id": tokenizer.eos_id},
         measure=lambda trainer: {name: value for m in measures for name, value in m(trainer).items()},
+        begin=keep_reference,
         has_baseline=False,
     )
 
@@ -136,8 +137,9 @@ def keep_reference(trainer: Trainer, job: Job, console: Console) -> None:
     pairs = {name: dataset for name, dataset in parts.items() if isinstance(dataset, Pairs)}
     file = job.run.path / REFERENCE_FILE
     if job.resumed_step is not None:
-        for name, logprobs in _read(file, job.corpus.sha256, {name: len(part) for name, part in pairs.items()}).items():
-            pairs[name].set_reference(logprobs)
+        stored = _read(file, job.corpus.sha256, {name: len(part) for name, part in pairs.items()})
+        for name, part in pairs.items():
+            part.set_reference(stored[name])
         return
     console.print("reference  computing the log-probabilities of the initial weights", highlight=False)
     logprobs = {name: logprobs_of(trainer, part, job.micro_size) for name, part in pairs.items()}

@@ -1,6 +1,7 @@
 """Settings of tuning in addition to those of training, and the presets of scripts/finetune.py."""
 
 import dataclasses
+import math
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
@@ -13,7 +14,7 @@ from parity.tuning.encoding import LossOn
 from parity.tuning.examples import Overlong
 from parity.weights.adapters import LoraConfig
 
-Task = Literal["instruct"]
+Task = Literal["instruct", "prefer"]
 Template = Literal["plain", "alpaca"]
 
 
@@ -51,7 +52,8 @@ class TuneSettings:
     """
 
     task: Task = "instruct"
-    """What to learn: responses to instructions (instruct)."""
+    """What to learn: responses to instructions (instruct), or which of two responses is preferred, with a reference
+    (prefer)."""
     template: Template = "plain"
     """Text around an instruction: the headings of Alpaca (plain), or two sentences before them as well (alpaca)."""
     loss_on: LossOn = "response"
@@ -68,6 +70,13 @@ class TuneSettings:
     its row. --batch-size and --accumulate count rows."""
     overlong: Overlong = "cut"
     """What to do with an example that is longer: cut its end off, drop it, or refuse to train."""
+
+    dpo_beta: float = 0.1
+    """Only for the task prefer: how strongly the model is held to the reference, which is the initial model. A larger
+    number allows it to move less far."""
+    dpo_logprobs: Literal["sum", "mean"] = "sum"
+    """Only for the task prefer: whether the log-probability of a response is the sum over its tokens, as in the paper,
+    or their mean, as in the book."""
 
     lora_rank: int | None = None
     """Rank of LoRA adapters, which are then the only parameters that are trained; by default all are trained."""
@@ -91,12 +100,14 @@ class TuneSettings:
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))  # a list in JSON
         _ = self.lora  # raises for options that are out of range
         hints = get_type_hints(TuneSettings)
-        for name in ("task", "template", "loss_on", "overlong"):
+        for name in ("task", "template", "loss_on", "overlong", "dpo_logprobs"):
             check_choice(name, getattr(self, name), get_args(hints[name]))
         for name, low, high in (("test_fraction", 0, 0.9), ("eval_items", 0, 2**20), ("max_length", 2, 2**24)):
             value: Any = getattr(self, name)
             if not (value is None and name == "max_length") and not low <= value <= high:
                 raise InputError(f"{name} must be between {low} and {high}, got {value!r:.60}")
+        if not (isinstance(self.dpo_beta, int | float) and 0 < self.dpo_beta < math.inf):
+            raise InputError(f"dpo_beta must be a positive number, got {self.dpo_beta!r:.60}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,23 +118,30 @@ class TuneRecipe:
     """The model of a run without --init-from."""
     settings: ExampleSettings
     tune: TuneSettings
+    needs_weights: bool = True
+    """Whether a run must have --init-from."""
 
 
 _SETTINGS = ExampleSettings(
     steps=300, accumulate=1, lr=5e-5, min_lr=5e-6, warmup=20, beta2=0.99, dtype="float32", eval_every=50,
     sample_tokens=64,
 )  # fmt: skip
+_RULES_SETTINGS = dataclasses.replace(_SETTINGS, tokenizer="bytes", batch_size=16, eval_every=200, sample_tokens=16)
 RULES = "rules"
-"""The preset of runs without --data."""
+OFFLINE: dict[Task, str] = {"instruct": RULES, "prefer": "rules-prefer"}
+"""The preset of a run without --data, for each task; with --data it is the task's name."""
 TUNE_RECIPES: dict[str, TuneRecipe] = {
     # For two CPU cores and a small model of bytes.
     RULES: TuneRecipe(
         PRESETS["small"],
-        dataclasses.replace(
-            _SETTINGS, tokenizer="bytes", steps=800, batch_size=16, lr=3e-3, min_lr=1e-4, warmup=50, eval_every=200,
-            sample_tokens=16,
-        ),
+        dataclasses.replace(_RULES_SETTINGS, steps=800, lr=3e-3, min_lr=1e-4, warmup=50),
         TuneSettings(),
+        needs_weights=False,
+    ),
+    "rules-prefer": TuneRecipe(
+        PRESETS["small"],
+        dataclasses.replace(_RULES_SETTINGS, steps=200, lr=1e-4, min_lr=1e-5, eval_every=50),
+        TuneSettings(task="prefer"),
     ),
     "instruct": TuneRecipe(PRESETS["124M"], _SETTINGS, TuneSettings()),
     # Raschka, "Build a Large Language Model (From Scratch)", chapter 7: two epochs of 935 examples in batches of 8,
@@ -135,6 +153,18 @@ TUNE_RECIPES: dict[str, TuneRecipe] = {
             sample_tokens=256,
         ),
         TuneSettings(template="alpaca", loss_on="all"),
+    ),
+    "prefer": TuneRecipe(
+        PRESETS["124M"], dataclasses.replace(_SETTINGS, steps=200, lr=5e-6, min_lr=5e-7), TuneSettings(task="prefer")
+    ),
+    # The same book's bonus material for chapter 7: one epoch of 935 pairs, with the model of book-instruct.
+    "book-dpo": TuneRecipe(
+        PRESETS["355M"],
+        dataclasses.replace(
+            _SETTINGS, steps=116, lr=5e-6, min_lr=5e-6, warmup=0, weight_decay=0.01, beta2=0.999, clip=1e9, seed=123,
+            eval_every=29, sample_tokens=256,
+        ),
+        TuneSettings(task="prefer", template="alpaca", dpo_logprobs="mean"),
     ),
 }  # fmt: skip
 
