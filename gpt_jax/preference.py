@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from gpt_jax.arrays import at_least_float32, widened
-from gpt_jax.loss import CPU_TILING, Objective, Tiling, n_chunks
+from gpt_jax.loss import CPU_TILING, Objective, Tiling, head_matrix, n_chunks
 from gpt_jax.model import GPTModel
 from parity.config import is_counted
 
@@ -43,8 +43,7 @@ def pair_logprobs(
         [B, 2], chosen and rejected, of dtype float32 or float64; 0 for a text without targets.
     """
     ids, targets = (tokens.reshape(2 * tokens.shape[0], -1) for tokens in (inputs, targets))  # [2B, T]
-    head = model.tok_emb.embedding[...] if model.config.tied_head else model.out_head.kernel[...].T  # [V, D]
-    x = model.hidden(ids, key)  # [2B, T, D]
+    x, head = model.hidden(ids, key), head_matrix(model)  # [2B, T, D], [V, D]
     counted = is_counted(targets)
     valid = counted & (targets >= 0) & (targets < head.shape[0])
     sums = _summed_logprobs(x, head, targets, valid, tiling)  # [2B]

@@ -61,7 +61,7 @@ def main() -> int:
         prepare = prepare_jax if args.backend == "jax" else prepare_torch
         task = TASKS[args.tune.task]
         job = load_job(args, these, lambda _, tokenizer: task.load(args, tokenizer))
-        trainer, device_info = prepare(args, job, task.objective(args.backend, args.tune))
+        trainer, device_info = prepare(args, job, task.objective(f"gpt_{args.backend}", args.tune))
         return resume_and_train(trainer, start_run(job, args.backend, device_info, console), console)
 
 

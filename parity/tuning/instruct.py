@@ -103,9 +103,7 @@ def _encode(
     return fit(examples, [c.origin for c in part], max_length, tune.overlong, name)
 
 
-def _dataset(
-    fitted: Fitted[Example], tune: TuneSettings, config: GPTConfig, tokenizer: Tokenizer
-) -> Examples | Packed:
+def _dataset(fitted: Fitted[Example], tune: TuneSettings, config: GPTConfig, tokenizer: Tokenizer) -> Examples | Packed:
     if tune.packing:
         return Packed(fitted.examples, min(tune.max_length or config.n_ctx, config.n_ctx), tokenizer.eos_id)
     return Examples(fitted.examples, config.n_ctx, tokenizer.eos_id)

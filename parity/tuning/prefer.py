@@ -52,6 +52,8 @@ def load_preferences(args: TuneArgs, tokenizer: Tokenizer) -> JobData:
         InputError: For bad records and for too few of them; see read_preferences() and fit().
     """
     settings, tune, config = args.settings, args.tune, args.model
+    if tune.packing:
+        raise InputError("--packing: pairs are not packed; leave the option out, or use --task instruct")
     pairs = read_preferences(settings.corpus)
     train_part, test, validation_part = divide(pairs, args)
     chosen = [pair.chosen for pair in test]

@@ -11,13 +11,14 @@ from parity.tuning.args import TuneArgs
 from parity.tuning.settings import TuneSettings
 
 
-def next_token(backend: str, tune: TuneSettings) -> None:
-    """Return the default objective of the trainers."""
+def next_token(package: str, tune: TuneSettings) -> Any:
+    """Return the cross-entropy of the next token, which is None unless examples are packed."""
+    return importlib.import_module(f"{package}.packing").PACKED if tune.packing else None
 
 
-def preference(backend: str, tune: TuneSettings) -> Any:
-    """Return direct preference optimization, of the backend "torch" or "jax"."""
-    return importlib.import_module(f"gpt_{backend}.preference").preference(tune.dpo_beta, tune.dpo_logprobs)
+def preference(package: str, tune: TuneSettings) -> Any:
+    """Return direct preference optimization."""
+    return importlib.import_module(f"{package}.preference").preference(tune.dpo_beta, tune.dpo_logprobs)
 
 
 class TaskParts(NamedTuple):
@@ -26,7 +27,7 @@ class TaskParts(NamedTuple):
     load: Callable[[TuneArgs, Tokenizer], JobData]
     """Reads the data; see parity.training.job.load_job."""
     objective: Callable[[str, TuneSettings], Any] = next_token
-    """("torch" or "jax", settings) -> the Objective of the trainer, or None for its default."""
+    """("gpt_torch" or "gpt_jax", settings) -> the Objective of the package's Trainer, or None for its default."""
 
 
 TASKS = {
