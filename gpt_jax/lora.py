@@ -45,7 +45,7 @@ class LoraLinear(nnx.LinearGeneral):
 
     def __call__(self, x: Array, out_sharding: Any = None) -> Array:
         h = jnp.tensordot(dropout(x, self.drop_rate, self.key), self.lora_A[...], len(self.in_features))  # [..., R]
-        return super().__call__(x, out_sharding) + self.scale * jnp.tensordot(h, self.masked_B(), 1)  # [..., out]
+        return super().__call__(x, out_sharding) + self.scale * times_B(h, self.masked_B())  # [..., out]
 
     def masked_B(self) -> Array:
         """B [..., R, out] with zeros outside of its blocks, where it therefore has no gradient."""
@@ -54,6 +54,31 @@ class LoraLinear(nnx.LinearGeneral):
             return B
         mask = jnp.asarray(self.blocks, B.dtype)  # [R, C]
         return B * mask.reshape((1,) * (B.ndim - 4) + (*mask.shape, 1, 1))
+
+
+@jax.custom_vjp
+def times_B(h: Array, B: Array) -> Array:
+    """h [..., R], B [R, out] -> [..., out].
+
+    JAX's own rule computes the gradient of B with that of the result as first factor, for which XLA for CPUs transposes
+    the latter, the larger one. In exchange, jax.jvp does not go through this function.
+    """
+    return jnp.tensordot(h, B, 1)
+
+
+def _times_B(h: Array, B: Array) -> tuple[Array, tuple[Array, Array]]:
+    return times_B(h, B), (h, B)
+
+
+def _gradients(factors: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    h, B = factors
+    positions = tuple(range(h.ndim - 1))
+    out = tuple(range(h.ndim - 1, gradient.ndim))
+    h_gradient = jnp.tensordot(gradient, B, (out, tuple(range(1, B.ndim))))  # [..., R]
+    return h_gradient, jnp.tensordot(h, gradient, (positions, positions))
+
+
+times_B.defvjp(_times_B, _gradients)
 
 
 def add_lora(model: Any, lora: LoraConfig, seed: int = 0) -> None:

@@ -66,7 +66,7 @@ def step_profile(config: GPTConfig, settings: TrainSettings, unroll: int, remat:
     trainer = Trainer(config, settings, unroll=unroll, remat=remat)
     batch = trainer.to_device(*peers.batch(config, settings))
     numbers = jax.numpy.float32(1e-3), jax.numpy.int32(0)
-    program = hlo.parse(trainer._train_step.lower(trainer.state, *batch, *numbers).compile().as_text())
+    program = hlo.parse(trainer._train_step.lower(trainer.state, batch, *numbers, trainer._frozen).compile().as_text())
     kinds, flops = _kinds(program)
 
     def step() -> None:
