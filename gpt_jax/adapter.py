@@ -2,12 +2,13 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from gpt_jax.activations import run_with_cache
 from gpt_jax.decoding import DecodingModel, for_decoding
@@ -56,6 +57,25 @@ def activations(
         run = jax.jit(functools.partial(run_with_cache, names=selected))
         _, cache = run(build(config, weights, compute), jnp.asarray(tokens))
         return {name: np.asarray(cache[name]) for name in selected}
+
+
+def run_model(
+    model: GPTModel, tokens: np.ndarray, names: Iterable[str] = (), patches: Mapping[str, Any] | None = None
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Run an existing model on tokens int [B, T], in full precision: run_with_cache from and to NumPy arrays.
+
+    Results have at least float32.
+
+    Returns:
+        (logits [B, T, V], {name: activation}).
+    """
+
+    def as_numpy(x: Array) -> np.ndarray:
+        return np.asarray(x, np.promote_types(x.dtype, np.float32))
+
+    with jax.default_matmul_precision("highest"):
+        logits, cache = run_with_cache(model, jnp.asarray(tokens), names, patches)
+        return as_numpy(logits), {name: as_numpy(activation) for name, activation in cache.items()}
 
 
 def cached_logits(

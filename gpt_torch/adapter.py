@@ -13,9 +13,11 @@ from gpt_torch.devices import choose_device
 from gpt_torch.generate import generate as generate_rows
 from gpt_torch.loss import calc_loss
 from gpt_torch.model import GPTModel
+from gpt_torch.modes import eval_mode
 from gpt_torch.train import Trainer
 from gpt_torch.weights import export_weights, load_weights, to_numpy
 from parity import taps
+from parity.arrays import as_numpy
 from parity.comparison.error_bounds import Rounding
 from parity.comparison.protocol import DEFAULT_COMPUTE, Batch, Compute, Weights, train_steps
 from parity.config import GPTConfig
@@ -57,6 +59,22 @@ def activations(
     with computing(compute), torch.inference_mode():
         _, cache = run_with_cache(build(config, weights, compute), to_device(tokens, compute), names)
         return {name: to_numpy(activation) for name, activation in cache.items()}
+
+
+def run_model(
+    model: GPTModel, tokens: np.ndarray, names: Iterable[str] = (), patches: Mapping[str, Any] | None = None
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Run an existing model on tokens int [B, T], in full precision: run_with_cache from and to NumPy arrays.
+
+    Results have at least float32.
+
+    Returns:
+        (logits [B, T, V], {name: activation}).
+    """
+    ids = torch.from_numpy(tokens).long().to(model.tok_emb.weight.device)
+    with computing(DEFAULT_COMPUTE), torch.inference_mode(), eval_mode(model):
+        logits, cache = run_with_cache(model, ids, names, patches)
+        return as_numpy(logits), {name: as_numpy(activation) for name, activation in cache.items()}
 
 
 def cached_logits(

@@ -326,8 +326,8 @@ def test_metrics_of_a_long_run_take_little_memory(tmp_path):
         logged.log({"step": step, "loss": 1 / step, "lr": 1.0})
         if step % 1000 == 0:
             logged.log({"step": step, "validation_loss": abs(step - 7000.0)})
-    assert 2000 < len(logged._curve) <= 4096
-    assert logged._curve[-1][0] > 49_900
+    assert 2000 < len(logged.curve) <= 4096
+    assert logged.curve[-1][0] > 49_900
     assert logged.best_step() == 7000
     logged.plot(tmp_path / "loss.png", bigram=1.0)
     assert (tmp_path / "loss.png").stat().st_size > 1000

@@ -43,7 +43,8 @@ class Metrics:
         """Steps that were skipped because their loss or gradient was not finite."""
         self.last_step = -1
         """Largest step in the file; -1 if there is none."""
-        self._curve: list[tuple[int, float]] = []
+        self.curve: list[tuple[int, float]] = []
+        """(step, training loss in nats per token) of at most 4,096 steps."""
         self._stride = 1
         self._hash, self._size = hashlib.sha256(), 0
 
@@ -121,8 +122,8 @@ class Metrics:
         """
         figure = new_figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
-        if self._curve:
-            axes.plot(*zip(*self._curve, strict=True), label="training", alpha=0.6)
+        if self.curve:
+            axes.plot(*zip(*self.curve, strict=True), label="training", alpha=0.6)
         if self.evaluations:
             stride = math.ceil(len(self.evaluations) / _MOST_POINTS)
             points = sorted(self.evaluations.items())
@@ -144,10 +145,10 @@ class Metrics:
         elif "nonfinite" in entry:
             self.nonfinite.add(step)
         elif "loss" in entry and step % self._stride == 0:
-            self._curve.append((step, entry["loss"]))
-            if len(self._curve) > _MOST_POINTS:
+            self.curve.append((step, entry["loss"]))
+            if len(self.curve) > _MOST_POINTS:
                 self._stride *= 2
-                self._curve = [point for point in self._curve if point[0] % self._stride == 0]
+                self.curve = [point for point in self.curve if point[0] % self._stride == 0]
 
     def _lines(self) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
         """Yield each line and its entry, None for a damaged one; without a last line that a crash cut."""

@@ -197,12 +197,12 @@ class RunFolder:
         """Remove the metrics (see Metrics.forget_after) and samples of later steps; a resumed run writes them again."""
         self.metrics.forget_after(step, saved_metrics)
         if self.writes and self.samples_file.exists():
-            kept = [(s, text) for s, text in self._samples() if s <= step]
+            kept = [(s, text) for s, text in self.samples() if s <= step]
             replace_text(self.samples_file, "".join(f"--- step {s} ---\n{text}" for s, text in kept))
 
     def has_samples(self, step: int) -> bool:
         """Whether samples.txt has samples of a step."""
-        return self.samples_file.exists() and any(s == step for s, _ in self._samples())
+        return self.samples_file.exists() and any(s == step for s, _ in self.samples())
 
     def add_samples(self, step: int, texts: Sequence[str]) -> None:
         """Append the samples of a step to samples.txt."""
@@ -213,7 +213,8 @@ class RunFolder:
             ):
                 file.write("".join(f"--- step {step} ---\n{text}\n\n" for text in texts))
 
-    def _samples(self) -> list[tuple[int, str]]:
+    def samples(self) -> list[tuple[int, str]]:
+        """Return (step, text) of all samples in samples.txt."""
         text = self.samples_file.read_bytes().decode("utf-8", errors="replace")
         parts = re.split(_SAMPLE_HEADING, text)[1:]  # step, text, step, text, ...
         return [(int(s), t) for s, t in zip(parts[::2], parts[1::2], strict=True)]

@@ -1,0 +1,65 @@
+"""Runs as the page shows them: the list, loss curves, checkpoints and samples of a run folder."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from parity.errors import InputError
+from parity.training import checkpoints
+from parity.training.metrics import Metrics
+from parity.training.run_list import find_runs, summarize
+from parity.training.runs import RunFolder
+
+_MOST_SAMPLED = 200  # steps whose samples are shown, the newest ones
+
+
+def list_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return the summaries of all runs in the folders, the newest first; a folder that does not exist has none."""
+    runs = [summarize(folder) for folder in find_runs([folder for folder in folders if folder.is_dir()])]
+    entries = [dataclasses.asdict(run) for run in sorted(runs, key=lambda run: -run.time)]
+    return [{key: _json(value) for key, value in entry.items()} for entry in entries]
+
+
+def find_run(folders: Sequence[Path], path: str) -> Path:
+    """Return the run folder that list_runs() calls `path`; raise InputError for any other folder."""
+    for folder in find_runs([folder for folder in folders if folder.is_dir()]):
+        if str(folder) == path:
+            return folder
+    raise InputError(f"there is no run {path!r:.200}; reload the list of runs")
+
+
+def run_version(folder: Path) -> str:
+    """Return a text that changes whenever the run has logged or saved something."""
+    parts = []
+    for name in ("metrics.jsonl", "samples.txt", "checkpoints"):
+        try:
+            status = (folder / name).stat()
+            parts.append(f"{status.st_size}.{status.st_mtime_ns}")
+        except OSError:
+            parts.append("-")
+    return "/".join(parts)
+
+
+def describe_run(folder: Path) -> dict[str, Any]:
+    """Return curves, checkpoints and samples of a run."""
+    run = RunFolder(folder)
+    metrics = Metrics(run.metrics_file)
+    samples: dict[int, list[str]] = {}
+    for step, text in run.samples() if run.samples_file.exists() else []:
+        samples.setdefault(step, []).append(text.rstrip("\n"))
+    return {
+        "version": run_version(folder),
+        "summary": {key: _json(value) for key, value in dataclasses.asdict(summarize(folder)).items()},
+        "training": metrics.curve,
+        "validation": sorted(metrics.evaluations.items()),
+        "skipped": sorted(metrics.nonfinite),
+        "best_step": metrics.best_step(),
+        "checkpoints": checkpoints.steps(run.checkpoints),
+        "samples": [{"step": step, "texts": texts} for step, texts in sorted(samples.items())[-_MOST_SAMPLED:]],
+    }
+
+
+def _json(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,65 @@
+// A conversation with a model that was tuned on instructions.
+
+import {events} from "./api.js";
+import {$, attempt, el} from "./dom.js";
+import {OptionsForm, modelSelect} from "./options.js";
+
+export function setUp(info) {
+  const panel = $("#chat");
+  const form = $("form", panel);
+  const list = $(".conversation", panel);
+  const input = $("textarea", form);
+  const go = $("button.go", form);
+  const stop = $("button.stop", form);
+  const options = new OptionsForm($(".options", form), "chat");
+  options.limit(info.config);
+  options.inputs.temperature.value = 0;
+  modelSelect($("select", form), info.models, false);
+  let messages = [];
+  let controller = null;
+
+  $("button.new", form).addEventListener("click", () => {
+    controller?.abort();
+    messages = [];
+    list.replaceChildren();
+    input.focus();
+  });
+  stop.addEventListener("click", () => controller?.abort());
+  input.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      event.preventDefault();
+      form.requestSubmit();
+    }
+  });
+
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    if (controller || !input.value.trim()) return;
+    attempt($(".error", form), go, async () => {
+      const body = {...options.read(), model: $("select", form).value};
+      const asked = {role: "user", content: input.value};
+      const answer = el("p.text");
+      const turn = el("li", {}, el("h3", {}, "You"), el("p.text", {}, input.value), el("h3", {}, "Model"), answer);
+      list.append(turn);
+      controller = new AbortController();
+      stop.disabled = false;
+      let text = "";
+      try {
+        for await (const part of events("page/complete", {...body, messages: [...messages, asked]}, controller.signal)) {
+          for (const token of part.tokens ?? []) text += token.text;
+          answer.textContent = text;
+          turn.scrollIntoView({block: "nearest"});
+        }
+        messages.push(asked, {role: "assistant", content: text});
+        input.value = "";
+      } catch (problem) {
+        if (problem.name === "AbortError" && text) messages.push(asked, {role: "assistant", content: text});
+        else turn.remove();
+        throw problem;
+      } finally {
+        controller = null;
+        stop.disabled = true;
+      }
+    });
+  });
+}

@@ -1,0 +1,75 @@
+// Small helpers for elements. Text always becomes text nodes, never HTML.
+
+export const $ = (selector, root = document) => root.querySelector(selector);
+export const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
+
+// el("span.token", {title: "..."}, "text", child): attributes that are functions are event listeners.
+export function el(description, attributes = {}, ...children) {
+  const [tag, ...classes] = description.split(".");
+  const element = document.createElement(tag);
+  if (classes.length) element.className = classes.join(" ");
+  for (const [name, value] of Object.entries(attributes)) {
+    if (typeof value === "function") element.addEventListener(name, value);
+    else if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children);
+  return element;
+}
+
+export function svg(tag, attributes = {}, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+// Runs an action of a form: the button is busy meanwhile, and an error is shown in `slot`, beside what caused it.
+export async function attempt(slot, button, action) {
+  slot.textContent = "";
+  if (button) button.setAttribute("aria-busy", "true");
+  try {
+    return await action();
+  } catch (error) {
+    if (error.name !== "AbortError") slot.textContent = error.message;
+    return undefined;
+  } finally {
+    if (button) button.removeAttribute("aria-busy");
+  }
+}
+
+// Makes the children of a container that match `selector` one tab stop, between which the arrow keys move.
+export function roving(container, selector, {columns = () => 0, onMove = () => {}} = {}) {
+  container.addEventListener("keydown", (event) => {
+    const items = $$(selector, container);
+    const current = items.indexOf(event.target.closest(selector));
+    if (current < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
+    const width = columns();
+    const steps = {ArrowRight: 1, ArrowLeft: -1, ArrowDown: width || 1, ArrowUp: -(width || 1)};
+    let next = current + (steps[event.key] ?? 0);
+    if (event.key === "Home") next = 0;
+    if (event.key === "End") next = items.length - 1;
+    if (next === current || !items[next]) return;
+    event.preventDefault();
+    items[current].tabIndex = -1;
+    items[next].tabIndex = 0;
+    items[next].focus();
+    onMove(items[next]);
+  });
+}
+
+// Visible form of a token's text: leading and trailing spaces, and control characters.
+export function visible(text) {
+  return text.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/[\u0000-\u001f\u007f-\u009f]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`);
+}
+
+export function number(value, digits = 3) {
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  return size >= 1e-3 && size < 1e5 ? value.toFixed(digits) : value.toExponential(1);
+}
+
+export function percent(value) {
+  if (value === 0) return "0";
+  if (value < 0.0001) return `${(100 * value).toExponential(0)}%`;
+  return `${(100 * value).toFixed(value < 0.01 ? 2 : 1)}%`;
+}
