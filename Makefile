@@ -23,7 +23,7 @@ FOR_GPU_PROGRAM := $(VENV)/.extras-jax,torch,test,cuda13
 # One worker per core; each takes up to 5 GB of memory.
 PARALLEL ?= --numprocesses logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
-.PHONY: setup train test test-slow test-pretrained test-package test-gpu test-gpu-program check bench clean
+.PHONY: setup train test test-slow test-pretrained test-package test-gpu test-gpu-program test-page check bench clean
 
 setup: $(FOR_TRAINING)
 
@@ -58,6 +58,10 @@ test-package: $(FOR_TESTS)
 # Compiles for H100s and H200s, which need not be there: the claims of docs/results/gpu-program.md. 5 GB of packages.
 test-gpu-program: $(FOR_GPU_PROGRAM)
 	$(RUN) -m pytest -m gpu_program
+
+# The page in a browser: needs Debian's chromium, or Chrome.
+test-page: $(FOR_TESTS)
+	$(RUN) -m pytest -m page
 
 # Parity on the GPU, training, a kill, and all benchmarks, in nine minutes.
 test-gpu: $(FOR_TESTS)

@@ -74,6 +74,8 @@ def test_wheel_and_sdist(tmp_path):
         "parity", "gpt_jax", "gpt_torch", f"gpt_parity-{parity.__version__}.dist-info",
     }  # fmt: skip
     assert {"parity/py.typed", "gpt_jax/py.typed", "gpt_torch/py.typed"} <= set(names)
+    static = {f"parity/serving/static/{path.name}" for path in (ROOT / "parity/serving/static").iterdir()}
+    assert static <= set(names)
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "source", filter="data")
     [source] = (tmp_path / "source").iterdir()

@@ -54,6 +54,10 @@ def test_programs_are_compiled_for_gpus():
     assert commands(workflow("gpu-program.yml")) == ["make test-gpu-program"]
 
 
+def test_the_page_is_tested_in_a_browser():
+    assert commands(workflow("page.yml")) == ["make test-page"]
+
+
 def test_pre_commit_has_the_pinned_ruff():
     [repository] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     [pin] = re.findall(r"^ruff==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)

@@ -11,18 +11,11 @@ from parity.comparison.protocol import Weights
 from parity.config import GPTConfig
 from parity.errors import InputError
 from parity.serving.display import rounded
+from parity.serving.inspect import Subject, check_ids, token_logits
 from parity.taps import probe
 
 MOST_COMPARED = 256
 """Largest number of tokens whose error bounds are derived, by three runs of the model in float64."""
-
-
-def common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """Return the number of tokens up to which all rows are the same."""
-    for number, ids in enumerate(zip(*rows, strict=False)):
-        if len(set(ids)) > 1:
-            return number
-    return min(map(len, rows))
 
 
 def logit_bounds(config: GPTConfig, weights: Weights, ids: Sequence[int], dtype: str) -> tuple[np.ndarray, np.ndarray]:
@@ -39,6 +32,20 @@ def logit_bounds(config: GPTConfig, weights: Weights, ids: Sequence[int], dtype:
 
     exact, bounds = propagated_errors(config, dtype, len(ids), compute)
     return np.stack(list(exact.values())), np.array(list(bounds.values()))
+
+
+def compare(subjects: Mapping[str, Subject], ids: Sequence[int], first: int) -> dict[str, Any]:
+    """Compare two backends on a text whose tokens from number `first` on were generated: {rows, dtype}."""
+    config = next(iter(subjects.values())).config
+    check_ids(ids, config)
+    if not 1 <= first <= len(ids):
+        raise InputError(f"first must be in 1..{len(ids)}, got {first}")
+    if len(ids) > MOST_COMPARED:
+        raise InputError(f"the text has {len(ids)} tokens; error bounds are derived for up to {MOST_COMPARED}")
+    logits = {name: token_logits(subject, ids) for name, subject in subjects.items()}
+    weights = next(iter(subjects.values())).export_weights()
+    dtype = next(iter(weights.values())).dtype.name
+    return {"rows": compare_logits(config, weights, ids, first, logits, dtype), "dtype": dtype}
 
 
 def compare_logits(
@@ -58,8 +65,6 @@ def compare_logits(
         For each predicted token, and for the one after the text, the largest difference of any logit, the largest error
         of each backend against float64, and the bound on it.
     """
-    if len(ids) > MOST_COMPARED:
-        raise InputError(f"the text has {len(ids)} tokens; error bounds are derived for up to {MOST_COMPARED}")
     exact, bounds = logit_bounds(config, weights, ids, dtype)
     a, b = (np.asarray(z, np.float64) for z in logits.values())
     errors = {name: np.abs(z - exact).max(-1) for name, z in logits.items()}

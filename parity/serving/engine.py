@@ -163,6 +163,10 @@ class Engine:
         n_new = min(8, self.config.n_ctx + 1 - len(prompt))
         asyncio.run(_drain(self, [Row(prompt, n_new, {"row": row}) for row in range(n_rows)]))
 
+    def weights_changed(self) -> None:
+        """Decode with the model's new weights from the next batch on; call this on the engine's thread."""
+        self._decoder = None
+
     def close(self) -> None:
         """Stop the thread after its current step. Requests that are not finished raise ClosedError."""
         with self._changed:

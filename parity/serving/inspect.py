@@ -114,9 +114,12 @@ def judge_tokens(logits: np.ndarray, ids: Sequence[int], first: int, tokenizer: 
     return [judged(logits[number - 1], ids[number], tokenizer) for number in range(first, len(ids))]
 
 
-def stored_logits(logits: np.ndarray, n_tokens: int, seed: int) -> dict[str, Any]:
-    """Return the logits [V] after `n_tokens` tokens, and the random number with which row 0 chooses the next token."""
-    return {"logits": packed(logits, "float32"), "uniform": float(uniforms([seed], [0], [n_tokens], 1)[0, 0])}
+def next_logits(subject: Subject, ids: Sequence[int], seed: int = 0) -> dict[str, Any]:
+    """Return the logits [V] after a text, and the random number with which row 0 of a seed chooses the next token."""
+    if not 0 <= seed < 2**64:
+        raise InputError(f"seed must be in 0..2**64-1, got {seed}")
+    uniform = float(uniforms([seed], [0], [len(ids)], 1)[0, 0])
+    return {"logits": packed(token_logits(subject, ids)[-1], "float32"), "uniform": uniform}
 
 
 def text_loss(subject: Subject, text: str) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """What changes if a head is ablated, or an activation is patched from another prompt."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from parity.data.tokenizer import Tokenizer
-from parity.errors import InputError
+from parity.errors import InputError, check_choice
 from parity.serving.display import log_softmax, most_likely, rounded, show_token, token_entries
 from parity.serving.inspect import Subject, check_ids, in_range
 
@@ -35,6 +35,7 @@ def ablate(
         the log-probability of the token that was most likely before, and the divergence KL(before || after) in nats.
     """
     config, tokenizer = subject.config, subject.tokenizer
+    check_choice("replacement", replacement, get_args(Replacement))
     ids = subject.encode(text, MOST_PATCHED)
     position = in_range(len(ids) - 1 if position is None else position, len(ids), "position")
     prefix = f"blocks.{in_range(layer, config.n_layer, 'layer')}"
@@ -90,8 +91,7 @@ def patch(subject: Subject, clean: str, corrupted: str, layer: int, kind: str = 
             f"the prompts have {len(sources) - 1} and {len(targets) - 1} tokens; patching goes position by position, "
             "so write prompts of the same number of tokens"
         )
-    if kind not in PATCHABLE:
-        raise InputError(f"kind must be one of {', '.join(PATCHABLE)}, got {kind!r:.60}")
+    check_choice("kind", kind, PATCHABLE)
     name = f"blocks.{in_range(layer, config.n_layer, 'layer')}.{kind}"
     logits, cache = subject.run(np.array([sources, targets], np.int32), [name])
     ends = logits[:, -1]

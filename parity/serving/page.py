@@ -1,11 +1,59 @@
-"""The routes of the page."""
+"""The routes of the page: its files, and what it requests, as JSON and as server-sent events."""
 
-from collections.abc import Mapping, Sequence
+import asyncio
+import functools
+import json
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from starlette.routing import BaseRoute
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
 
-from parity.serving.engine import Engine
+from parity.data.tokenizer import encode_prompt
+from parity.errors import InputError
+from parity.serving import agreement, inspect, interventions, run_views
+from parity.serving.display import N_TOP, TokenTexts, rounded, show_token
+from parity.serving.engine import BusyError, ClosedError, Engine
+from parity.serving.fields import read_fields
+from parity.serving.rows import Generation, Row
+from parity.serving.security import error_response
+from parity.weights import shapes
+from parity.weights.load import read_folder
+
+_STATIC = Path(__file__).parent / "static"
+_MOST_WAITING = 16  # views that are computed or wait for their turn
+_SAMPLING = {
+    "temperature": "a number", "top_k": "an integer", "top_p": "a number", "min_p": "a number",
+    "repetition_penalty": "a number", "seed": "an integer",
+}  # fmt: skip
+_COMPLETION = {"max_new_tokens": "an integer", "stop": "a list of texts", **_SAMPLING}
+# {path: (function of a Subject, required fields, optional fields)}
+VIEWS: dict[str, tuple[Callable[..., Any], dict[str, str], dict[str, str]]] = {
+    "loss": (inspect.text_loss, {"text": "text"}, {}),
+    "attention": (inspect.attention, {"text": "text", "layer": "an integer"}, {}),
+    "lens": (inspect.lens, {"text": "text"}, {}),
+    "attribution": (
+        inspect.attribution,
+        {"text": "text"},
+        {"position": "an integer", "token": "an integer", "minus": "an integer"},
+    ),
+    "ablate": (
+        interventions.ablate,
+        {"text": "text", "layer": "an integer"},
+        {"position": "an integer", "replacement": "text"},
+    ),
+    "patch": (
+        interventions.patch,
+        {"clean": "text", "corrupted": "text", "layer": "an integer"},
+        {"kind": "text"},
+    ),
+    "logits": (inspect.next_logits, {"ids": "a list of integers"}, {"seed": "an integer"}),
+}
 
 
 def routes(engines: Mapping[str, Engine], runs: Sequence[Path]) -> list[BaseRoute]:
@@ -13,6 +61,203 @@ def routes(engines: Mapping[str, Engine], runs: Sequence[Path]) -> list[BaseRout
 
     Args:
         engines: {name of the model in the API: engine}.
-        runs: Run folders that the page shows.
+        runs: Run folders, and folders of runs, that the page shows.
     """
-    return []
+    page = _Page(engines, runs)
+    return [
+        Route("/", lambda request: FileResponse(_STATIC / "index.html")),
+        Mount("/static", StaticFiles(directory=_STATIC)),
+        Route("/page/info", _answering(page.info)),
+        Route("/page/vocabulary", _answering(page.vocabulary)),
+        Route("/page/runs", _answering(page.runs)),
+        Route("/page/run", _answering(page.run), methods=["POST"]),
+        Route("/page/load", _answering(page.load), methods=["POST"]),
+        Route("/page/complete", _answering(page.complete), methods=["POST"]),
+        Route("/page/compare", _answering(page.compare), methods=["POST"]),
+        *(Route(f"/page/{name}", _answering(page.view(*view)), methods=["POST"]) for name, view in VIEWS.items()),
+    ]
+
+
+Handler = Callable[[Request], Awaitable[Any]]
+
+
+def _answering(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    """Return a route that answers with the JSON of the handler's result, or with its error."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            result = await handler(request)
+        except InputError as error:
+            return error_response(400, str(error))
+        except BusyError:
+            return error_response(429, "the server is busy; try again in a moment", headers={"Retry-After": "1"})
+        except ClosedError:
+            return error_response(503, "the server is stopping")
+        return result if isinstance(result, Response) else JSONResponse(result)
+
+    return answer
+
+
+class _Page:
+    """The handlers of the page's requests."""
+
+    def __init__(self, engines: Mapping[str, Engine], folders: Sequence[Path]):
+        self._engines = engines
+        self._folders = folders
+        engine = next(iter(engines.values()))
+        self._config, self._tokenizer = engine.config, engine.tokenizer
+        self._source = engine.name.removesuffix(f"-{_label(engine)}")
+        self._one_at_a_time = asyncio.Lock()
+        self._n_waiting = 0
+
+    async def info(self, request: Request) -> Any:
+        """What the page knows of the models."""
+        models = [
+            {"name": name, "label": _label(engine), "description": engine.description}
+            for name, engine in self._engines.items()
+        ]
+        n_parameters = sum(math.prod(shape) for shape in shapes(self._config, "huggingface").values())
+        return {
+            "source": self._source,
+            "models": models,
+            "config": self._config.to_dict(),
+            "parameters": n_parameters,
+            "chat": False,
+        }
+
+    async def vocabulary(self, request: Request) -> Any:
+        """The text of every token."""
+        return {"shown": [show_token(self._tokenizer, id) for id in range(self._config.n_vocab)]}
+
+    async def complete(self, request: Request) -> Response:
+        """Stream a continuation: first the ids of the prompt, then tokens as they are generated."""
+        fields = read_fields(await request.body(), {"model": "text", "prompt": "text"}, _COMPLETION)
+        engine = self._engine(fields["model"])
+        prompt = list(encode_prompt(engine.tokenizer, fields["prompt"]))
+        options: Any = {name: fields[name] for name in _SAMPLING if name in fields}
+        row = Row(
+            prompt,
+            fields.get("max_new_tokens", 50),
+            {"seed": 0, **options, "row": 0, "eos_id": engine.tokenizer.eos_id},
+            [text for text in fields.get("stop", []) if text],
+        )
+        generation = engine.submit([row], N_TOP)
+        return StreamingResponse(
+            _events(generation, prompt, engine), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
+        )
+
+    def view(self, function: Callable[..., Any], required: Mapping[str, str], optional: Mapping[str, str]) -> Handler:
+        """Return the handler of a view of one model."""
+
+        async def handler(request: Request) -> Any:
+            fields = read_fields(await request.body(), {"model": "text", **required}, optional)
+            subject = self._subject(self._engine(fields.pop("model")))
+            return await self._compute(functools.partial(function, subject, **fields))
+
+        return handler
+
+    async def compare(self, request: Request) -> Any:
+        """Compare the logits of both backends on a text."""
+        fields = read_fields(await request.body(), {"ids": "a list of integers", "first": "an integer"}, {})
+        if len(self._engines) != 2:
+            raise InputError("only one backend is loaded; start the server with --backend both")
+        subjects = {_label(engine): self._subject(engine) for engine in self._engines.values()}
+        return await self._compute(functools.partial(agreement.compare, subjects, fields["ids"], fields["first"]))
+
+    async def runs(self, request: Request) -> Any:
+        """The list of runs."""
+        return {"runs": await self._compute(functools.partial(run_views.list_runs, self._folders))}
+
+    async def run(self, request: Request) -> Any:
+        """One run, or null if nothing has changed since `version`."""
+        fields = read_fields(await request.body(), {"path": "text"}, {"version": "text"})
+
+        def describe() -> Any:
+            folder = run_views.find_run(self._folders, fields["path"])
+            if run_views.run_version(folder) == fields.get("version"):
+                return None
+            return run_views.describe_run(folder)
+
+        return {"run": await self._compute(describe)}
+
+    async def load(self, request: Request) -> Any:
+        """Replace the weights of all models by those of a checkpoint."""
+        fields = read_fields(await request.body(), {"path": "text", "checkpoint": "an integer"}, {})
+
+        def read() -> tuple[Any, str, Path]:
+            run = run_views.find_run(self._folders, fields["path"])
+            folder = run_views.checkpoint(run, fields["checkpoint"], self._config, self._tokenizer)
+            _, arrays, format = read_folder(folder)
+            return arrays, format, run
+
+        arrays, format, run = await self._compute(read)
+        for engine in self._engines.values():
+            await engine.call(_replace_weights, engine, arrays, format)
+        self._source = f"{run.resolve().name}, step {fields['checkpoint']:,}"
+        return await self.info(request)
+
+    def _engine(self, name: str) -> Engine:
+        if name not in self._engines:
+            raise InputError(f"model must be one of {', '.join(self._engines)}, got {name!r:.60}")
+        return self._engines[name]
+
+    def _subject(self, engine: Engine) -> inspect.Subject:
+        """The model of an engine, for functions on other threads: only the model itself runs on the engine's."""
+        loop = asyncio.get_running_loop()
+        own = inspect.Subject.of(engine.backend, engine.model, engine.tokenizer)
+
+        def on_engine(function: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *arguments: asyncio.run_coroutine_threadsafe(engine.call(function, *arguments), loop).result()
+
+        return inspect.Subject(own.config, own.tokenizer, on_engine(own.run_model), on_engine(own.export_weights))
+
+    async def _compute(self, function: Callable[[], Any]) -> Any:
+        """Run a function on a thread of its own, after those that wait already."""
+        if self._n_waiting >= _MOST_WAITING:
+            raise BusyError
+        self._n_waiting += 1
+        try:
+            async with self._one_at_a_time:
+                return await asyncio.to_thread(function)
+        finally:
+            self._n_waiting -= 1
+
+
+def _label(engine: Engine) -> str:
+    return engine.backend.__name__.removeprefix("gpt_")
+
+
+def _replace_weights(engine: Engine, arrays: Mapping[str, np.ndarray], format: str) -> None:
+    engine.backend.load_weights(engine.model, arrays, format)
+    engine.weights_changed()
+
+
+async def _events(generation: Generation, prompt: Sequence[int], engine: Engine) -> AsyncIterator[str]:
+    """Yield server-sent events; the texts of all tokens together are the text that the API returns."""
+    texts = TokenTexts(engine.tokenizer)
+    excess = 0  # characters of tokens beyond the text, which ends before a stop text
+    try:
+        yield _event({"prompt": prompt})
+        async for progress in generation:
+            tokens = []
+            for token in progress.tokens:
+                entry = texts.add(token.id)
+                top = [
+                    {"id": id, "shown": show_token(engine.tokenizer, id), "logprob": rounded(logprob)}
+                    for id, logprob in token.top[:N_TOP]
+                ]
+                tokens.append({**entry, "logprob": rounded(token.logprob), "top": top})
+            if progress.finish_reason and tokens:
+                tokens[-1]["text"] += texts.rest()
+            excess += sum(len(token["text"]) for token in tokens) - len(progress.text)
+            if progress.finish_reason and tokens and excess > 0:
+                tokens[-1]["text"] = tokens[-1]["text"][:-excess]
+            yield _event({"tokens": tokens, "finish_reason": progress.finish_reason})
+    except (InputError, ClosedError) as error:
+        yield _event({"error": {"message": str(error) or "the server is stopping"}})
+    finally:
+        generation.cancel()
+
+
+def _event(data: Any) -> str:
+    return f"data: {json.dumps(data)}\n\n"

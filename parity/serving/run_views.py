@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from parity.config import GPTConfig
+from parity.data.tokenizer import Tokenizer
 from parity.errors import InputError
 from parity.training import checkpoints
 from parity.training.metrics import Metrics
 from parity.training.run_list import find_runs, summarize
-from parity.training.runs import RunFolder
+from parity.training.runs import RunFolder, read_run
 
 _MOST_SAMPLED = 200  # steps whose samples are shown, the newest ones
 
@@ -28,6 +30,19 @@ def find_run(folders: Sequence[Path], path: str) -> Path:
         if str(folder) == path:
             return folder
     raise InputError(f"there is no run {path!r:.200}; reload the list of runs")
+
+
+def checkpoint(folder: Path, step: int, config: GPTConfig, tokenizer: Tokenizer) -> Path:
+    """Return the folder of an intact checkpoint for the model that is served; raises InputError for another model."""
+    saved = read_run(RunFolder(folder))
+    if dataclasses.replace(saved.model, drop_rate=config.drop_rate) != config or (
+        saved.settings.tokenizer != tokenizer.name
+    ):
+        raise InputError(
+            f"{folder.name} has a model of another shape or tokenizer than the one that is served; start the server "
+            f"with --run {folder}"
+        )
+    return RunFolder(folder).intact(step)
 
 
 def run_version(folder: Path) -> str:

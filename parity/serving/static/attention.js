@@ -83,7 +83,7 @@ export class Attention {
   paint(canvas, head) {
     const context = canvas.getContext("2d");
     const image = context.createImageData(this.length, this.length);
-    const [r, g, b] = getComputedStyle(canvas).getPropertyValue("--hot-rgb").split(",").map(Number);
+    const [r, g, b] = getComputedStyle(document.documentElement).getPropertyValue("--hot-rgb").split(",").map(Number);
     const start = head * this.length * this.length;
     for (let i = 0; i < this.length * this.length; i += 1) {
       image.data.set([r, g, b, Math.round(255 * Math.sqrt(this.pattern[start + i] / FULL))], 4 * i);

@@ -28,7 +28,7 @@ export function heatGrid(container, {columns, rows, cell, onSelect}) {
 
 function build(container, shape, columns, rows) {
   container.dataset.shape = shape;
-  const head = el("tr", {}, el("td"), ...columns.map((label) => el("th", {scope: "col", title: label}, label)));
+  const head = el("tr", {}, el("td"), ...columns.map((label) => el("th", {scope: "col", title: label}, el("span", {}, label))));
   const body = rows.map((label, row) => el("tr", {}, el("th", {scope: "row"}, label), ...columns.map((_, column) => {
     const button = el("button.cell", {type: "button", tabindex: row === 0 && column === 0 ? 0 : -1, click: () => container.select(button)});
     Object.assign(button.dataset, {row, column});

@@ -21,6 +21,7 @@ export function setUp(info, vocabulary) {
   const views = {loss, attention, lens, attribution, ablation, patching};
   const tabs = $$("[role=tab]", panel);
   let current = "loss";
+  const computed = {}; // view: the request that it shows
   function open(name) {
     current = name;
     for (const tab of tabs) {
@@ -28,13 +29,24 @@ export function setUp(info, vocabulary) {
       tab.tabIndex = tab.dataset.view === name ? 0 : -1;
       $(`#inside-${tab.dataset.view}`).hidden = tab.dataset.view !== name;
     }
+    // A view that costs one run follows the text without being asked, once any view was computed.
+    const isCheap = ["loss", "attention", "lens", "attribution"].includes(name);
+    if (isCheap && Object.keys(computed).length && computed[name] !== JSON.stringify(request())) compute();
+  }
+  const request = () => ({text: textOf(), model: select.value});
+  function compute() {
+    const name = current;
+    const wanted = request();
+    return attempt($(".error", $(`#inside-${name}`)), $("button", form), async () => {
+      await views[name](wanted);
+      computed[name] = JSON.stringify(wanted);
+    });
   }
   for (const tab of tabs) tab.addEventListener("click", () => open(tab.dataset.view));
   roving($("[role=tablist]", panel), "[role=tab]", {onMove: (tab) => open(tab.dataset.view)});
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    const name = current;
-    attempt($(".error", $(`#inside-${name}`)), $("button", form), () => views[name]({text: textOf(), model: select.value}));
+    compute();
   });
 
   // Loss of each token.

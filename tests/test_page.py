@@ -1,0 +1,313 @@
+"""The page's requests over HTTP: streamed text, views, runs, checkpoints, errors; and the rules of its sliders."""
+
+import functools
+import importlib
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+from support import numpy_oracle
+
+from parity.loading import load_model_and_tokenizer
+from parity.serving import display, inspect, page
+from parity.serving.app import Options, make_app
+from parity.serving.engine import Engine
+
+STATIC = Path(page.__file__).parent / "static"
+TEXT = "First Citizen"
+
+
+@pytest.fixture(scope="module")
+def run_folder(shared_run):
+    return shared_run("tiny-torch", "train_torch.py", "--preset", "tiny")[0]
+
+
+@pytest.fixture(scope="module")
+def runs(run_folder, tmp_path_factory):
+    """A folder with a run, and with one that has a hostile name and no checkpoint."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copytree(run_folder, folder / "good")
+    shutil.copytree(run_folder, folder / "<img src=x>", ignore=lambda *_: ["checkpoints"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engines(run_folder):
+    engines = {}
+    for name in ("torch", "jax"):
+        backend = importlib.import_module(f"gpt_{name}")
+        model, tokenizer, _ = load_model_and_tokenizer(backend, run_folder)
+        serving = importlib.import_module(f"gpt_{name}.serving")
+        engines[f"tiny-{name}"] = Engine(f"tiny-{name}", backend, serving, model, tokenizer, max_batch=4)
+    return engines
+
+
+@pytest.fixture(scope="module")
+def client(engines, runs):
+    with TestClient(make_app(engines, Options(runs=[runs])), base_url="http://localhost") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def torch_engine(engines):
+    return engines["tiny-torch"]
+
+
+def post(client, view, /, **fields):
+    return client.post(f"/page/{view}", json=fields)
+
+
+def events(response):
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    return [json.loads(line.removeprefix("data: ")) for line in response.text.split("\n\n") if line]
+
+
+def complete(client, **fields):
+    """The events of a completion by torch: (ids of the prompt, tokens, finish_reason)."""
+    first, *others = events(post(client, "complete", model="tiny-torch", prompt=TEXT, **fields))
+    assert [event["finish_reason"] for event in others[:-1]] == [None] * (len(others) - 1)
+    return first["prompt"], [token for event in others for token in event["tokens"]], others[-1]["finish_reason"]
+
+
+def test_the_page_is_complete_and_asks_nobody_else(client):
+    response = client.get("/")
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    assert response.headers["content-security-policy"].startswith("default-src 'self'")
+    needed = set(re.findall(r'(?:src|href)="(.+?)"', response.text))
+    assert needed == {"static/icon.svg", "static/page.css", "static/main.js"}
+    types = {".js": "javascript", ".css": "text/css", ".svg": "image/svg+xml", ".html": "text/html"}
+    for path in STATIC.iterdir():
+        response = client.get(f"/static/{path.name}")
+        assert response.status_code == 200
+        assert types[path.suffix] in response.headers["content-type"]
+        text = path.read_text()
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|style=", text), path
+        addresses = set(re.findall(r"(?:https?:)?//[\w.]+\.\w+[\w/]*", re.sub(r"^\s*//.*", "", text, flags=re.M)))
+        assert addresses <= {"http://www.w3.org/2000/svg"}, path
+        for name in re.findall(r'from "\./(.+?)"', text):
+            assert (STATIC / name).is_file(), name
+    assert client.get("/static/../page.py").status_code == 404
+    assert client.get("/static/none.js").status_code == 404
+
+
+def test_every_id_and_class_that_scripts_select_is_in_the_page():
+    html = (STATIC / "index.html").read_text()
+    for path in STATIC.glob("*.js"):
+        for id in re.findall(r'\$\("#([\w-]+)', path.read_text()):
+            assert f'id="{id}"' in html, f"{path.name}: {id}"
+
+
+def test_what_the_page_knows_of_the_model(client, torch_engine):
+    info = client.get("/page/info").json()
+    assert info["source"] == "tiny"
+    assert [(m["name"], m["label"]) for m in info["models"]] == [("tiny-torch", "torch"), ("tiny-jax", "jax")]
+    assert info["config"]["n_vocab"] == torch_engine.config.n_vocab
+    assert info["parameters"] == sum(p.numel() for p in torch_engine.model.parameters())
+    vocabulary = client.get("/page/vocabulary").json()["shown"]
+    assert len(vocabulary) == torch_engine.config.n_vocab
+    assert (vocabulary[65], vocabulary[256]) == ("A", "<|endoftext|>")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0}, {"temperature": 0.9, "top_k": 7, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1}],
+    ids=["defaults", "greedy", "all rules"],
+)
+def test_the_streamed_text_is_that_of_generate(client, torch_engine, options):
+    ids, tokens, reason = complete(client, max_new_tokens=8, seed=3, **options)
+    assert ids == list(TEXT.encode())
+    [row], [logprobs] = torch_engine.backend.generate(
+        torch_engine.model, [ids], 8, return_logprobs=True, seed=3, eos_id=256, **options
+    )
+    assert [token["id"] for token in tokens] == [id for id in row[len(ids) :] if id != 256]
+    assert "".join(token["text"] for token in tokens) == torch_engine.tokenizer.decode(row[len(ids) :])
+    assert [token["logprob"] for token in tokens] == pytest.approx(logprobs[: len(tokens)], abs=1e-4)
+    assert reason == ("stop" if row[-1] == 256 else "length")
+    assert [len(token["top"]) for token in tokens] == [10] * len(tokens)
+
+
+def test_a_text_ends_before_its_stop_text(client, torch_engine):
+    _, tokens, _ = complete(client, max_new_tokens=8, temperature=0)
+    text = "".join(token["text"] for token in tokens)
+    _, stopped, reason = complete(client, max_new_tokens=8, temperature=0, stop=[text[4:6]])
+    assert "".join(token["text"] for token in stopped) == text[: text.find(text[4:6])]
+    assert reason == "stop"
+
+
+def test_a_view_is_what_its_function_returns(client, torch_engine):
+    subject = inspect.Subject.of(torch_engine.backend, torch_engine.model, torch_engine.tokenizer)
+    arguments = {
+        "loss": {"text": TEXT},
+        "attention": {"text": TEXT, "layer": 1},
+        "lens": {"text": TEXT},
+        "attribution": {"text": TEXT, "position": 3, "minus": 70},
+        "ablate": {"text": TEXT, "layer": 0, "replacement": "mean"},
+        "logits": {"ids": [1, 2], "seed": 5},
+    }
+    for name, fields in arguments.items():
+        expected = json.loads(json.dumps(page.VIEWS[name][0](subject, **fields)))
+        assert post(client, name, model="tiny-torch", **fields).json() == expected, name
+    assert post(client, "patch", model="tiny-torch", clean=TEXT, corrupted="First", layer=0).status_code == 400
+    assert set(page.VIEWS) == {*arguments, "patch"}
+
+
+def test_both_backends_are_compared(client):
+    result = post(client, "compare", ids=list(TEXT.encode()), first=5).json()
+    assert result["dtype"] == "float32"
+    assert len(result["rows"]) == len(TEXT) - 4
+    for row in result["rows"]:
+        assert set(row["errors"]) == {"torch", "jax"}
+        assert max(row["errors"].values()) <= row["bound"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "message"),
+    [
+        ("loss", {"text": "a"}, "missing: model"),
+        ("loss", {"model": "none", "text": "a"}, "model must be one of tiny-torch, tiny-jax"),
+        ("loss", {"model": "tiny-torch", "text": 1}, "text must be text, got 1"),
+        ("loss", {"model": "tiny-torch", "text": "a", "layer": 1}, "unknown field layer"),
+        ("attention", {"model": "tiny-torch", "text": "a", "layer": True}, "layer must be an integer, got True"),
+        ("logits", {"model": "tiny-torch", "ids": []}, "there are no tokens"),
+        ("logits", {"model": "tiny-torch", "ids": [1, 300]}, "token id 300 is outside the vocabulary"),
+        ("logits", {"model": "tiny-torch", "ids": [1, "2"]}, "ids must be a list of integers"),
+        ("logits", {"model": "tiny-torch", "ids": [1], "seed": -1}, "seed must be in"),
+        ("ablate", {"model": "tiny-torch", "text": "a", "layer": 0, "replacement": "x"}, "replacement must be one of"),
+        ("complete", {"model": "tiny-torch", "prompt": "a", "top_p": 2}, "top_p must be in"),
+        ("complete", {"model": "tiny-torch", "prompt": "a", "max_new_tokens": 9999}, "9999 more were requested"),
+        ("complete", {"model": "tiny-torch", "prompt": "a", "beam": 2}, "unknown field beam"),
+        ("compare", {"ids": [1], "first": 0}, "first must be in 1..1"),
+        ("run", {"path": "/etc"}, "there is no run '/etc'"),
+        ("load", {"path": "/etc", "checkpoint": 1}, "there is no run '/etc'"),
+    ],
+)
+def test_bad_requests_are_refused_by_name(client, path, fields, message):
+    response = post(client, path, **fields)
+    assert response.status_code == 400
+    assert message in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [b"", b"[1]", b"{", b'{"text": NaN}', b"\xff", b"[" * 200])
+def test_bodies_that_are_no_objects_are_refused(client, body):
+    response = client.post("/page/loss", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert "the body" in response.json()["error"]["message"]
+
+
+def test_too_many_views_at_once_are_refused(client, monkeypatch):
+    monkeypatch.setattr(page, "_MOST_WAITING", 0)
+    response = post(client, "loss", model="tiny-torch", text="a")
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "1"
+
+
+def test_runs_and_their_checkpoints(client, runs, engines):
+    listed = client.get("/page/runs").json()["runs"]
+    assert {run["name"] for run in listed} == {"good", "<img src=x>"}
+    path = str(runs / "good")
+    run = post(client, "run", path=path).json()["run"]
+    assert run["training"]
+    assert run["validation"]
+    assert run["samples"][-1]["step"] == run["checkpoints"][-1] == run["summary"]["steps"]
+    assert post(client, "run", path=path, version=run["version"]).json() == {"run": None}
+
+    before = complete(client, max_new_tokens=8, temperature=0)[1]
+    weights = {name: engine.backend.export_weights(engine.model) for name, engine in engines.items()}
+    changed = {name: np.zeros_like(array) for name, array in weights["tiny-torch"].items()}
+    for engine in engines.values():
+        engine.backend.load_weights(engine.model, changed)
+        engine.weights_changed()
+    assert complete(client, max_new_tokens=8, temperature=0)[1] != before
+    loaded = post(client, "load", path=path, checkpoint=run["checkpoints"][-1]).json()
+    assert loaded["source"] == f"good, step {run['checkpoints'][-1]:,}"
+    assert complete(client, max_new_tokens=8, temperature=0)[1] == before
+    for name, engine in engines.items():
+        for key, array in engine.backend.export_weights(engine.model).items():
+            assert np.array_equal(array, weights[name][key]), (name, key)
+    response = post(client, "load", path=str(runs / "<img src=x>"), checkpoint=1)
+    assert response.status_code == 400
+
+
+def test_a_run_of_another_model_is_not_loaded(client, runs):
+    config = runs / "good" / "config.json"
+    saved = config.read_text()
+    entries = json.loads(saved)
+    entries["model"]["n_layer"] += 1
+    config.write_text(json.dumps(entries))
+    try:
+        response = post(client, "load", path=str(runs / "good"), checkpoint=1)
+    finally:
+        config.write_text(saved)
+    assert "has a model of another shape or tokenizer" in response.json()["error"]["message"]
+
+
+# The rules of sampling in JavaScript
+
+
+@functools.cache
+def rule_cases():
+    """Random logits, some with ties, with options, random numbers and ids that are in the text already."""
+    generator = np.random.default_rng(0)
+    cases = []
+    for number in range(60):
+        logits = (generator.normal(size=40) * 3).astype(np.float32).astype(float)
+        if number % 3 == 0:
+            logits = np.round(logits)
+        options = {"temperature": [0.0, 0.3, 1.0, 2.5][number % 4]}
+        if number % 2:
+            options["top_k"] = int(generator.integers(1, 41))
+        if number % 5 < 3:
+            options["top_p"] = float(generator.uniform(0.05, 1))
+        if number % 7 < 3:
+            options["min_p"] = float(generator.uniform(0, 0.5))
+        if number % 4 == 1:
+            options["repetition_penalty"] = float(generator.uniform(0.5, 2))
+        seen = [int(id) for id in generator.integers(0, 40, 5)]
+        cases.append({"logits": logits.tolist(), "seen": seen, "options": options, "u": float(generator.random())})
+    cases.append({"logits": [0.0] * 8, "seen": [], "options": {"top_p": 0.5}, "u": 0.0})
+    return cases
+
+
+RULES = """(cases, {distribution, choose, largest}) => cases.map(({logits, seen, options, u}) => {
+  const names = {top_k: "topK", top_p: "topP", min_p: "minP", repetition_penalty: "repetitionPenalty"};
+  const renamed = Object.fromEntries(Object.entries(options).map(([name, value]) => [names[name] ?? name, value]));
+  const probs = distribution(logits, new Set(seen), renamed);
+  return {probs: [...probs], ...choose(probs, u), largest: largest(logits, 5)};
+})"""
+
+
+def check_rules(results):
+    for case, result in zip(rule_cases(), results, strict=True):
+        logits = np.array(case["logits"])
+        expected = numpy_oracle.keep(logits.copy(), case["seen"], **case["options"]).astype(float)
+        probs = np.array(result["probs"])
+        assert np.array_equal(probs > 0, expected > 0), case
+        assert np.allclose(probs, expected, rtol=1e-12, atol=0), case
+        assert result["id"] == numpy_oracle.choose(logits.copy(), case["u"], case["seen"], **case["options"]), case
+        assert result["margin"] >= 0
+        assert result["largest"] == [entry["id"] for entry in display.most_likely(logits, tokenizer(), 5)]
+
+
+@functools.cache
+def tokenizer():
+    from parity.data.tokenizer import ByteTokenizer
+
+    return ByteTokenizer()
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="there is no node; make test-page tests this in a browser")
+def test_the_sliders_follow_the_rules_of_sampling(tmp_path):
+    shutil.copyfile(STATIC / "sampling.js", tmp_path / "sampling.mjs")
+    program = f'import * as rules from "./sampling.mjs";\nconst run = {RULES};\n'
+    program += f"console.log(JSON.stringify(run({json.dumps(rule_cases())}, rules)));\n"
+    (tmp_path / "run.mjs").write_text(program)
+    done = subprocess.run(["node", "run.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    check_rules(json.loads(done.stdout))
