@@ -65,7 +65,9 @@ def post(client, view, /, **fields):
 def events(response):
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/event-stream")
-    return [json.loads(line.removeprefix("data: ")) for line in response.text.split("\n\n") if line]
+    *lines, done, end = response.text.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
 def complete(client, **fields):
@@ -183,6 +185,12 @@ def test_both_backends_are_compared(client):
         ("complete", {"model": "tiny-torch", "prompt": "a", "top_p": 2}, "top_p must be in"),
         ("complete", {"model": "tiny-torch", "prompt": "a", "max_new_tokens": 9999}, "9999 more were requested"),
         ("complete", {"model": "tiny-torch", "prompt": "a", "beam": 2}, "unknown field beam"),
+        ("complete", {"model": "tiny-torch"}, "give either prompt or messages"),
+        (
+            "complete",
+            {"model": "tiny-torch", "messages": [{"role": "user", "content": "a"}]},
+            "was not tuned on instructions",
+        ),
         ("compare", {"ids": [1], "first": 0}, "first must be in 1..1"),
         ("run", {"path": "/etc"}, "there is no run '/etc'"),
         ("load", {"path": "/etc", "checkpoint": 1}, "there is no run '/etc'"),

@@ -19,6 +19,7 @@ from parity.interpret import direct_logit_attribution, logit_lens, residual_name
 from parity.reference import Weights
 from parity.sampling import uniforms
 from parity.serving.display import judged, log_softmax, packed, rounded, show_token, token_entries
+from parity.serving.respond import LONGEST_TOKEN
 
 MOST_INSPECTED = 128
 """Largest number of tokens of a text whose attention patterns, lens or attribution is shown."""
@@ -81,12 +82,13 @@ class Subject:
         Raises:
             InputError: If there are more than `most` tokens, by default those of the context.
         """
-        ids = [self.tokenizer.eos_id, *self.tokenizer.encode(text)]
         limit = min(self.config.n_ctx, most or self.config.n_ctx)
+        longest = LONGEST_TOKEN * limit  # a longer text need not be encoded
+        ids = [self.tokenizer.eos_id, *self.tokenizer.encode(text[: longest + 1])]
         if len(ids) > limit:
             raise InputError(
-                f"the text has {len(ids)} tokens with the end-of-text token before it, and at most {limit} fit here; "
-                "shorten it"
+                f"the text has {'more than ' * (len(text) > longest)}{len(ids)} tokens with the end-of-text token "
+                f"before it, and at most {limit} fit here; shorten it"
             )
         return ids
 

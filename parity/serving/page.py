@@ -2,7 +2,6 @@
 
 import asyncio
 import functools
-import json
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,18 +9,19 @@ from typing import Any
 
 import numpy as np
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from parity.data.tokenizer import encode_prompt
+from parity.data.tokenizer import Tokenizer
 from parity.errors import InputError
 from parity.serving import agreement, inspect, interventions, run_views
+from parity.serving.chat import chat_prompt
 from parity.serving.display import N_TOP, TokenTexts, rounded, show_token
-from parity.serving.engine import BusyError, ClosedError, Engine
+from parity.serving.engine import BusyError, Engine
 from parity.serving.fields import read_fields
+from parity.serving.respond import EventStream, answers_errors, encode
 from parity.serving.rows import Generation, Row
-from parity.serving.security import error_response
 from parity.weights import shapes
 from parity.weights.load import read_folder
 
@@ -31,7 +31,13 @@ _SAMPLING = {
     "temperature": "a number", "top_k": "an integer", "top_p": "a number", "min_p": "a number",
     "repetition_penalty": "a number", "seed": "an integer",
 }  # fmt: skip
-_COMPLETION = {"max_new_tokens": "an integer", "stop": "a list of texts", **_SAMPLING}
+_COMPLETION = {
+    "prompt": "text",
+    "messages": "a list of objects",
+    "max_new_tokens": "an integer",
+    "stop": "a list of texts",
+    **_SAMPLING,
+}
 # {path: (function of a Subject, required fields, optional fields)}
 VIEWS: dict[str, tuple[Callable[..., Any], dict[str, str], dict[str, str]]] = {
     "loss": (inspect.text_loss, {"text": "text"}, {}),
@@ -84,18 +90,12 @@ Handler = Callable[[Request], Awaitable[Any]]
 def _answering(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
     """Return a route that answers with the JSON of the handler's result, or with its error."""
 
-    async def answer(request: Request) -> Response:
-        try:
-            result = await handler(request)
-        except InputError as error:
-            return error_response(400, str(error))
-        except BusyError:
-            return error_response(429, "the server is busy; try again in a moment", headers={"Retry-After": "1"})
-        except ClosedError:
-            return error_response(503, "the server is stopping")
+    @answers_errors
+    async def route(request: Request) -> Response:
+        result = await handler(request)
         return result if isinstance(result, Response) else JSONResponse(result)
 
-    return answer
+    return route
 
 
 class _Page:
@@ -122,7 +122,7 @@ class _Page:
             "models": models,
             "config": self._config.to_dict(),
             "parameters": n_parameters,
-            "chat": False,
+            "chat": all(engine.template is not None for engine in self._engines.values()),
         }
 
     async def vocabulary(self, request: Request) -> Any:
@@ -131,20 +131,21 @@ class _Page:
 
     async def complete(self, request: Request) -> Response:
         """Stream a continuation: first the ids of the prompt, then tokens as they are generated."""
-        fields = read_fields(await request.body(), {"model": "text", "prompt": "text"}, _COMPLETION)
+        fields = read_fields(await request.body(), {"model": "text"}, _COMPLETION)
         engine = self._engine(fields["model"])
-        prompt = list(encode_prompt(engine.tokenizer, fields["prompt"]))
+        most = fields.get("max_new_tokens", 50)
+        if ("prompt" in fields) == ("messages" in fields):
+            raise InputError("give either prompt or messages")
+        if "prompt" in fields:
+            prompt = list(encode(engine.tokenizer, fields["prompt"], engine.config.n_ctx, "prompt"))
+        else:
+            prompt = chat_prompt(fields["messages"], engine)
+            most = max(1, min(most, engine.config.n_ctx + 1 - len(prompt)))
         options: Any = {name: fields[name] for name in _SAMPLING if name in fields}
-        row = Row(
-            prompt,
-            fields.get("max_new_tokens", 50),
-            {"seed": 0, **options, "row": 0, "eos_id": engine.tokenizer.eos_id},
-            [text for text in fields.get("stop", []) if text],
-        )
+        options = {"seed": 0, **options, "row": 0, "eos_id": engine.tokenizer.eos_id}
+        row = Row(prompt, most, options, [text for text in fields.get("stop", []) if text])
         generation = engine.submit([row], N_TOP)
-        return StreamingResponse(
-            _events(generation, prompt, engine), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
-        )
+        return EventStream(_events(generation, prompt, engine.tokenizer), generation)
 
     def view(self, function: Callable[..., Any], required: Mapping[str, str], optional: Mapping[str, str]) -> Handler:
         """Return the handler of a view of one model."""
@@ -232,32 +233,22 @@ def _replace_weights(engine: Engine, arrays: Mapping[str, np.ndarray], format: s
     engine.weights_changed()
 
 
-async def _events(generation: Generation, prompt: Sequence[int], engine: Engine) -> AsyncIterator[str]:
-    """Yield server-sent events; the texts of all tokens together are the text that the API returns."""
-    texts = TokenTexts(engine.tokenizer)
+async def _events(generation: Generation, prompt: Sequence[int], tokenizer: Tokenizer) -> AsyncIterator[dict[str, Any]]:
+    """Yield the events of a completion; the texts of all tokens together are the text that the API returns."""
+    texts = TokenTexts(tokenizer)
     excess = 0  # characters of tokens beyond the text, which ends before a stop text
-    try:
-        yield _event({"prompt": prompt})
-        async for progress in generation:
-            tokens = []
-            for token in progress.tokens:
-                entry = texts.add(token.id)
-                top = [
-                    {"id": id, "shown": show_token(engine.tokenizer, id), "logprob": rounded(logprob)}
-                    for id, logprob in token.top[:N_TOP]
-                ]
-                tokens.append({**entry, "logprob": rounded(token.logprob), "top": top})
-            if progress.finish_reason and tokens:
-                tokens[-1]["text"] += texts.rest()
-            excess += sum(len(token["text"]) for token in tokens) - len(progress.text)
-            if progress.finish_reason and tokens and excess > 0:
-                tokens[-1]["text"] = tokens[-1]["text"][:-excess]
-            yield _event({"tokens": tokens, "finish_reason": progress.finish_reason})
-    except (InputError, ClosedError) as error:
-        yield _event({"error": {"message": str(error) or "the server is stopping"}})
-    finally:
-        generation.cancel()
-
-
-def _event(data: Any) -> str:
-    return f"data: {json.dumps(data)}\n\n"
+    yield {"prompt": prompt}
+    async for progress in generation:
+        tokens = []
+        for token in progress.tokens:
+            top = [
+                {"id": id, "shown": show_token(tokenizer, id), "logprob": rounded(logprob)}
+                for id, logprob in token.top[:N_TOP]
+            ]
+            tokens.append({**texts.add(token.id), "logprob": rounded(token.logprob), "top": top})
+        if progress.finish_reason and tokens:
+            tokens[-1]["text"] += texts.rest()
+        excess += sum(len(token["text"]) for token in tokens) - len(progress.text)
+        if progress.finish_reason and tokens and excess > 0:
+            tokens[-1]["text"] = tokens[-1]["text"][:-excess]
+        yield {"tokens": tokens, "finish_reason": progress.finish_reason}

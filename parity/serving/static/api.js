@@ -50,7 +50,7 @@ export async function* events(path, body, signal) {
     buffer = parts.pop();
     for (const part of parts) {
       const lines = part.split("\n").filter((line) => line.startsWith("data: "));
-      if (!lines.length) continue;
+      if (!lines.length || lines[0] === "data: [DONE]") continue;
       const data = JSON.parse(lines.map((line) => line.slice(6)).join("\n"));
       if (data.error) throw new Error(data.error.message);
       yield data;
