@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import tyro
 
 from parity.cli import parse
-from parity.errors import InputError, exit_with_message
+from parity.errors import InputError, exit_with_message, printable
 from parity.loading import ModelArgs
 from parity.training.runs import RunFolder
 from parity.tuning.args import read_tuning
@@ -86,15 +86,16 @@ def main() -> None:
             description=f"{loaded.device_info}, {args.dtype}",
             template=template(args.run),
         )
-        sys.stderr.write(f"[{model_name}: {engine.description}]\n")
+        shown = printable(model_name, 200)
+        sys.stderr.write(f"[{shown}: {engine.description}]\n")
         if args.warm_up:
             for rows, length in engine.shapes():
-                sys.stderr.write(f"[{model_name}: preparing batches of {rows} with prompts of up to {length} tokens]\n")
+                sys.stderr.write(f"[{shown}: preparing batches of {rows} with prompts of up to {length} tokens]\n")
                 engine.warm_up(rows, length)
     app = make_app(engines, Options(args.api_key, own_names(args.host), [args.run] if args.run else []))
 
     def announce(address: str) -> None:
-        sys.stdout.write(f"serving {', '.join(engines)} at {address}\n")
+        sys.stdout.write(f"serving {printable(', '.join(engines), 400)} at {address}\n")
         sys.stdout.flush()
 
     new_server(app, args.host, args.port, announce).run()

@@ -98,7 +98,7 @@ class Guard:
             return error_response(403, "requests from pages of other sites are refused", code="wrong_origin")
         if self._key is not None and not self._is_public(path):
             scheme, _, key = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._key):
+            if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), self._key):
                 return error_response(
                     401,
                     "the server was started with --api-key: send the header Authorization: Bearer KEY",

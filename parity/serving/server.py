@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import signal
 import socket
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import h11
@@ -61,8 +63,12 @@ def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
     return None
 
 
+KEEP_ALIVE_SECONDS = 5
+"""A connection without a request is closed after so long."""
+
+
 class Server(uvicorn.Server):
-    """Calls `announce` with the server's address once it answers."""
+    """Calls `announce` with the server's address once it answers, and returns from `run` after SIGINT or SIGTERM."""
 
     announce: Callable[[str], None]
 
@@ -70,6 +76,11 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self.announce(_address(self.servers[0].sockets[0]))
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop when the requests have ended; at a second SIGINT at once. uvicorn would raise the signal again."""
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
 
 def new_server(app: ASGIApp, host: str, port: int, announce: Callable[[str], None]) -> Server:
@@ -95,7 +106,7 @@ def new_server(app: ASGIApp, host: str, port: int, announce: Callable[[str], Non
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=5,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         h11_max_incomplete_event_size=2**15,
     )
     server = Server(config)
