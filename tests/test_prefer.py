@@ -1,4 +1,4 @@
-"""Tuning on preferences: the objective against NumPy, equal steps in both backends, and errors that are caught."""
+"""The objective of preferences: against NumPy, equal steps in both backends, and errors that are caught."""
 
 import dataclasses
 import math
