@@ -135,6 +135,15 @@ def test_the_script_measures_adapters(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_script_measures_batches_of_examples(tmp_path):
+    options = ("--preset", "tiny", "--rounds", "1", "--calls", "1")
+    result = run_script("benchmark.py", "batching", *options, "--out", tmp_path / "out", timeout=500)
+    assert result.returncode == 0, result.stderr
+    [measurement] = json.loads((tmp_path / "out" / "results.json").read_text())["measurements"]
+    assert list(measurement["peers"]) == ["buckets", "padded to the longest", "packed into rows of 256"]
+
+
+@pytest.mark.slow
 def test_whole_processes_are_measured_with_and_without_a_cache(tmp_path):
     result = run_script("benchmark.py", "start", "--rounds", "1", "--out", tmp_path / "out", timeout=500)
     assert result.returncode == 0, result.stderr

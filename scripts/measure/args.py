@@ -12,7 +12,8 @@ from parity.config import Size
 from parity.errors import InputError
 
 What = Literal[
-    "train", "profile", "run", "generate", "load", "compile", "start", "options", "prepare", "evaluate", "lora", "all",
+    "train", "profile", "run", "generate", "load", "compile", "start", "options", "prepare", "evaluate", "lora",
+    "batching", "all",
 ]  # fmt: skip
 
 
