@@ -205,6 +205,7 @@ def test_a_run_leaves_its_folder(run):
     assert last["margin"] > 0
     assert last["accuracy"] == 1
     assert {"exact_match", "ended"} <= last.keys()
+    assert "perplexity" not in output
     model = GPTConfig(**config["model"])
     reference = json.loads((folder / "reference.json").read_text())
     assert reference["weights_sha256"] == weights_sha256(model, initial_weights(model, 3))

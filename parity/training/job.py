@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -59,6 +59,7 @@ class Job:
     """Hash of samples of the corpus's tokens, which shows files that were changed in place."""
     sample_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     measure: Callable[[Trainer], Mapping[str, float]] | None = None
+    loss_unit: Literal["token", "pair", "text"] = "token"
     begin: Callable[..., None] | None = None
     has_baseline: bool = True
     bigram: float | None = None

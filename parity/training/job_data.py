@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from parity.config import GPTConfig
 from parity.data.corpora import Corpus, load_corpus
@@ -27,6 +27,8 @@ class JobData(NamedTuple):
     """Options of generate() for these prompts, in addition to those of the settings."""
     measure: Callable[[Trainer], Mapping[str, float]] | None = None
     """Called at each evaluation; what it returns is printed, and logged with the validation loss."""
+    loss_unit: Literal["token", "pair", "text"] = "token"
+    """What the loss has one term for. The exponential of the loss of a token is the perplexity."""
     begin: Callable[..., None] | None = None
     """Called with (trainer, job, console) before a run begins or resumes, with the trainer's initial weights."""
     has_baseline: bool = True

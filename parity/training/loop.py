@@ -188,11 +188,12 @@ def _evaluate_and_save(trainer: Trainer, job: Job, step: int, console: Console) 
     loss = evaluate(trainer, job.validation, job.micro_size)
     if not math.isfinite(loss):
         raise InputError(f"step {step}: the validation loss is {loss}; nothing is saved; earlier checkpoints are kept")
-    perplexity = math.exp(min(loss, 700))
+    perplexity = {"perplexity": math.exp(min(loss, 700))} if job.loss_unit == "token" else {}
     measured = {} if job.measure is None else job.measure(trainer)
-    job.log({"step": step, "validation_loss": loss, "perplexity": perplexity, **measured})
+    job.log({"step": step, "validation_loss": loss, **perplexity, **measured})
     more = "".join(f"  {name.replace('_', ' ')} {value:.3f}" for name, value in measured.items())
-    console.print(f"step {step:>6}  validation loss {loss:.4f}  perplexity {perplexity:.2f}{more}", soft_wrap=True)
+    first = "".join(f"  {name} {value:.2f}" for name, value in perplexity.items())
+    console.print(f"step {step:>6}  validation loss {loss:.4f}{first}{more}", soft_wrap=True)
     _save(trainer, job, step)
     _sample_and_plot(trainer, job, step, console)
 
@@ -220,7 +221,7 @@ def _sample_and_plot(trainer: Trainer, job: Job, step: int, console: Console) ->
         for text in texts:
             console.print(f"             {text!r}", style="dim", markup=False, highlight=False, soft_wrap=True)
     with _without_ending(job, "loss.png was not drawn", console):
-        job.run.plot(job.bigram)
+        job.run.plot(job.bigram, job.loss_unit)
 
 
 @contextlib.contextmanager

@@ -113,12 +113,13 @@ class Metrics:
             warnings.warn(f"{self.file}: {'; '.join(problems)}; the file as it was is {copy.name}", stacklevel=2)
         part.replace(self.file)
 
-    def plot(self, target: Path, bigram: float | None = None) -> None:
+    def plot(self, target: Path, bigram: float | None = None, unit: str = "token") -> None:
         """Draw training and validation loss by step.
 
         Args:
             target: The PNG file to write.
             bigram: Validation loss of the baseline, drawn as a horizontal line.
+            unit: What the loss has one term for.
         """
         figure = new_figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
@@ -130,7 +131,7 @@ class Metrics:
             axes.plot(*zip(*points[::-stride], strict=True), label="validation", marker="o", markersize=3)
         if bigram is not None:
             axes.axhline(bigram, linestyle="--", color="gray", label=f"bigram {bigram:.2f}")
-        axes.set(xlabel="step", ylabel="loss (nats per token)")
+        axes.set(xlabel="step", ylabel=f"loss (nats per {unit})")
         axes.grid(alpha=0.3)
         axes.legend()
         part = target.with_suffix(".part.png")

@@ -225,10 +225,10 @@ class RunFolder:
             replace_text(self.path / name, json.dumps(entries, indent=2) + "\n")
         return self.path / name
 
-    def plot(self, bigram: float | None) -> None:
-        """Draw loss.png from the metrics; `bigram` is the baseline's validation loss."""
+    def plot(self, bigram: float | None, unit: str = "token") -> None:
+        """Draw loss.png from the metrics; `bigram` is the baseline's validation loss, in nats per `unit`."""
         if self.writes:
-            self.metrics.plot(self.path / "loss.png", bigram)
+            self.metrics.plot(self.path / "loss.png", bigram, unit)
 
 
 class SavedRun(NamedTuple):

@@ -79,6 +79,7 @@ def load_preferences(args: TuneArgs, tokenizer: Tokenizer) -> JobData:
         prompts=sample_prompts(args, tokenizer) or prompts[:SAMPLES],
         sample_options={"eos_id": tokenizer.eos_id},
         measure=lambda trainer: {name: value for m in measures for name, value in m(trainer).items()},
+        loss_unit="pair",
         begin=keep_reference,
         has_baseline=False,
     )
