@@ -17,6 +17,9 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from parity.errors import printable
+
+_MOST_CHARACTERS = 2000  # of a message
 BODY_SECONDS = 30.0
 """A client has so long to send the body of its request."""
 HEADERS = {
@@ -35,7 +38,7 @@ def error_response(
     """Return an error in the form of OpenAI's API."""
     kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
     error = {
-        "message": message,
+        "message": printable(message, _MOST_CHARACTERS),
         "type": "server_error" if status >= 500 else kind,
         "param": param,
         "code": code,
