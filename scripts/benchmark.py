@@ -14,6 +14,7 @@
     python scripts/benchmark.py evaluate    # log-probabilities of texts; peer: lm-evaluation-harness with transformers
     python scripts/benchmark.py lora        # a training step of adapters; peer: peft with transformers
     python scripts/benchmark.py batching    # tuning on examples: padded to buckets or to the longest, or packed
+    python scripts/benchmark.py serve       # the server and clients; peers: one client, transformers serve
     python scripts/benchmark.py all         # compile, train, generate and load
     python scripts/benchmark.py all --gpu   # the same on a GPU: 124M, 355M and 1558M, 1,024 tokens, bfloat16
 

@@ -27,6 +27,7 @@ from parity.serving.security import error_response
 from parity.serving.text import Token
 
 DEFAULT_MAX_TOKENS = 16
+_LONG_BODY = 2**14  # bytes; the prompts of longer bodies are encoded on a thread, while other requests are answered
 _OPTIONS = (*COMMON, "prompt", "logprobs", "echo")
 
 
@@ -111,7 +112,10 @@ def completions(engines: Mapping[str, Engine]) -> Callable[[Request], Awaitable[
             raise OptionError("max_tokens must be at least 1, except with echo", "max_tokens")
         if max_tokens == 0 and sampling.stream:
             raise OptionError("max_tokens must be at least 1 with stream", "max_tokens")
-        prompts = await asyncio.to_thread(_read_prompts, body, engine)
+        if len(await request.body()) <= _LONG_BODY:
+            prompts = _read_prompts(body, engine)
+        else:
+            prompts = await asyncio.to_thread(_read_prompts, body, engine)
         most = min(MOST_ROWS, engine.max_waiting)
         if len(prompts) * sampling.n > most:
             raise OptionError(f"{len(prompts)} prompts with n={sampling.n} are more than {most} completions", "n")

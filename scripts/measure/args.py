@@ -13,7 +13,7 @@ from parity.errors import InputError
 
 What = Literal[
     "train", "profile", "run", "generate", "load", "compile", "start", "options", "prepare", "evaluate", "lora",
-    "batching", "all",
+    "batching", "serve", "all",
 ]  # fmt: skip
 
 
@@ -29,7 +29,7 @@ class Args:
     batch_size: int | None = None
     """For train, profile, compile and options: windows per step, in one micro-batch; by default the preset's."""
     size: Size = "124M"
-    """For generate, load and evaluate: size of the model."""
+    """For generate, load, evaluate and serve: size of the model."""
     rounds: int = 5
     """Number of rounds, in each of which every peer takes a turn; one more round warms up first and is not counted."""
     calls: int = 3
@@ -38,12 +38,16 @@ class Args:
     """For run: also make the whole run, after its slices, in a process of its own."""
     items: int = 192
     """For evaluate: number of texts, a multiple of 4."""
+    clients: int = 64
+    """For serve: number of clients that ask at the same time, a third of which leave in the middle of an answer."""
+    seconds: int = 60
+    """For serve: how long they ask; with 0 only the throughput is measured."""
     threads: int = 0
     """Number of threads of torch and of the tokenizers; 0 means one per core. XLA always uses all cores."""
     peers: tuple[str, ...] = ()
     """Measure only the first peer and those whose names contain one of these texts; by default all peers."""
     vocab_bpe: Path | None = None
-    """For prepare: OpenAI's vocab.bpe; by default the one in the cache."""
+    """For prepare and serve: OpenAI's vocab.bpe; by default the one in the cache."""
     out: Path | None = None
     """Folder for results.json and results.md; by default a new one in runs/."""
     cache: tyro.conf.Suppress[Path] = Path()

@@ -10,7 +10,7 @@ from pydoc_data.topics import topics
 
 import numpy as np
 
-from measure import adapters, batching, ct2, operations, peers, scoring, starting
+from measure import adapters, batching, ct2, operations, peers, scoring, serving, starting
 from measure.args import Args
 from measure.report import Measurement
 from measure.timing import Spec, Timings, first_calls, interleave
@@ -246,5 +246,6 @@ BENCHMARKS: Mapping[str, Callable[[Args], list[Measurement]]] = {
     "evaluate": scoring.evaluate,
     "lora": adapters.lora,
     "batching": batching.batching,
+    "serve": serving.serve,
 }
 ALL = ("compile", "train", "generate", "load")  # what `all` measures; compile comes first and fills the cache
