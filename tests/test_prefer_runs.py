@@ -20,7 +20,7 @@ from parity.training import checkpoints
 from parity.tuning import embedded
 from parity.tuning.examples import bucket, fit
 from parity.tuning.pairs import Pairs, encode_pair, preference
-from parity.tuning.records import read_records
+from parity.tuning.records import Record, read_records
 from parity.weights import initial_weights
 from parity.weights.digest import weights_sha256
 
@@ -92,8 +92,12 @@ def test_a_bad_record_is_one_clear_error(tmp_path, name):
 def test_the_embedded_preferences_are_always_the_same():
     records = embedded.preferences()
     assert records == embedded.preferences()
-    assert len({(r["instruction"], r["input"]) for r in records}) == len(records) == len(embedded.instructions())
-    assert all(r["chosen"] == r["rejected"].capitalize() + "." for r in records)
+    assert [r["chosen"] for r in records] == [r["output"] for r in embedded.instructions()]
+    assert all(r["chosen"] != r["rejected"] for r in records)
+    letters = [r for r in records if "letter" in r["instruction"]]
+    assert all(r["rejected"] in r["input"] for r in letters)
+    kinds = {r["rejected"] for r in records} - {r["rejected"] for r in letters}
+    assert kinds == {"animal", "fruit", "color", "tool", "even", "odd"}
 
 
 # Batches
@@ -139,8 +143,14 @@ def test_batches_of_pairs(tmp_path):
 
 
 def records_of(count):
-    chosen = [fields for fields in embedded.preferences() if fields["instruction"] == "Even or odd?"][:count]
-    return [type("Record", (), {"fields": fields, "origin": f"item {n}"}) for n, fields in enumerate(chosen, 1)]
+    """Records that prefer an answer with a capital letter and a full stop."""
+    questions = [record for record in embedded.instructions() if record["instruction"] == "Even or odd?"][:count]
+    records = []
+    for number, fields in enumerate(questions, 1):
+        answer = fields["output"]
+        entry = {**fields, "chosen": answer.capitalize() + ".", "rejected": answer}
+        records.append(Record(entry, f"item {number}"))
+    return records
 
 
 def test_overlong_pairs():

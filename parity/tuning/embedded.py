@@ -37,20 +37,19 @@ def instructions(seed: int = 0) -> list[dict[str, str]]:
 
 
 def preferences(seed: int = 0) -> list[dict[str, str]]:
-    """Return preferences about the answers to instructions(), in another order.
+    """Return preferences about the answers to instructions(): the right answer is preferred to a wrong one.
 
-    The chosen answer is a sentence, with a capital letter and a full stop, and the rejected one is what a model that
-    was tuned on instructions() says.
+    The wrong answer is another kind of thing, another letter of the word, or the other of even and odd.
     """
-    return [
-        {
-            "instruction": record["instruction"],
-            "input": record["input"],
-            "chosen": record["output"].capitalize() + ".",
-            "rejected": record["output"],
-        }
-        for record in instructions(seed)
-    ]
+    generator = np.random.default_rng(seed)
+    pairs = []
+    for record in instructions(seed):
+        answer = record["output"]
+        answers = next((group for group in (list(_WORDS), ["even", "odd"]) if answer in group), list(record["input"]))
+        wrong = [other for other in dict.fromkeys(answers) if other != answer]
+        rejected = wrong[generator.integers(len(wrong))]
+        pairs.append({key: record[key] for key in ("instruction", "input")} | {"chosen": answer, "rejected": rejected})
+    return pairs
 
 
 def _records() -> Iterator[dict[str, str]]:
