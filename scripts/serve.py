@@ -39,6 +39,8 @@ class Args(ModelArgs):
     """Largest number of continuations that wait for a place, in each backend; the server answers 429 beyond it."""
     api_key: str | None = None
     """Key that clients must send as a bearer token. By default none."""
+    runs: tuple[Path, ...] = (Path("runs"),)
+    """Run folders, and folders of runs, that the page shows besides the run of --run."""
     warm_up: bool = True
     """Compile at the start what most requests need. Without it the first requests are slow."""
 
@@ -92,7 +94,9 @@ def main() -> None:
             for rows, length in engine.shapes():
                 sys.stderr.write(f"[{shown}: preparing batches of {rows} with prompts of up to {length} tokens]\n")
                 engine.warm_up(rows, length)
-    app = make_app(engines, Options(args.api_key, own_names(args.host), [args.run] if args.run else []))
+    app = make_app(
+        engines, Options(args.api_key, own_names(args.host), [*([args.run] if args.run else []), *args.runs])
+    )
 
     def announce(address: str) -> None:
         sys.stdout.write(f"serving {printable(', '.join(engines), 400)} at {address}\n")

@@ -204,7 +204,7 @@ def test_runs_have_curves_checkpoints_and_samples(tmp_path):
     lines = [{"step": 0, "validation_loss": 3.0}, {"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')
     (run / "samples.txt").write_text("--- step 0 ---\nab\n\n--- step 2 ---\ncd\n\n--- step 2 ---\nef\n\n")
-    [entry] = run_views.list_runs([tmp_path / "runs"])
+    [entry] = run_views.list_runs([tmp_path / "runs", run])
     assert entry["name"] == "<b>run"
     assert run_views.find_run([tmp_path / "runs"], entry["path"]) == run
     with pytest.raises(InputError, match="there is no run"):

@@ -18,18 +18,23 @@ _MOST_SAMPLED = 200  # steps whose samples are shown, the newest ones
 
 
 def list_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Return the summaries of all runs in the folders, the newest first; a folder that does not exist has none."""
-    runs = [summarize(folder) for folder in find_runs([folder for folder in folders if folder.is_dir()])]
-    entries = [dataclasses.asdict(run) for run in sorted(runs, key=lambda run: -run.time)]
-    return [{key: _json(value) for key, value in entry.items()} for entry in entries]
+    """Return the summaries of all runs in the folders, the newest first."""
+    entries = [dataclasses.asdict(summarize(folder)) for folder in _folders(folders)]
+    return [{key: _json(value) for key, value in entry.items()} for entry in sorted(entries, key=lambda e: -e["time"])]
 
 
 def find_run(folders: Sequence[Path], path: str) -> Path:
     """Return the run folder that list_runs() calls `path`; raise InputError for any other folder."""
-    for folder in find_runs([folder for folder in folders if folder.is_dir()]):
+    for folder in _folders(folders):
         if str(folder) == path:
             return folder
     raise InputError(f"there is no run {path!r:.200}; reload the list of runs")
+
+
+def _folders(folders: Sequence[Path]) -> list[Path]:
+    """Each run once, even if it was named and is inside a folder of runs; a folder that does not exist has none."""
+    found = find_runs([folder for folder in folders if folder.is_dir()])
+    return list({folder.resolve(): folder for folder in reversed(found)}.values())
 
 
 def checkpoint(folder: Path, step: int, config: GPTConfig, tokenizer: Tokenizer) -> Path:

@@ -50,7 +50,8 @@ export function setUp(info) {
           answer.textContent = text;
           turn.scrollIntoView({block: "nearest"});
         }
-        messages.push(asked, {role: "assistant", content: text});
+        if (text.trim()) messages.push(asked, {role: "assistant", content: text});
+        else answer.replaceWith(el("p.quiet", {}, "The model answered nothing, so the conversation goes on without this turn."));
         input.value = "";
       } catch (problem) {
         if (problem.name === "AbortError" && text) messages.push(asked, {role: "assistant", content: text});

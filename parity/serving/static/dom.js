@@ -24,16 +24,24 @@ export function svg(tag, attributes = {}, ...children) {
 }
 
 // Runs an action of a form: the button is busy meanwhile, and an error is shown in `slot`, beside what caused it.
+const running = new WeakMap(); // number of actions by button
+
 export async function attempt(slot, button, action) {
   slot.textContent = "";
-  if (button) button.setAttribute("aria-busy", "true");
+  if (button) {
+    running.set(button, (running.get(button) ?? 0) + 1);
+    button.setAttribute("aria-busy", "true");
+  }
   try {
     return await action();
   } catch (error) {
     if (error.name !== "AbortError") slot.textContent = error.message;
     return undefined;
   } finally {
-    if (button) button.removeAttribute("aria-busy");
+    if (button) {
+      running.set(button, running.get(button) - 1);
+      if (!running.get(button)) button.removeAttribute("aria-busy");
+    }
   }
 }
 

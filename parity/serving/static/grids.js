@@ -45,7 +45,7 @@ export function bars(container, parts) {
   const rows = parts.map(({name, value}) => {
     const bar = el(value < 0 ? "div.signed.negative" : "div.signed");
     bar.style.width = `${(50 * Math.abs(value)) / most}%`;
-    const label = name.replace(/^blocks\.(\d+)\.(attn|mlp)\.out$/, (_, layer, part) => `layer ${layer} ${part === "attn" ? "attention" : "MLP"}`);
+    const label = {embed: "embedding", "ln_f.bias": "bias of the last LayerNorm"}[name] ?? name.replace(/^blocks\.(\d+)\.(attn|mlp)\.out$/, (_, layer, part) => `layer ${layer} ${part === "attn" ? "attention" : "MLP"}`);
     return el("tr", {}, el("th", {scope: "row"}, label), el("td.axis", {}, bar), el("td.figure", {}, number(value)));
   });
   container.replaceChildren(el("table.parts", {}, el("tbody", {}, ...rows)));

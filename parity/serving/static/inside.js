@@ -34,13 +34,18 @@ export function setUp(info, vocabulary) {
     if (isCheap && Object.keys(computed).length && computed[name] !== JSON.stringify(request())) compute();
   }
   const request = () => ({text: textOf(), model: select.value});
-  function compute() {
+  const pending = {}; // view: the request that is being computed for it
+  async function compute() {
     const name = current;
     const wanted = request();
-    return attempt($(".error", $(`#inside-${name}`)), $("button", form), async () => {
+    const key = JSON.stringify(wanted);
+    if (pending[name] === key) return;
+    pending[name] = key;
+    await attempt($(".error", $(`#inside-${name}`)), $("button", form), async () => {
       await views[name](wanted);
-      computed[name] = JSON.stringify(wanted);
+      computed[name] = key;
     });
+    if (pending[name] === key) delete pending[name];
   }
   for (const tab of tabs) tab.addEventListener("click", () => open(tab.dataset.view));
   roving($("[role=tablist]", panel), "[role=tab]", {onMove: (tab) => open(tab.dataset.view)});
@@ -85,16 +90,18 @@ export function setUp(info, vocabulary) {
     const result = await post("page/lens", request);
     const columns = result.tokens.map((token) => visible(token.shown ?? token.text) || "·");
     const rows = [...result.layers].reverse();
+    const nameOf = (row) => (rows[row].name === "embed" ? "embedding" : `layer ${rows[row].name.split(".")[1]}`);
+    $(".grid", lensView).classList.toggle("narrow", columns.every((text) => text.length < 4 || text.startsWith("<")));
     heatGrid($(".grid", lensView), {
       columns,
-      rows: rows.map((layer) => (layer.name === "embed" ? "embedding" : `layer ${layer.name.split(".")[1]}`)),
+      rows: rows.map((_, row) => nameOf(row)),
       cell: (row, column) => {
         const cell = rows[row].cells[column];
         const next = cell.next_rank ? `; the next token has ${percent(cell.next_prob)}, rank ${cell.next_rank}` : "";
         return {text: visible(cell.shown), value: cell.prob, title: `“${visible(cell.shown)}” ${percent(cell.prob)}${next}`};
       },
       onSelect: (row, column, cell) => {
-        $(".summary", lensView).textContent = `After “${columns[column]}”, ${rows[row].name === "embed" ? "embedding" : rows[row].name}: ${cell.title}`;
+        $(".summary", lensView).textContent = `After “${columns[column]}”, ${nameOf(row)}: ${cell.title}`;
       },
     });
     $(".summary", lensView).textContent = "Each cell is the most likely next token if the model ended there. Choose one for its probabilities.";
