@@ -26,7 +26,7 @@ ARGUMENTS = [
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--no-first-run",
 ]  # fmt: skip
-SECONDS = 45  # for one step under load; nothing waits that long
+SECONDS = 120  # for one step under load; nothing waits that long
 TEXT = "Speak,\nho"  # the context of the model has 24 bytes
 
 expect.set_options(timeout=1000 * SECONDS)
