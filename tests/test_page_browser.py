@@ -519,3 +519,8 @@ def test_the_layout_fits_and_does_not_jump(visit, width, scheme):
                 compute(page, view)
                 assert page.evaluate("document.documentElement.scrollWidth") <= width, view
         assert page.evaluate("document.documentElement.scrollWidth") <= width, tab
+    smallest = """() => Math.min(...[...document.querySelectorAll('#runs *')]
+      .filter((element) => element.childElementCount === 0 && element.textContent.trim() && element.checkVisibility())
+      .map((element) => parseFloat(getComputedStyle(element).fontSize) * (element.getScreenCTM?.().a ?? 1)))"""
+    expect(page.locator("#runs svg path.training")).to_have_count(1)
+    assert page.evaluate(smallest) >= 12  # pixels, also in charts

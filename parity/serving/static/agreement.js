@@ -1,8 +1,7 @@
 // The agreement of both backends: equal tokens, and the differences of logits against their bounds.
 
-import {$, number, svg} from "./dom.js";
+import {$, number, scaled, svg} from "./dom.js";
 
-const WIDTH = 800;
 const HEIGHT = 120;
 const LEFT = 52;
 
@@ -16,7 +15,7 @@ export function drawAgreement(view, result) {
     details.textContent = "\u00a0";
     $(".margin", view).textContent = "\u00a0";
     $(".error", view).textContent = "";
-    chart.replaceChildren();
+    scaled(chart, HEIGHT, () => chart.replaceChildren());
     return;
   }
   const {equal, total, compared, margins, onSelect} = result;
@@ -32,10 +31,10 @@ export function drawAgreement(view, result) {
   const share = Math.max(...rows.flatMap((row) => Object.values(row.errors).map((error) => error / row.bound)));
   details.textContent = `Largest difference of a logit: ${number(largest.difference)}. Largest error against float64: ${(100 * share).toFixed(0)}% of the bound for ${dtype}.`;
   details.dataset.share = share;
-  draw(chart, rows, onSelect);
+  scaled(chart, HEIGHT, (WIDTH) => draw(chart, WIDTH, rows, onSelect));
 }
 
-function draw(chart, rows, onSelect) {
+function draw(chart, WIDTH, rows, onSelect) {
   const values = rows.flatMap((row) => [row.difference, row.bound, ...Object.values(row.errors)]).filter((v) => v > 0);
   const low = Math.floor(Math.log10(Math.min(...values)));
   const high = Math.ceil(Math.log10(Math.max(...values)));

@@ -70,7 +70,7 @@ export class Attention {
     for (let key = 1; key <= query; key += 1) if (this.weight(query, key) > this.weight(query, most)) most = key;
     [...this.text.children].forEach((span, key) => {
       const weight = key <= query ? this.weight(query, key) : 0;
-      tint(span, weight);
+      tint(span, Math.sqrt(weight));
       span.title = key <= query ? percent(weight) : "a later token";
       span.classList.toggle("query", key === query);
       span.classList.toggle("later", key > query);

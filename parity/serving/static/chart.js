@@ -1,8 +1,7 @@
 // Loss curves as SVG, with the values under the pointer.
 
-import {number, svg} from "./dom.js";
+import {number, scaled, svg} from "./dom.js";
 
-const WIDTH = 800;
 const HEIGHT = 320;
 const [LEFT, RIGHT, TOP, BOTTOM] = [52, 12, 12, 36];
 
@@ -16,7 +15,11 @@ function ticks(low, high, count) {
 }
 
 // training, validation: lists of [step, loss].
-export function drawCurves(chart, {training, validation}) {
+export function drawCurves(chart, curves) {
+  scaled(chart, HEIGHT, (WIDTH) => draw(chart, WIDTH, curves));
+}
+
+function draw(chart, WIDTH, {training, validation}) {
   const points = [...training, ...validation];
   chart.onpointermove = chart.onpointerleave = null;
   if (!points.length) {
@@ -41,7 +44,7 @@ export function drawCurves(chart, {training, validation}) {
     parts.push(svg("line", {x1: LEFT, x2: WIDTH - RIGHT, y1: y(value), y2: y(value), class: "grid"}));
     text(String(value), {x: LEFT - 8, y: y(value) + 4, "text-anchor": "end"});
   }
-  for (const value of ticks(0, last, 6)) text(value.toLocaleString("en"), {x: x(value), y: HEIGHT - BOTTOM + 18, "text-anchor": "middle"});
+  for (const value of ticks(0, last, WIDTH / 120)) text(value.toLocaleString("en"), {x: x(value), y: HEIGHT - BOTTOM + 18, "text-anchor": "middle"});
   text("step", {x: WIDTH - RIGHT, y: HEIGHT - 2, "text-anchor": "end"});
   text("nats per token", {x: LEFT + 6, y: TOP + 8});
   const path = (list) => list.map(([step, loss], i) => `${i ? "L" : "M"}${x(step).toFixed(1)} ${y(loss).toFixed(1)}`).join("");

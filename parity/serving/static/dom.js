@@ -65,6 +65,21 @@ export function roving(container, selector, {columns = () => 0, onMove = () => {
   });
 }
 
+const drawings = new WeakMap(); // what draws each chart
+const resized = new ResizeObserver((entries) => entries.forEach(({target}) => drawings.get(target)?.()));
+
+// Draws a chart in units of pixels, so that its text is readable at every width, and again when its width changes.
+export function scaled(chart, height, draw) {
+  drawings.set(chart, () => {
+    const width = Math.round(chart.getBoundingClientRect().width);
+    if (!width) return; // hidden; drawn once it is shown
+    chart.setAttribute("viewBox", `0 0 ${width} ${height}`);
+    draw(width);
+  });
+  resized.observe(chart);
+  drawings.get(chart)();
+}
+
 // Visible form of a token's text: leading and trailing spaces, and control characters.
 export function visible(text) {
   return text.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/[\u0000-\u001f\u007f-\u009f]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`);
@@ -74,6 +89,12 @@ export function number(value, digits = 3) {
   if (value === 0) return "0";
   const size = Math.abs(value);
   return size >= 1e-3 && size < 1e5 ? value.toFixed(digits) : value.toExponential(1);
+}
+
+// With a sign; what rounds to 0 has none.
+export function signed(value) {
+  const text = value.toFixed(2);
+  return Number(text) === 0 ? "0.00" : value > 0 ? `+${text}` : text.replace("-", "−");
 }
 
 export function percent(value) {

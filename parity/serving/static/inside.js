@@ -1,7 +1,7 @@
 // The views of one text: loss, attention, logit lens, attribution, ablation and patching.
 
 import {post, unpack} from "./api.js";
-import {$, $$, attempt, el, number, percent, roving, visible} from "./dom.js";
+import {$, $$, attempt, el, number, percent, roving, signed, visible} from "./dom.js";
 import {Inspector} from "./inspector.js";
 import {Attention} from "./attention.js";
 import {heatGrid, bars, topTable} from "./grids.js";
@@ -164,13 +164,14 @@ export function setUp(info, vocabulary) {
       const {token, before, after} = layers[0];
       const most = Math.max(...layers.flatMap((layer) => layer.after.map((entry) => Math.abs(entry.logprob - token.logprob))), 1e-9);
       heatGrid($(".grid", ablationView), {
-        columns: after.map((entry) => entry.label.replace("head ", "")),
+        columns: after.map((entry) => entry.label),
         rows: Array.from({length: n_layer}, (_, i) => `layer ${i}`),
         cell: (row, column) => {
           const entry = layers[row]?.after[column];
           if (!entry) return {text: "", value: 0, title: "not computed yet"};
           const change = entry.logprob - token.logprob;
-          return {text: number(change, 2), value: change / most, title: `without ${entry.label} of layer ${row}: log-probability ${number(entry.logprob)} (${number(change)}), KL ${number(entry.kl)} nats`};
+          const title = `without ${entry.label} of layer ${row}: log-probability ${number(entry.logprob)} (${signed(change)}), KL ${number(entry.kl)} nats`;
+          return {text: signed(change), value: change / most, title};
         },
         onSelect: (row, column, cell) => {
           const entry = layers[row]?.after[column];
@@ -179,7 +180,7 @@ export function setUp(info, vocabulary) {
           beforeAfter(ablationView, before, entry.top, `without ${entry.label} of layer ${row}`);
         },
       });
-      $(".summary", ablationView).textContent = `Change of the log-probability (${number(token.logprob)}) of “${visible(token.shown)}” after the text, without one head or MLP. Columns are heads.`;
+      $(".summary", ablationView).textContent = `Change of the log-probability (${number(token.logprob)}) of “${visible(token.shown)}” after the text, without one head or MLP.`;
     });
   }
 
@@ -201,7 +202,7 @@ export function setUp(info, vocabulary) {
           const entry = layers[row]?.after[column];
           if (!entry) return {text: "", value: 0, title: "not computed yet"};
           const restored = (entry.score - first.corrupted_score) / range;
-          return {text: number(restored, 2), value: restored, title: `layer ${row}, position ${column}: ${percent(Math.max(0, restored))} restored, difference of logits ${number(entry.score)}`};
+          return {text: restored.toFixed(2).replace(/^-0.00$/, "0.00"), value: restored, title: `layer ${row}, position ${column}: ${percent(Math.max(0, restored))} restored, difference of logits ${number(entry.score)}`};
         },
         onSelect: (row, column, cell) => {
           const entry = layers[row]?.after[column];
