@@ -9,6 +9,7 @@ The address is printed once the server answers. Ctrl-C or SIGTERM ends the reque
 import dataclasses
 import importlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,6 +21,9 @@ from parity.errors import InputError, exit_with_message, printable
 from parity.loading import ModelArgs
 from parity.training.runs import RunFolder
 from parity.tuning.args import read_tuning
+
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+"""Addresses that only programs on this machine reach."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +76,13 @@ def main() -> None:
     from parity.serving.security import own_names
     from parity.serving.server import new_server
 
+    names = backends(args)
+    if len(names) > 1:  # they share the memory of a GPU, so JAX must not reserve most of it
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if args.api_key is None and args.host not in LOCAL_HOSTS:
+        sys.stderr.write(f"warning: --host {args.host} without --api-key: whoever reaches it may use the model\n")
     engines: dict[str, Engine] = {}
-    for name in backends(args):
+    for name in names:
         own = {field.name: getattr(args, field.name) for field in dataclasses.fields(ModelArgs)}
         loaded = ModelArgs(**own | {"backend": name}).load()
         model_name = f"{Path(args.run or args.model or '').resolve().name}-{name}"

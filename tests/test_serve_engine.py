@@ -6,12 +6,13 @@ import threading
 
 import numpy as np
 import pytest
+from support.models import probing_weights
 from support.served import CONFIG, new_engine, tiny_model
 
 from parity.data.tokenizer import ByteTokenizer, stream_text
 from parity.errors import InputError
 from parity.serving.batch import Batch
-from parity.serving.engine import BusyError, ClosedError
+from parity.serving.engine import BusyError, ClosedError, FailedError
 from parity.serving.rows import Generation, Row, WaitingRow
 from parity.serving.text import TextStream
 
@@ -263,6 +264,37 @@ def test_the_longest_prompt_has_one_new_token(engine):
         return await collect(engine.submit([row]))
 
     assert asyncio.run(request()) == [expected(row)]
+
+
+def test_new_weights_are_never_mixed_with_the_old_ones(monkeypatch):
+    """A row that has tokens of the old weights ends with an error, and one that waits gets the new ones."""
+    backend = tiny_model("torch")[0]
+    model = backend.GPTModel(CONFIG)
+    backend.load_weights(model, probing_weights(CONFIG, np.float32, seed=1))
+    engine = new_engine("torch", backend=backend, model=model)
+    held = Held(engine, monkeypatch)
+
+    def replace():
+        backend.load_weights(model, probing_weights(CONFIG, np.float32))
+        engine.weights_changed()
+
+    async def requests():
+        unblock = await block(engine)
+        running, waiting = engine.submit([Row([1], 20)] * 4), engine.submit([Row([1], 20, {"seed": 7})])
+        await unblock()
+        events = aiter(running)
+        await anext(events)
+        change = asyncio.ensure_future(engine.call(replace))
+        await asyncio.sleep(0)
+        held.go.set()
+        await change
+        with pytest.raises(FailedError, match="weights were replaced"):
+            async for _ in events:
+                pass
+        return await collect(waiting)
+
+    assert asyncio.run(requests()) == [expected(Row([1], 20, {"seed": 7}))]
+    engine.close()
 
 
 def test_a_closed_engine_ends_its_requests():

@@ -87,12 +87,9 @@ class CompletionStyle:
 
 def completions(engines: Mapping[str, Engine]) -> Callable[[Request], Awaitable[Response]]:
     """Return the route."""
-    scorers: dict[str, Scorer] = {}
 
     def score(engine: Engine, prompts: Sequence[Sequence[int]], n_top: int) -> list[list[PromptToken]]:
-        if engine.name not in scorers:
-            scorers[engine.name] = Scorer(engine.backend, engine.model)
-        return score_prompts(scorers[engine.name], engine.tokenizer, prompts, n_top)
+        return score_prompts(Scorer(engine.backend, engine.model), engine.tokenizer, prompts, n_top)
 
     async def scored(engine: Engine, prompts: Sequence[Sequence[int]], n_top: int) -> list[list[PromptToken]]:
         tokens: list[list[PromptToken]] = []

@@ -164,8 +164,12 @@ class Engine:
         asyncio.run(_drain(self, [Row(prompt, n_new, {"row": row}) for row in range(n_rows)]))
 
     def weights_changed(self) -> None:
-        """Decode with the model's new weights from the next batch on; call this on the engine's thread."""
+        """Decode with the model's new weights from now on; call this on the engine's thread.
+
+        Rows that have tokens of the old weights raise FailedError.
+        """
         self._decoder = None
+        self._fail(FailedError("the model's weights were replaced by those of another checkpoint"))
 
     def close(self) -> None:
         """Stop the thread after its current step. Requests that are not finished raise ClosedError."""
