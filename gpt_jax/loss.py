@@ -81,7 +81,7 @@ def summed_loss(
     Returns:
         A scalar of dtype float32 or float64.
     """
-    return head_loss(model.hidden(inputs, key), head_matrix(model), targets, tiling, mesh)
+    return head_loss(model.hidden(inputs, key), head_matrix(model), targets, tiling, mesh, model.config.tied_head)
 
 
 def calc_loss(model: GPTModel, inputs: Array, targets: Array, key: Array | None = None) -> Array:
@@ -107,7 +107,14 @@ def head_matrix(model: GPTModel) -> Array:
     return model.tok_emb.embedding[...] if model.config.tied_head else model.out_head.kernel[...].T
 
 
-def head_loss(x: Array, head: Array, targets: Array, tiling: Tiling = CPU_TILING, mesh: Mesh | None = None) -> Array:
+def head_loss(
+    x: Array,
+    head: Array,
+    targets: Array,
+    tiling: Tiling = CPU_TILING,
+    mesh: Mesh | None = None,
+    tied: bool = True,
+) -> Array:
     """Return the cross-entropy in nats, summed over the targets that are not ignored, without keeping all logits.
 
     Args:
@@ -118,6 +125,8 @@ def head_loss(x: Array, head: Array, targets: Array, tiling: Tiling = CPU_TILING
         mesh: Devices over which x is sharded. Each of them processes its own rows, and its part of their positions if
             `tensor` divides T. The gradient of the head is summed over the devices once, after the last chunk. XLA
             would sum it after every chunk.
+        tied: Whether the head is a parameter as it is, the token embedding. Otherwise it is the transpose of one, and
+            its gradient is computed as [D, V]: XLA for CPUs takes long to transpose it.
 
     Returns:
         A scalar of dtype float32 or float64.
@@ -128,8 +137,8 @@ def head_loss(x: Array, head: Array, targets: Array, tiling: Tiling = CPU_TILING
     x = x * jnp.where(invalid.any(), jnp.nan, 1.0).astype(x.dtype)
     targets = jnp.where(counted, jnp.where(invalid, 0, targets), IGNORE_INDEX)
     if mesh is None:
-        return _head_loss(x, head, targets, tiling)
-    return _over_mesh(functools.partial(_head_loss, tiling=tiling), mesh, x.shape[1:])(x, head, targets)
+        return _head_loss(x, head, targets, tiling, tied)
+    return _over_mesh(functools.partial(_head_loss, tiling=tiling, tied=tied), mesh, x.shape[1:])(x, head, targets)
 
 
 def _over_mesh(loss: Callable[..., Array], mesh: Mesh, shape: tuple[int, ...]) -> Callable[..., Array]:
@@ -193,8 +202,8 @@ def _zeros(shape: tuple[int, ...], like: Array) -> Array:
     return jax.lax.full_like(like, 0, widened(like.dtype), shape)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _head_loss(x: Array, head: Array, targets: Array, tiling: Tiling) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _head_loss(x: Array, head: Array, targets: Array, tiling: Tiling, tied: bool) -> Array:
     n_vocab, head = head.shape[0], _pad_vocabulary(head, tiling.vocab_multiple)
     chunks = n_chunks(x.shape[0] * head.shape[0], x.shape[1], tiling.largest_chunk)
 
@@ -205,7 +214,9 @@ def _head_loss(x: Array, head: Array, targets: Array, tiling: Tiling) -> Array:
     return jax.lax.scan(add_chunk, _zeros((), x), (_cut(x, chunks), _cut(targets, chunks)))[0]
 
 
-def _loss_and_gradients(x: Array, head: Array, targets: Array, tiling: Tiling) -> tuple[Array, Array, Array]:
+def _loss_and_gradients(
+    x: Array, head: Array, targets: Array, tiling: Tiling, tied: bool
+) -> tuple[Array, Array, Array]:
     n_vocab, head = head.shape[0], _pad_vocabulary(head, tiling.vocab_multiple)
     chunks = n_chunks(x.shape[0] * head.shape[0], x.shape[1], tiling.largest_chunk)
 
@@ -214,23 +225,26 @@ def _loss_and_gradients(x: Array, head: Array, targets: Array, tiling: Tiling) -
         loss, probs = _chunk(x, head, targets, n_vocab)
         # The gradient of the logits is the softmax minus 1 at the target; the 1 is subtracted afterwards.
         ids, counted = jnp.maximum(targets, 0), (targets != IGNORE_INDEX)[:, None]
-        partial = jnp.einsum("RV,RD->VD", probs, x, preferred_element_type=widened(x.dtype))
-        partial = partial.at[ids].add(-jnp.where(counted, x, 0).astype(partial.dtype))
+        factors = ("RV,RD->VD", probs, x) if tied else ("RD,RV->DV", x, probs)
+        partial = jnp.einsum(*factors, preferred_element_type=widened(x.dtype))
+        at_targets = -jnp.where(counted, x, 0).astype(partial.dtype)
+        partial = partial.at[ids].add(at_targets) if tied else partial.at[:, ids].add(at_targets.T)
         return (total + loss, head_gradient + partial), probs @ head - jnp.where(counted, head[ids], 0)
 
-    start = (_zeros((), x), _zeros(head.shape, x))
+    start = (_zeros((), x), _zeros(head.shape if tied else head.shape[::-1], x))
     (total, head_gradient), x_gradient = jax.lax.scan(add_chunk, start, (_cut(x, chunks), _cut(targets, chunks)))
+    head_gradient = head_gradient if tied else head_gradient.T
     return total, _join(x_gradient, x), head_gradient[:n_vocab].astype(head.dtype)
 
 
 @functools.partial(_head_loss.defjvp, symbolic_zeros=True)
-def _head_loss_jvp(tiling: Tiling, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _head_loss_jvp(tiling: Tiling, tied: bool, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """The derivative as products with the gradients: linear in the tangents, so that JAX transposes it for jax.grad.
 
     jax.custom_vjp would do the same for jax.grad only, and refuse jax.jvp and jax.jacfwd.
     """
     x, head, targets = primals
-    loss, *gradients = _loss_and_gradients(x, head, targets, tiling)
+    loss, *gradients = _loss_and_gradients(x, head, targets, tiling, tied)
     products = [
         (gradient.astype(loss.dtype) * tangent.astype(loss.dtype)).sum()
         for gradient, tangent in zip(gradients, tangents[:2], strict=True)

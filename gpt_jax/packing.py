@@ -40,7 +40,8 @@ def packed_loss(
     Raises:
         InputError: If the model's attention is a fused kernel, which knows no segments.
     """
-    return head_loss(packed_hidden(model, inputs, segments, key), head_matrix(model), targets, tiling, mesh)
+    x = packed_hidden(model, inputs, segments, key)
+    return head_loss(x, head_matrix(model), targets, tiling, mesh, model.config.tied_head)
 
 
 def packed_hidden(model: GPTModel, tokens: Array, segments: Array, key: Array | None = None) -> Array:

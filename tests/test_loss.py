@@ -38,13 +38,14 @@ def inputs(B=3, T=12, D=10, V=31, dtype=np.float64):
     return x, head, targets
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("multiple", [1, 128])
 @pytest.mark.parametrize("largest", [10**9, 3 * 128 * 4, 1])
-def test_loss_and_gradients_are_the_plain_ones(largest, multiple):
+def test_loss_and_gradients_are_the_plain_ones(largest, multiple, tied):
     with jax.enable_x64(True):
         x, head, targets = inputs(V=127)
         tiling = Tiling(largest, multiple)
-        weighted = jax.value_and_grad(lambda x, head: 0.7 * head_loss(x, head, targets, tiling), (0, 1))
+        weighted = jax.value_and_grad(lambda x, head: 0.7 * head_loss(x, head, targets, tiling, tied=tied), (0, 1))
         got = jax.jit(weighted)(x, head)
         want = jax.value_and_grad(lambda x, head: 0.7 * plain(x, head, targets), (0, 1))(x, head)
         for name, a, b in zip(("loss", "x", "head"), jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
