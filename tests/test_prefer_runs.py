@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from support.interrupting import interrupted
 from support.models import BACKENDS
+from support.processes import finish, free_port, spawn
 from support.runs import command, metrics, run_program
 
 import gpt_torch
@@ -311,3 +312,24 @@ def test_damaged_weights_give_no_reference(monkeypatch, workplace, tmp_path):
     with pytest.warns(UserWarning, match="16 values that are not finite"), refused:
         in_process(monkeypatch, workplace, "--backend", "torch", *OPTIONS, "--init-from", tmp_path / "nan", "--run",
                    tmp_path / "run")  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", ["mesh", "processes", "torchrun"])
+def test_devices_share_the_pairs(run, workplace, tmp_path, devices):
+    """On a mesh, and in two processes, the losses, rewards and log-probabilities of the reference are the same."""
+    torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    join = ("--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2, "--process-id")
+    started = {
+        "mesh": [(("--mesh", "fsdp=2,tensor=2"), {"JAX_NUM_CPU_DEVICES": "4"})],
+        "processes": [((*join, index), {}) for index in range(2)],
+        "torchrun": [(("--backend", "torch"), {**torchrun, "RANK": str(index)}) for index in range(2)],
+    }[devices]
+    files = ("--init-from", workplace / "base", "--data", workplace / "data.jsonl", "--run", tmp_path / "run")
+    words = [(command("finetune.py", *OPTIONS, *files, *more), environment) for more, environment in started]
+    for result in finish([spawn(word, **environment) for word, environment in words]):
+        assert result[0] == 0, result
+    for a, b in zip(metrics(tmp_path / "run"), metrics(run[0]), strict=True):
+        assert a == pytest.approx(b, rel=1e-9, abs=1e-12)
+    got, expected = (json.loads((folder / "reference.json").read_text()) for folder in (tmp_path / "run", run[0]))
+    np.testing.assert_allclose(got["train"], expected["train"], rtol=1e-12)
