@@ -285,6 +285,7 @@ def test_options_page_is_complete():
     train = options_of(ROOT / "scripts/train_jax.py") | options_of(ROOT / "scripts/train_torch.py")
     assert tables["Training"] == train
     assert tables["Generation"] == options_of(ROOT / "scripts/generate.py")
+    assert tables["Server"] == options_of(ROOT / "scripts/serve.py")
 
 
 def test_options_in_the_text_exist():

@@ -13,7 +13,7 @@ from support.served import CONFIG, ask, complete, engines_of, tiny_model
 from parity.data.tokenizer import ByteTokenizer, stream_text
 from parity.generation import check_finite
 from parity.serving.app import Options, make_app
-from parity.serving.options import _LACKING, MOST_ROWS, MOST_STOPS
+from parity.serving.options import LACKING, MOST_ROWS, MOST_STOPS
 from parity.serving.rows import Generation, Row, WaitingRow
 from parity.tuning.records import Conversation, Turn
 from parity.tuning.template import render
@@ -118,14 +118,14 @@ def test_defaults_are_those_of_the_api(app):
 
 
 def test_null_and_the_defaults_of_lacking_options_are_the_same_as_none(app):
-    nulls = dict.fromkeys([*_LACKING, "temperature", "stop", "logprobs", "n", "stream", "stream_options"])
-    defaults = {name: values[0] for name, values in _LACKING.items() if values}
+    nulls = dict.fromkeys([*LACKING, "temperature", "stop", "logprobs", "n", "stream", "stream_options"])
+    defaults = {name: values[0] for name, values in LACKING.items() if values}
     options = {"prompt": "ab", "seed": 1, "max_tokens": 5}
     plain, null, default = (texts(r) for r in complete(app, options, options | nulls, options | defaults))
     assert plain == null == default
 
 
-@pytest.mark.parametrize("option", _LACKING)
+@pytest.mark.parametrize("option", LACKING)
 def test_options_that_the_server_lacks_are_refused_by_name(app, option):
     for value in (3, True):
         found = error(complete(app, {"prompt": "a", option: value})[0])

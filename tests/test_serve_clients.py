@@ -1,12 +1,17 @@
 """Real clients of the server: the openai package, and lm-evaluation-harness's model of an API."""
 
+import json
+import re
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import numpy as np
 import openai
 import pytest
 from lm_eval.api.instance import Instance
 from support.models import probing_weights
+from support.runs import ROOT
 from support.served import engines_of, new_engine, serving, tiny_model
 
 import gpt_jax
@@ -15,6 +20,8 @@ from parity.config import GPTConfig
 from parity.data.tokenizer import ByteTokenizer, GPT2Tokenizer, stream_text
 from parity.evaluation.harness import HarnessModel
 from parity.hub import save_model
+from parity.serving.completions import OPTIONS
+from parity.serving.options import LACKING
 
 KEY = "a key"
 EOS = ByteTokenizer.eos_id
@@ -130,6 +137,39 @@ def test_openai_chat_completions():
         assert "".join(part.choices[0].delta.content or "" for part in parts) == choice.message.content
         with pytest.raises(openai.BadRequestError, match="does not have the option tools"):
             client.chat.completions.create(**options, tools=[{"type": "function", "function": {"name": "f"}}])
+
+
+def test_the_guide_s_examples_run(capsys):
+    """As shown, but for the address and the models, whose context is shorter."""
+    guide = (ROOT / "docs/guides/server.md").read_text(encoding="utf-8")
+    [program] = re.findall(r"^```py\n(.*?)^```$", guide, re.DOTALL | re.MULTILINE)
+    [line] = re.findall(r"^```sh\n(.*?)^```$", guide, re.DOTALL | re.MULTILINE)
+    with engines_of("torch") as torch, engines_of("torch") as twin:
+        engines = {"124M-jax": torch["tiny-torch"], "124M-torch": twin["tiny-torch"]}
+        with serving(engines) as address:
+            namespace = {}
+            exec(program.replace("http://127.0.0.1:8000", address), namespace)
+            namespace["client"].close()
+            whole, streamed, logprobs = re.fullmatch(
+                r"(.*)\n(.*)(\[None, .*\])\n", capsys.readouterr().out, re.DOTALL
+            ).groups()
+            assert whole == streamed == generated("The meaning of life is", 20, seed=0)[0]
+            assert len(json.loads(logprobs.replace("None", "null"))) == 5
+            command, url, _, header, _, data = shlex.split(line)
+            assert command == "curl"
+            headers = dict([header.split(": ")])
+            answer = httpx.post(url.replace("http://127.0.0.1:8000", address), content=data, headers=headers)
+            assert answer.status_code == 200
+            body = answer.json()
+            assert body["choices"][0]["text"] == generated("The meaning of life is", 20, top_k=50, seed=body["seed"])[0]
+
+
+def test_the_guide_s_table_of_options_is_complete():
+    guide = (ROOT / "docs/guides/server.md").read_text(encoding="utf-8")
+    names = re.findall(r"`([a-z_]+)`", "".join(re.findall(r"^\|(.*?)\|", guide, re.MULTILINE)))
+    assert set(names) == set(OPTIONS)
+    lacking = re.search(r"this server has not \((.*?)\.\.\.\)", guide, re.DOTALL)[1]
+    assert set(re.findall(r"`(\w+)`", lacking)) <= set(LACKING)
 
 
 HARNESS_CONFIG = GPTConfig(n_ctx=32, n_embd=16, n_head=2, n_layer=2)

@@ -9,7 +9,7 @@ import pytest
 from support.served import ask, complete, engines_of, serving
 
 from parity.serving.app import Options, make_app
-from parity.serving.options import _LACKING, COMMON
+from parity.serving.options import COMMON, LACKING
 
 ANSWERED = {200, 400, 401, 403, 404, 405, 413, 415, 429}
 BODIES = [
@@ -39,7 +39,7 @@ VALUES = [
     1.7976931348623157e308, 5e-324,
 ]  # fmt: skip
 NAMES = [
-    *COMMON, *_LACKING, "prompt", "logprobs", "echo", "messages", "top_logprobs", "max_completion_tokens", "",
+    *COMMON, *LACKING, "prompt", "logprobs", "echo", "messages", "top_logprobs", "max_completion_tokens", "",
     "\n", "x" * 300,
 ]  # fmt: skip
 HEADERS = [

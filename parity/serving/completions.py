@@ -28,7 +28,7 @@ from parity.serving.text import Token
 
 DEFAULT_MAX_TOKENS = 16
 _LONG_BODY = 2**14  # bytes; the prompts of longer bodies are encoded on a thread, while other requests are answered
-_OPTIONS = (*COMMON, "prompt", "logprobs", "echo")
+OPTIONS = (*COMMON, "prompt", "logprobs", "echo")
 
 
 class CompletionStyle:
@@ -100,7 +100,7 @@ def completions(engines: Mapping[str, Engine]) -> Callable[[Request], Awaitable[
     @answers_errors
     async def route(request: Request) -> Response:
         body = await read_body(request)
-        check_names(body, _OPTIONS)
+        check_names(body, OPTIONS)
         engine = choose_engine(engines, body)
         sampling = read_sampling(body, engine.config.n_vocab, engine.tokenizer.eos_id)
         n_top, echo = top_count(body, "logprobs"), switch(body, "echo")

@@ -15,7 +15,7 @@ MOST_STOPS = 16
 LONGEST_STOP = 1000
 """Largest number of characters of a stop text."""
 # Options of the API that this server lacks, with the values that mean the same as leaving them out.
-_LACKING: dict[str, tuple[Any, ...]] = {
+LACKING: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "frequency_penalty": (0,),
@@ -76,12 +76,12 @@ def check_names(body: Mapping[str, Any], known: Sequence[str]) -> None:
     for name, value in body.items():
         if name in known:
             continue
-        if name not in _LACKING:
+        if name not in LACKING:
             raise OptionError(
                 f"unknown option {printable(repr(name), 80)}; the options are {', '.join(sorted(known))}",
                 printable(name, 80),
             )
-        if value is not None and not any(_is_same(value, default) for default in _LACKING[name]):
+        if value is not None and not any(_is_same(value, default) for default in LACKING[name]):
             raise OptionError(f"this server does not have the option {name}; leave it out", name)
 
 
