@@ -19,8 +19,6 @@ import tyro
 from parity.cli import parse
 from parity.errors import InputError, exit_with_message, printable
 from parity.loading import ModelArgs
-from parity.training.runs import RunFolder
-from parity.tuning.args import read_tuning
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 """Addresses that only programs on this machine reach."""
@@ -59,19 +57,12 @@ def backends(args: Args) -> list[str]:
     return ["jax", "torch"]
 
 
-def template(run: Path | None) -> str | None:
-    """Return the template of a run that was tuned on instructions."""
-    if run is None or "tune" not in RunFolder(run).config():
-        return None
-    tune = read_tuning(RunFolder(run)).tune
-    return tune.template if tune.task == "instruct" else None
-
-
 def main() -> None:
     args = parse(Args, __doc__)
     if args.max_batch < 1 or args.max_waiting < 1:
         raise InputError("--max-batch and --max-waiting must be at least 1")
     from parity.serving.app import Options, make_app  # here, because the extra serve brings their packages
+    from parity.serving.chat import chat_template
     from parity.serving.engine import Engine
     from parity.serving.security import own_names
     from parity.serving.server import new_server
@@ -95,7 +86,7 @@ def main() -> None:
             max_batch=args.max_batch,
             max_waiting=args.max_waiting,
             description=f"{loaded.device_info}, {args.dtype}",
-            template=template(args.run),
+            template=None if args.run is None else chat_template(args.run),
         )
         shown = printable(model_name, 200)
         sys.stderr.write(f"[{shown}: {engine.description}]\n")

@@ -243,6 +243,16 @@ def test_runs_and_their_checkpoints(client, runs, engines):
     assert response.status_code == 400
 
 
+def test_a_checkpoint_of_a_tuned_run_brings_the_chat(client, runs, monkeypatch):
+    step = post(client, "run", path=str(runs / "good")).json()["run"]["checkpoints"][-1]
+    for template in ("plain", None):
+        monkeypatch.setattr(page, "chat_template", lambda run, template=template: template)
+        loaded = post(client, "load", path=str(runs / "good"), checkpoint=step).json()
+        assert loaded["chat"] == (template is not None)
+        chat = post(client, "complete", model="tiny-torch", messages=[{"role": "user", "content": "a"}])
+        assert ("was not tuned" in chat.text) == (template is None)
+
+
 def test_a_run_of_another_model_is_not_loaded(client, runs):
     config = runs / "good" / "config.json"
     saved = config.read_text()

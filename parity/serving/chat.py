@@ -1,6 +1,7 @@
 """OpenAI's chat completions: /v1/chat/completions, for models that were tuned on instructions."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
@@ -13,6 +14,8 @@ from parity.serving.options import COMMON, OptionError, check_names, integer, re
 from parity.serving.respond import LONGEST_TOKEN, answers_errors, choose_engine, read_body, respond
 from parity.serving.rows import FinishReason, Row
 from parity.serving.text import Token
+from parity.training.runs import RunFolder
+from parity.tuning.args import read_tuning
 from parity.tuning.encoding import encode_prompt
 from parity.tuning.records import Record, conversation
 from parity.tuning.template import render
@@ -46,6 +49,14 @@ class ChatStyle:
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         return chat_logprobs(self._tokenizer, tokens) if self._with_logprobs else None
+
+
+def chat_template(run: Path) -> str | None:
+    """Return the template of a run that was tuned on instructions, and None for any other run."""
+    if "tune" not in RunFolder(run).config():
+        return None
+    tune = read_tuning(RunFolder(run)).tune
+    return tune.template if tune.task == "instruct" else None
 
 
 def chat_prompt(messages: Any, engine: Engine) -> list[int]:

@@ -16,7 +16,7 @@ from starlette.staticfiles import StaticFiles
 from parity.data.tokenizer import Tokenizer
 from parity.errors import InputError
 from parity.serving import agreement, inspect, interventions, run_views
-from parity.serving.chat import chat_prompt
+from parity.serving.chat import chat_prompt, chat_template
 from parity.serving.display import N_TOP, TokenTexts, rounded, show_token
 from parity.serving.engine import BusyError, Engine
 from parity.serving.fields import read_fields
@@ -185,15 +185,16 @@ class _Page:
         """Replace the weights of all models by those of a checkpoint."""
         fields = read_fields(await request.body(), {"path": "text", "checkpoint": "an integer"}, {})
 
-        def read() -> tuple[Any, str, Path]:
+        def read() -> tuple[Any, str, Path, str | None]:
             run = run_views.find_run(self._folders, fields["path"])
             folder = run_views.checkpoint(run, fields["checkpoint"], self._config, self._tokenizer)
             _, arrays, format = read_folder(folder)
-            return arrays, format, run
+            return arrays, format, run, chat_template(run)
 
-        arrays, format, run = await self._compute(read)
+        arrays, format, run, template = await self._compute(read)
         for engine in self._engines.values():
             await engine.call(_replace_weights, engine, arrays, format)
+            engine.template = template
         self._source = f"{run.resolve().name}, step {fields['checkpoint']:,}"
         return await self.info(request)
 

@@ -24,6 +24,7 @@ function open(name, focus = false) {
 }
 
 function describe(info) {
+  $("#tab-chat").hidden = !info.chat;
   $(".model-source").textContent = info.source;
   $(".model-shape").textContent = `${info.parameters.toLocaleString("en")} parameters, ${info.config.n_layer} layers, ${info.config.n_head} heads, width ${info.config.n_embd}, context ${info.config.n_ctx.toLocaleString("en")}; ${info.models.map((model) => model.description || model.name).join("; ")}`;
 }
@@ -36,8 +37,7 @@ async function start() {
   describe(info);
   complete.setUp(info, shown);
   inside.setUp(info, shown);
-  $("#tab-chat").hidden = !info.chat;
-  if (info.chat) chat.setUp(info);
+  chat.setUp(info);
   refreshRuns = runs.setUp(info, () => !$("#runs").hidden, describe);
   for (const tab of tabs) tab.addEventListener("click", () => open(tab.dataset.panel));
   roving($("nav [role=tablist]"), "[role=tab]:not([hidden])", {onMove: (tab) => open(tab.dataset.panel)});
