@@ -203,7 +203,7 @@ def run(workplace):
 
 def test_a_run_leaves_its_folder(run):
     folder, output = run
-    assert "21 pairs (0 cut, 0 dropped), 6 for validation (0 cut, 0 dropped), 3 for tests; 1 pairs of equal" in output
+    assert "21 pairs (0 cut, 0 dropped), 6 for validation (0 cut, 0 dropped), 3 for tests; 1 with two equal" in output
     assert "reference  computing the log-probabilities of the initial weights" in output
     config = json.loads((folder / "config.json").read_text())
     assert (config["preset"], config["tune"]["task"], config["tune"]["dpo_logprobs"]) == ("prefer", "prefer", "sum")
@@ -290,7 +290,9 @@ BAD = {
         "is for the task instruct, not for --task",
     ),
     "beta": ((*OPTIONS, "--dpo-beta", 0), "dpo_beta must be a positive number, got 0"),
-    "packing": ((*OPTIONS, "--packing"), "--packing: pairs are not packed"),
+    "packing": ((*OPTIONS, "--packing"), "--packing is for the task instruct; leave it out"),
+    "scored prompts": ((*OPTIONS, "--loss-on", "all"), "--loss-on is for the task instruct; leave it out"),
+    "another task": (("--dpo-logprobs", "mean"), "--dpo-logprobs is for the task prefer; leave it out"),
     "no training": ((*OPTIONS, "--test-fraction", 0.9, "--validation-fraction", 0.1), "none is left for training"),
     "instructions": ((*OPTIONS, "--data", "instructions.json"), "item 1: the fields .* are none of the known forms"),
 }

@@ -52,15 +52,13 @@ def load_preferences(args: TuneArgs, tokenizer: Tokenizer) -> JobData:
         InputError: For bad records and for too few of them; see read_preferences() and fit().
     """
     settings, tune, config = args.settings, args.tune, args.model
-    if tune.packing:
-        raise InputError("--packing: pairs are not packed; leave the option out, or use --task instruct")
     pairs = read_preferences(settings.corpus)
     train_part, test, validation_part = divide(pairs, args)
     chosen = [pair.chosen for pair in test]
     prompts = held_out_prompts(chosen, args, tokenizer)
     train, validation = (_encode(part, args, tokenizer) for part in (train_part, validation_part))
     n_equal = sum(pair.chosen == pair.rejected for pair in pairs)
-    equal = f"; {n_equal} pairs of equal responses, from which nothing is learned" if n_equal else ""
+    equal = f"; {n_equal} with two equal responses, from which nothing is learned" if n_equal else ""
     corpus = Corpus(
         f"{settings.corpus}, {len(train.examples)} pairs ({train}), {len(validation.examples)} for validation "
         f"({validation}), {len(test)} for tests{equal}",

@@ -16,6 +16,13 @@ from parity.weights.adapters import LoraConfig
 
 Task = Literal["instruct", "prefer"]
 Template = Literal["plain", "alpaca"]
+_TASK_OF_OPTION: dict[str, Task] = {
+    "loss_on": "instruct",
+    "packing": "instruct",
+    "dpo_beta": "prefer",
+    "dpo_logprobs": "prefer",
+}
+"""The options that only one task has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +115,10 @@ class TuneSettings:
                 raise InputError(f"{name} must be between {low} and {high}, got {value!r:.60}")
         if not (isinstance(self.dpo_beta, int | float) and 0 < self.dpo_beta < math.inf):
             raise InputError(f"dpo_beta must be a positive number, got {self.dpo_beta!r:.60}")
+        for field in dataclasses.fields(self):
+            task = _TASK_OF_OPTION.get(field.name, self.task)
+            if task != self.task and getattr(self, field.name) != field.default:
+                raise InputError(f"--{field.name.replace('_', '-')} is for the task {task}; leave it out")
 
 
 @dataclasses.dataclass(frozen=True)
