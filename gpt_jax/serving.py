@@ -19,6 +19,9 @@ STEPS_PER_CALL = 4
 _SIZES = (1, 8, 64)
 """Numbers of rows per batch, below the largest. On a CPU, 8 rows take little longer than 1."""
 
+_WARM_UP_TOKENS = 2**12
+"""Batches with more tokens are not computed at the start, where they would take longer than to compile later."""
+
 
 def for_serving(model: GPTModel) -> DecodingModel:
     """Return the model with which `decode` is called."""
@@ -38,7 +41,7 @@ def decode(model: DecodingModel, request: Request) -> Iterator[Chunk]:
 def shapes(largest_batch: int, n_ctx: int) -> list[tuple[int, int]]:
     """Return (rows, length of the prompts) of the batches whose programs are compiled at the start."""
     sizes = sorted({batch_size(1, largest_batch), largest_batch})
-    return [(rows, width) for width in _widths(n_ctx) for rows in sizes]
+    return [(rows, width) for width in _widths(n_ctx) for rows in sizes if rows == 1 or rows * width <= _WARM_UP_TOKENS]
 
 
 def _with_common_shape(request: Request) -> Request:

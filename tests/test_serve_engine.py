@@ -80,6 +80,30 @@ def test_rows_have_the_tokens_of_generate_in_batches_that_change(name):
     assert (engine.n_running, engine.n_waiting) == (0, 0)
 
 
+@pytest.mark.slow
+def test_after_the_warm_up_plain_requests_compile_nothing():
+    from gpt_jax import generation_loop, serving
+
+    programs = (generation_loop._start, generation_loop._cached_loop, generation_loop._lengthened)
+    assert serving.shapes(8, 1024) == [(1, 16), (8, 16), (1, 64), (8, 64), (1, 256), (8, 256), (1, 1024)]
+    engine = new_engine("jax")
+    assert engine.shapes() == [(1, 16), (4, 16), (1, 64), (4, 64)]
+    for shape in engine.shapes():
+        engine.warm_up(*shape)
+    compiled = [program._cache_size() for program in programs]
+    rows = [
+        Row([1] * length, 30, {"seed": 1, "temperature": number % 2}) for number, length in enumerate((1, 16, 17, 30))
+    ]
+
+    async def requests():
+        for count in (1, 3, 4):
+            await asyncio.gather(*(collect(engine.submit([row])) for row in rows[:count]))
+
+    asyncio.run(requests())
+    engine.close()
+    assert [program._cache_size() for program in programs] == compiled
+
+
 class Held:
     """Holds the engine's thread before the second step of each batch, until `go` is set; notes the sizes of batches."""
 

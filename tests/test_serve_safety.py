@@ -219,33 +219,61 @@ def test_a_client_that_reads_nothing_is_disconnected(monkeypatch):
         assert not thread.is_alive()
 
 
-def test_the_server_ends_its_requests_before_it_stops():
+@pytest.fixture
+def held(monkeypatch):
+    """(an engine that waits before the second token of each batch, the event that it waits for)"""
     with engines_of("torch") as engines:
         engine = engines["tiny-torch"]
         go, decode = threading.Event(), engine.serving.decode
 
-        def held(model, request):
+        def waiting(model, request):
             for chunk in decode(model, request):
                 yield chunk
                 assert go.wait(60)
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine.serving, "decode", held)
-            answers = []
-            with serving(engines) as address:
-                asking = threading.Thread(
-                    target=lambda: answers.append(
-                        httpx.post(f"{address}/v1/completions", json={"prompt": "a", "max_tokens": 30}, timeout=60)
-                    )
-                )
-                asking.start()
-                while not engine.n_running:
-                    time.sleep(0.01)
-                threading.Timer(0.3, go.set).start()
-            asking.join(60)
-        assert answers[0].status_code == 200
-        assert answers[0].json()["usage"]["completion_tokens"] == 30
-        assert not engine.is_ready
+        monkeypatch.setattr(engine.serving, "decode", waiting)
+        yield engines, go
+
+
+def wait_until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_closed_connection_stops_its_rows(held, stream):
+    engines, go = held
+    engine = engines["tiny-torch"]
+    body = json.dumps({"prompt": "a", "n": 6, "max_tokens": 60, "stream": stream}).encode()
+    with serving(engines) as address:
+        with connection(address, request(body)) as connected:
+            wait_until(lambda: engine.n_running == 4 and engine.n_waiting == 2)
+            if stream:
+                assert connected.recv(1)
+        wait_until(lambda: engine.n_running == engine.n_waiting == 0)  # while the batch is held
+        go.set()
+
+
+def test_the_server_ends_its_requests_before_it_stops(held):
+    engines, go = held
+    engine = engines["tiny-torch"]
+    answers = []
+
+    def ask_slowly(address):
+        body = {"prompt": "a", "max_tokens": 30, "temperature": 0}
+        answers.append(httpx.post(f"{address}/v1/completions", json=body, timeout=60))
+
+    with serving(engines) as address:
+        asking = threading.Thread(target=ask_slowly, args=(address,))
+        asking.start()
+        wait_until(lambda: engine.n_running)
+        threading.Timer(0.3, go.set).start()
+    asking.join(60)
+    assert answers[0].status_code == 200
+    assert answers[0].json()["usage"]["completion_tokens"] == 30
+    assert not engine.is_ready
 
 
 @pytest.fixture(scope="module")

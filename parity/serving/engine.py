@@ -159,8 +159,8 @@ class Engine:
 
     def warm_up(self, n_rows: int, length: int) -> None:
         """Decode a batch, so that its programs are compiled; call this before the server accepts requests."""
-        prompt = [0] * min(length, self.config.n_ctx)
-        n_new = min(8, self.config.n_ctx + 1 - len(prompt))
+        n_new = min(8, self.config.n_ctx)
+        prompt = [0] * min(length, self.config.n_ctx + 1 - n_new)
         asyncio.run(_drain(self, [Row(prompt, n_new, {"row": row}) for row in range(n_rows)]))
 
     def weights_changed(self) -> None:
