@@ -16,6 +16,7 @@ from optax import tree_utils as otu
 
 from gpt_jax import checkpoint, sharding
 from gpt_jax.arrays import widened
+from gpt_jax.classifier import add_classifier, label_objective, save_classifier
 from gpt_jax.generate import generate
 from gpt_jax.lora import add_lora, save_adapter
 from gpt_jax.loss import Objective, summed_loss, tiling_for
@@ -27,10 +28,11 @@ from gpt_jax.weights import copy_arrays, load_weights
 from parity.config import GPTConfig
 from parity.errors import InputError
 from parity.training import optimizer_state
-from parity.training.initial import Base, base_of, check_base, initial_arrays
+from parity.training.initial import Base, base_of, check_base, check_classifier, initial_arrays
 from parity.training.settings import TrainSettings
 from parity.weights import Row, rows
 from parity.weights.adapters import LoraConfig, adapter_rows
+from parity.weights.classifier import ClassifierConfig, head_rows
 
 
 class Trainer:
@@ -49,7 +51,8 @@ class Trainer:
             that is resumed needs `init_from` as well.
         table: The rows of the parameters to train (parity/weights/table.py), by default all; a row that is limited to
             some layers trains those alone.
-        objective: What to minimize; by default the cross-entropy of the next token.
+        objective: What to minimize; by default the cross-entropy of the next token, or of the label of a classifier.
+        classifier: Train a classifier with these options: the model gets a new head, which is trained as well.
 
     Raises:
         InputError: For dtype float64 without jax_enable_x64.
@@ -67,13 +70,14 @@ class Trainer:
         lora: LoraConfig | None = None,
         table: Sequence[Row] | None = None,
         objective: Objective | None = None,
+        classifier: ClassifierConfig | None = None,
     ):
         self.config, self.settings, self._mesh = config, settings, mesh
         compute_dtype = jnp.dtype(settings.dtype)
         if compute_dtype == jnp.float64 and jnp.zeros(()).dtype != jnp.float64:
             raise InputError("dtype float64 needs jax_enable_x64")
         self._param_dtype = widened(compute_dtype)
-        self.lora = lora
+        self.lora, self.classifier = lora, classifier
         initial = initial_arrays(config, settings, init_from)
         self.base = Base() if lora is None else base_of(config, initial, init_from)
         model = GPTModel(config, None, attention, unroll, remat)
@@ -81,9 +85,13 @@ class Trainer:
         del initial
         if lora is not None:
             add_lora(model, lora, settings.seed)
+        own: list[Row] = []
+        if classifier is not None:
+            add_classifier(model, classifier, settings.seed)
+            self.config, own = model.config, head_rows(classifier)
         model = cast(model, self._param_dtype)
-        self.stored: Sequence[Row] = rows(config) if lora is None else adapter_rows(lora)
-        self.trainable: Sequence[Row] = self.stored if table is None else list(table)
+        self.stored: Sequence[Row] = [*(rows(self.config) if lora is None else adapter_rows(lora)), *own]
+        self.trainable: Sequence[Row] = self.stored if table is None else [*table, *own]
         self._frozen: GPTModel | None = None
         if lora is not None or table is not None:
             model, self._frozen = split(model, self.trainable)
@@ -93,7 +101,7 @@ class Trainer:
             self.state = TrainState(model, self.optimizer.init(model))
         else:
             state = jax.eval_shape(lambda: TrainState(model, self.optimizer.init(model)))
-            table = [*rows(config), *self.trainable]
+            table = [*rows(self.config), *self.trainable]
             self._state_sharding = sharding.shardings(state, config, mesh, parameter_name, table)
             replicated = NamedSharding(mesh, PartitionSpec())
             out_shardings = (self._state_sharding, replicated)
@@ -108,7 +116,8 @@ class Trainer:
         dropout_seed = settings.seed if config.drop_rate or (lora is not None and lora.dropout) else None
         [device, *_] = jax.tree.leaves(self.state)[0].devices()
         tiling = tiling_for(device.platform)
-        self._objective = Objective(summed_loss) if objective is None else objective
+        default = Objective(summed_loss) if classifier is None else label_objective(classifier)
+        self._objective = default if objective is None else objective
         self._train_step = make_train_step(
             self.optimizer,
             settings.clip,
@@ -183,13 +192,16 @@ class Trainer:
         checkpoint.save(folder, model, _to_arrays(self.state), self._save_model)
 
     def _save_model(self, model: GPTModel, folder: Path) -> None:
-        if self.lora is None:
+        if self.classifier is not None:
+            save_classifier(model, folder, *self.base)
+        elif self.lora is None:
             save_weights(model, folder)
         else:
             save_adapter(model, folder, *self.base)
 
     def restore(self, folder: Path) -> None:
         arrays = _to_arrays(self.state)
+        check_classifier(folder, self.classifier)
         if self.lora is not None:
             check_base(folder, self.lora, self.base)
         elif self._frozen is not None:

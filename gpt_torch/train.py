@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gpt_torch.classifier import add_classifier, label_objective, save_classifier
 from gpt_torch.distributed import all_rows, all_sum
 from gpt_torch.generate import generate
 from gpt_torch.lora import add_lora, save_adapter
@@ -24,11 +25,12 @@ from gpt_torch.weights import copy_arrays, load_weights
 from parity import weights
 from parity.config import GPTConfig
 from parity.training import checkpoints, optimizer_state
-from parity.training.initial import Base, base_of, check_base, initial_arrays
+from parity.training.initial import Base, base_of, check_base, check_classifier, initial_arrays
 from parity.training.processes import ALONE, Processes
 from parity.training.settings import TrainSettings
 from parity.weights import Row, rows
 from parity.weights.adapters import LoraConfig, adapter_rows
+from parity.weights.classifier import ClassifierConfig, head_rows
 
 
 def make_optimizer(model: GPTModel, settings: TrainSettings, table: Sequence[Row] | None = None) -> torch.optim.AdamW:
@@ -100,7 +102,8 @@ class Trainer:
             that is resumed needs `init_from` as well.
         table: The rows of the parameters to train (parity/weights/table.py), by default all; a row that is limited to
             some layers trains those alone.
-        objective: What to minimize; by default the cross-entropy of the next token.
+        objective: What to minimize; by default the cross-entropy of the next token, or of the label of a classifier.
+        classifier: Train a classifier with these options: the model gets a new head, which is trained as well.
     """
 
     def __init__(
@@ -115,12 +118,13 @@ class Trainer:
         lora: LoraConfig | None = None,
         table: Sequence[Row] | None = None,
         objective: Objective | None = None,
+        classifier: ClassifierConfig | None = None,
     ):
         self.config, self.settings, self.device = config, settings, torch.device(device)
         self.processes = processes
         dtype = getattr(torch, settings.dtype)
         self._param_dtype = param_dtype = torch.promote_types(dtype, torch.float32)
-        self.lora = lora
+        self.lora, self.classifier = lora, classifier
         initial = initial_arrays(config, settings, init_from)
         self.base = Base() if lora is None else base_of(config, initial, init_from)
         model = GPTModel(config, None, attention)
@@ -128,14 +132,19 @@ class Trainer:
         del initial
         if lora is not None:
             add_lora(model, lora, settings.seed)
-        self.stored: Sequence[Row] = rows(config) if lora is None else adapter_rows(lora)
-        self.trainable: Sequence[Row] = self.stored if table is None else list(table)
-        trained = weights.shapes(config, "torch", self.trainable)
+        own: list[Row] = []
+        if classifier is not None:
+            add_classifier(model, classifier, settings.seed)
+            self.config, own = model.config, head_rows(classifier)
+        self.stored: Sequence[Row] = [*(rows(self.config) if lora is None else adapter_rows(lora)), *own]
+        self.trainable: Sequence[Row] = self.stored if table is None else [*table, *own]
+        trained = weights.shapes(self.config, "torch", self.trainable)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
         self.model = model.to(self.device, param_dtype)
         self.optimizer = make_optimizer(self.model, settings, self.trainable)
-        self._objective = Objective(summed_loss) if objective is None else objective
+        default = Objective(summed_loss) if classifier is None else label_objective(classifier)
+        self._objective = default if objective is None else objective
 
         def applied(function: Callable[..., Tensor]) -> nn.Module:
             module = Applied(self.model, function)
@@ -212,7 +221,9 @@ class Trainer:
             return
         names = weights.shapes(self.config, "torch", self.stored)
         checkpoints.require_space(folder, 3 * sum(p.nbytes for n, p in self.model.named_parameters() if n in names))
-        if self.lora is None:
+        if self.classifier is not None:
+            save_classifier(self.model, folder, *self.base)
+        elif self.lora is None:
             save_weights(self.model, folder)
         else:
             save_adapter(self.model, folder, *self.base)
@@ -226,6 +237,7 @@ class Trainer:
     def restore(self, folder: Path) -> None:
         if self.lora is not None:
             check_base(folder, self.lora, self.base)
+        check_classifier(folder, self.classifier)
         stored = optimizer_state.read(folder, self.config, self.stored, self.trainable)
         copy_arrays(self.model, stored.arrays["parameters"], stored.formats["parameters"], str(folder), self.stored)
         moments = {moment: stored.converted(moment, "torch", self.config) for moment in optimizer_state.MOMENTS}

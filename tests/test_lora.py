@@ -11,6 +11,7 @@ import torch
 from support import numpy_oracle as oracle
 from support.models import BACKENDS, TINY, probing_weights, random_batch
 from support.tolerances import LOGITS_ATOL
+from support.trained import frozen_arrays, trained_arrays
 
 import gpt_jax
 import gpt_jax.lora
@@ -24,7 +25,7 @@ from parity.config import IGNORE_INDEX, PRESETS
 from parity.errors import InputError
 from parity.training import optimizer_state
 from parity.training.settings import recipe
-from parity.weights import adapters, conversion, initial_weights, peft_files, rows
+from parity.weights import adapters, initial_weights, peft_files, rows
 from parity.weights.adapters import LoraConfig, initial_adapter, n_adapter_params
 
 LORA = {"torch": gpt_torch.lora, "jax": gpt_jax.lora}
@@ -281,24 +282,6 @@ def batch(step):
     targets = targets.copy()
     targets[0, : step % 20] = IGNORE_INDEX
     return inputs.reshape(2, 2, -1), targets.reshape(2, 2, -1)
-
-
-def trained_arrays(name, trainer):
-    """The trained parameters in the huggingface format."""
-    if name == "torch":
-        format = "torch"
-        arrays = {n: p.detach().numpy() for n, p in trainer.model.named_parameters() if p.requires_grad}
-    else:
-        format, state = "flax", gpt_jax.train._to_arrays(trainer.state)
-        arrays = {n.removeprefix("parameters."): np.asarray(a) for n, a in state.items() if n.startswith("parameters.")}
-    converted = conversion.convert(arrays, format, "huggingface", TINY, table=trainer.trainable)
-    return {n: np.array(a) for n, a in converted}
-
-
-def frozen_arrays(name, trainer):
-    if name == "torch":
-        return [p.detach().numpy().copy() for p in trainer.model.parameters() if not p.requires_grad]
-    return [np.array(leaf) for leaf in jax.tree.leaves(trainer._frozen)]
 
 
 def train(name, kind, steps, change=lambda trainer: None):

@@ -13,6 +13,8 @@ from parity.training.runs import RunFolder, read_run
 from parity.training.settings import TrainSettings
 from parity.weights import initial_weights, peft_files
 from parity.weights.adapters import LoraConfig
+from parity.weights.classifier import CLASSIFIER_FILE, ClassifierConfig, refuse_classifier
+from parity.weights.classifier_files import read_options
 from parity.weights.digest import weights_sha256
 from parity.weights.load import find_folder, read_folder
 
@@ -81,7 +83,7 @@ def base_of(config: GPTConfig, initial: InitialArrays, init_from: str | Path | N
 
 def check_base(folder: Path, lora: LoraConfig, base: Base) -> None:
     """Raise InputError unless a checkpoint holds an adapter with these options, trained on this base."""
-    adapter = peft_files.read(folder)
+    adapter = peft_files.read(folder, with_head=(folder / CLASSIFIER_FILE).is_file())
     if adapter.lora != lora:
         raise InputError(f"{folder} holds an adapter with other options: {adapter.lora}; this run has {lora}")
     if adapter.base_sha256 not in (None, base.sha256):
@@ -90,3 +92,11 @@ def check_base(folder: Path, lora: LoraConfig, base: Base) -> None:
             f"but the base {base.name or 'of this run'} has sha256 {base.sha256}; name the weights that it was "
             "trained on with --init-from"
         )
+
+
+def check_classifier(folder: Path, classifier: ClassifierConfig | None) -> None:
+    """Raise InputError unless a checkpoint holds a classifier with these options, or none if there are none."""
+    if classifier is None:
+        refuse_classifier(folder)
+    elif (stored := read_options(folder)) != classifier:
+        raise InputError(f"{folder} holds a classifier with other options: {stored}; this run has {classifier}")

@@ -19,6 +19,7 @@ from parity import weights
 from parity.config import GPTConfig
 from parity.errors import InputError
 from parity.weights import Row, huggingface, peft_files
+from parity.weights.classifier import CLASSIFIER_FILE
 
 ORBAX_FOLDER = "state"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -91,7 +92,8 @@ def read(
 def read_weights(folder: Path, config: GPTConfig, stored: Sequence[Row] | None) -> Mapping[str, Any]:
     """Return the parameters that a checkpoint's file of weights, or its adapter, holds; values are read when used."""
     if (folder / peft_files.CONFIG_FILE).is_file():
-        parameters = peft_files.read(folder).arrays
+        adapter = peft_files.read(folder, with_head=(folder / CLASSIFIER_FILE).is_file())
+        parameters = {**adapter.arrays, **adapter.head}
     else:
         parameters = huggingface.read(folder)[1]
     weights.check({n: tuple(a.shape) for n, a in parameters.items()}, config, "huggingface", str(folder), stored)
