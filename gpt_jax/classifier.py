@@ -102,7 +102,10 @@ def label_objective(classifier: ClassifierConfig) -> Objective:
     def loss(model: Any, inputs: Array, targets: Array, lengths: Array, key: Array | None = None, **_: Any) -> Array:
         return summed_loss(model, inputs, targets, lengths, key)
 
-    return Objective(loss, check=classifier.check_targets)
+    def rows(model: Any, inputs: Array, targets: Array, lengths: Array, key: Array | None = None, **_: Any) -> Array:
+        return label_logits(model, inputs, lengths, key)
+
+    return Objective(loss, check=classifier.check_targets, rows=rows)
 
 
 @jax.jit

@@ -96,7 +96,10 @@ def summed_loss(model: GPTModel, inputs: Tensor, targets: Tensor, lengths: Tenso
 def label_objective(classifier: ClassifierConfig) -> Objective:
     """Return the objective of training a classifier, whose batches are (inputs [B, T], targets [B], lengths [B])."""
 
-    return Objective(summed_loss, check=classifier.check_targets)
+    def rows(model: GPTModel, inputs: Tensor, targets: Tensor, lengths: Tensor) -> Tensor:
+        return label_logits(model, inputs, lengths)
+
+    return Objective(summed_loss, check=classifier.check_targets, rows=rows)
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Training a classifier: every update against the other backend and against an oracle, resuming, and its checkpoints."""
+"""Training a classifier: every update against the other backend and an oracle, resuming, and checkpoints."""
 
 import contextlib
 import dataclasses

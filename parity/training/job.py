@@ -58,9 +58,12 @@ class Job:
     corpus_samples: str
     """Hash of samples of the corpus's tokens, which shows files that were changed in place."""
     sample_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    measure: Callable[[Trainer], Mapping[str, float]] | None = None
+    measure: Callable[[Trainer], Mapping[str, Any]] | None = None
     loss_unit: Literal["token", "pair", "text"] = "token"
     begin: Callable[..., None] | None = None
+    sample: Callable[[Trainer], Sequence[str]] | None = None
+    trainer_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    use: str = ""
     has_baseline: bool = True
     bigram: float | None = None
     """Validation loss of the baseline in nats per token, if it was computed."""

@@ -25,12 +25,18 @@ class JobData(NamedTuple):
     """Token ids of the prompts that each evaluation continues."""
     sample_options: Mapping[str, Any] = MappingProxyType({})
     """Options of generate() for these prompts, in addition to those of the settings."""
-    measure: Callable[[Trainer], Mapping[str, float]] | None = None
-    """Called at each evaluation; what it returns is printed, and logged with the validation loss."""
+    measure: Callable[[Trainer], Mapping[str, Any]] | None = None
+    """Called at each evaluation; what it returns is logged with the validation loss, and its numbers are printed."""
     loss_unit: Literal["token", "pair", "text"] = "token"
     """What the loss has one term for. The exponential of the loss of a token is the perplexity."""
     begin: Callable[..., None] | None = None
     """Called with (trainer, job, console) before a run begins or resumes, with the trainer's initial weights."""
+    sample: Callable[[Trainer], Sequence[str]] | None = None
+    """Returns the samples of an evaluation, if they are not continuations of prompts."""
+    trainer_options: Mapping[str, Any] = MappingProxyType({})
+    """Arguments of the backend's Trainer that the data decide."""
+    use: str = 'sample from it: python scripts/generate.py --run {run} "The "'
+    """What a finished run prints about its use."""
     has_baseline: bool = True
     """Whether the loss of a bigram model on the corpus is a baseline of the run."""
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from parity.data.prefetch import prefetch
 from parity.data.tokenizer import stream_text
 from parity.data.windows import Dataset
-from parity.errors import InputError
+from parity.errors import InputError, printable
 from parity.storage import manifest as manifests
 from parity.storage.manifest import Manifest, weights_file
 from parity.training import checkpoints, optimizer_state
@@ -107,9 +107,7 @@ def _resume_and_train(trainer: Trainer, job: Job, console: Console) -> int:
                 f"overfitting: the validation loss was lowest after step {best}, {evaluated[best]:.4f}, and has risen "
                 "since; that checkpoint is kept: --checkpoint best"
             )
-    console.print(
-        f'sample from it: python scripts/generate.py --run {job.run.path} "The "', highlight=False, soft_wrap=True
-    )
+    console.print(job.use.format(run=job.run.path), highlight=False, soft_wrap=True)
     return status
 
 
@@ -191,7 +189,8 @@ def _evaluate_and_save(trainer: Trainer, job: Job, step: int, console: Console) 
     perplexity = {"perplexity": math.exp(min(loss, 700))} if job.loss_unit == "token" else {}
     measured = {} if job.measure is None else job.measure(trainer)
     job.log({"step": step, "validation_loss": loss, **perplexity, **measured})
-    more = "".join(f"  {name.replace('_', ' ')} {value:.3f}" for name, value in measured.items())
+    numbers = [(name.replace("_", " "), value) for name, value in measured.items() if isinstance(value, int | float)]
+    more = "".join(f"  {name} {value:.3f}" for name, value in numbers)
     first = "".join(f"  {name} {value:.2f}" for name, value in perplexity.items())
     console.print(f"step {step:>6}  validation loss {loss:.4f}{first}{more}", soft_wrap=True)
     _save(trainer, job, step)
@@ -201,27 +200,34 @@ def _evaluate_and_save(trainer: Trainer, job: Job, step: int, console: Console) 
 def _sample_and_plot(trainer: Trainer, job: Job, step: int, console: Console) -> None:
     """Write and print samples, and draw the losses: after the save, and without ending the run if it fails."""
     with _without_ending(job, "the samples were not written", console):
-        settings = job.settings
-        options = {
-            "seed": settings.seed,
-            "temperature": settings.sample_temperature,
-            "top_k": settings.sample_top_k,
-            **job.sample_options,
-        }
-        rows = []
-        for first in range(0, len(job.prompts), SAMPLES_AT_ONCE):
-            prompts = job.prompts[first : first + SAMPLES_AT_ONCE]
-            # The random numbers of each prompt are those that it has alone, in row 0.
-            room = [min(settings.sample_tokens, trainer.config.n_ctx - len(prompt)) for prompt in prompts]
-            own = [{"row": 0, "max_new_tokens": n} for n in room]
-            rows += trainer.generate(prompts, max(room), per_prompt=own, **options)
-        # stream_text skips ids without text, of a padded vocabulary.
-        texts = ["".join(stream_text(job.tokenizer, row)) for row in rows]
+        texts = _continuations(trainer, job) if job.sample is None else job.sample(trainer)
         job.run.add_samples(step, texts)
         for text in texts:
-            console.print(f"             {text!r}", style="dim", markup=False, highlight=False, soft_wrap=True)
+            lines = [repr(text)] if job.sample is None else [printable(line, 200) for line in text.splitlines()]
+            for line in lines:
+                console.print(f"             {line}", style="dim", markup=False, highlight=False, soft_wrap=True)
     with _without_ending(job, "loss.png was not drawn", console):
         job.run.plot(job.bigram, job.loss_unit)
+
+
+def _continuations(trainer: Trainer, job: Job) -> list[str]:
+    """Return the prompts with their continuations."""
+    settings = job.settings
+    options = {
+        "seed": settings.seed,
+        "temperature": settings.sample_temperature,
+        "top_k": settings.sample_top_k,
+        **job.sample_options,
+    }
+    rows = []
+    for first in range(0, len(job.prompts), SAMPLES_AT_ONCE):
+        prompts = job.prompts[first : first + SAMPLES_AT_ONCE]
+        # The random numbers of each prompt are those that it has alone, in row 0.
+        room = [min(settings.sample_tokens, trainer.config.n_ctx - len(prompt)) for prompt in prompts]
+        own = [{"row": 0, "max_new_tokens": n} for n in room]
+        rows += trainer.generate(prompts, max(room), per_prompt=own, **options)
+    # stream_text skips ids without text, of a padded vocabulary.
+    return ["".join(stream_text(job.tokenizer, row)) for row in rows]
 
 
 @contextlib.contextmanager

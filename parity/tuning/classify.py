@@ -225,7 +225,9 @@ def predict_labels(backend: Any, model: Any, tokenizer: Tokenizer, source: Path,
     for text in texts:
         if text.label and text.label not in classifier.labels:
             known = ", ".join(classifier.labels[:_MOST_COLUMNS])
-            raise InputError(f"{text.record.origin}: the label {text.label!r:.60} is not one of the classifier's: {known}")
+            raise InputError(
+                f"{text.record.origin}: the label {text.label!r:.60} is not one of the classifier's: {known}"
+            )
     limit = model.config.n_ctx
     encoded = [_encode(text, tokenizer) for text in texts]
     n_cut = sum(len(ids) > limit for ids in encoded)
@@ -244,7 +246,8 @@ def predict_labels(backend: Any, model: Any, tokenizer: Tokenizer, source: Path,
     replace_text(target, json.dumps(written, indent=4, ensure_ascii=False) + "\n")
     summary = f"{len(written)} texts in {target}" + f", {n_cut} of them cut to {limit} tokens" * (n_cut > 0)
     if pairs:
-        table = confusions(*zip(*pairs, strict=True), len(classifier.labels))
+        own_labels, chosen = zip(*pairs, strict=True)
+        table = confusions(own_labels, chosen, len(classifier.labels))
         summary += f"; {accuracy(table):.2%} labeled right, loss {math.fsum(losses) / len(losses):.4f} nats per text"
         summary += "\n" + describe(table, classifier.labels)
     return summary

@@ -13,8 +13,9 @@ from parity.tuning.embedded import EMBEDDED
 from parity.tuning.encoding import LossOn
 from parity.tuning.examples import Overlong
 from parity.weights.adapters import LoraConfig
+from parity.weights.classifier import Position
 
-Task = Literal["instruct", "prefer"]
+Task = Literal["instruct", "classify", "prefer"]
 Template = Literal["plain", "alpaca"]
 _TASK_OF_OPTION: dict[str, Task] = {
     "loss_on": "instruct",
@@ -59,8 +60,8 @@ class TuneSettings:
     """
 
     task: Task = "instruct"
-    """What to learn: responses to instructions (instruct), or which of two responses is preferred, with a reference
-    (prefer)."""
+    """What to learn: responses to instructions (instruct), the labels of texts (classify), or which of two responses is
+    preferred, with a reference (prefer)."""
     template: Template = "plain"
     """Text around an instruction: the headings of Alpaca (plain), or two sentences before them as well (alpaca)."""
     loss_on: LossOn = "response"
@@ -84,6 +85,16 @@ class TuneSettings:
     dpo_logprobs: Literal["sum", "mean"] = "sum"
     """Only for the task prefer: whether the log-probability of a response is the sum over its tokens, as in the paper,
     or their mean, as in the book."""
+    position: Position = "last-token"
+    """Only for the task classify: the position that the label is read from. It is that of the text's last token, or the
+    last one after padding to the length of the longest text for training, as in the book."""
+    head_bias: bool = False
+    """Only for the task classify: whether the head has a bias, as the book's has. transformers' model has none."""
+    balance: bool = False
+    """Only for the task classify: use as many texts of each label as there are of the rarest, drawn at random."""
+    train_blocks: int | None = None
+    """Only for the task classify: the number of blocks, from the last one, that are trained beside the head, with the
+    final norm; 0 trains the head alone. By default all parameters are trained."""
 
     lora_rank: int | None = None
     """Rank of LoRA adapters, which are then the only parameters that are trained; by default all are trained."""
@@ -107,11 +118,12 @@ class TuneSettings:
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))  # a list in JSON
         _ = self.lora  # raises for options that are out of range
         hints = get_type_hints(TuneSettings)
-        for name in ("task", "template", "loss_on", "overlong", "dpo_logprobs"):
+        for name in ("task", "template", "loss_on", "overlong", "dpo_logprobs", "position"):
             check_choice(name, getattr(self, name), get_args(hints[name]))
-        for name, low, high in (("test_fraction", 0, 0.9), ("eval_items", 0, 2**20), ("max_length", 2, 2**24)):
+        ranges = {"test_fraction": (0, 0.9), "eval_items": (0, 2**20), "max_length": (2, 2**24)}
+        for name, (low, high) in {**ranges, "train_blocks": (0, 2**12)}.items():
             value: Any = getattr(self, name)
-            if not (value is None and name == "max_length") and not low <= value <= high:
+            if not (value is None and name in ("max_length", "train_blocks")) and not low <= value <= high:
                 raise InputError(f"{name} must be between {low} and {high}, got {value!r:.60}")
         if not (isinstance(self.dpo_beta, int | float) and 0 < self.dpo_beta < math.inf):
             raise InputError(f"dpo_beta must be a positive number, got {self.dpo_beta!r:.60}")
@@ -119,6 +131,8 @@ class TuneSettings:
             task = _TASK_OF_OPTION.get(field.name, self.task)
             if task != self.task and getattr(self, field.name) != field.default:
                 raise InputError(f"--{field.name.replace('_', '-')} is for the task {task}; leave it out")
+        if self.train_blocks is not None and self.lora_rank is not None:
+            raise InputError("--train-blocks and --lora-rank exclude each other: adapters are on all blocks")
 
 
 @dataclasses.dataclass(frozen=True)
