@@ -44,7 +44,7 @@ SETTINGS = dataclasses.replace(
     recipe("tiny").settings, steps=100, batch_size=4, accumulate=2, weight_decay=0.3, dtype="float64"
 )
 LR = 1e-3
-CLIP = {"all": 1.0, "last block": 1.0, "adapters": 0.4}
+CLIP = {"all": 1.0, "last block": 1.0, "adapters": 1.6}
 
 
 def settings_of(kind):
