@@ -50,8 +50,11 @@ class ModelArgs:
     compilation_cache: bool = True
     """Keep the programs that JAX compiles in the cache folder, so that the next start need not compile them."""
 
-    def load(self) -> Loaded:
+    def load(self, classifier: bool = False) -> Loaded:
         """Load the model onto the device. Only the framework of the backend is imported.
+
+        Args:
+            classifier: Whether the model is a classifier, and not a language model.
 
         Raises:
             InputError: As load_model_and_tokenizer() does, and if the framework sees no such device.
@@ -62,7 +65,7 @@ class ModelArgs:
         if self.backend == "jax":
             importlib.import_module("gpt_jax.compilation_cache").enable_compilation_cache(self.compilation_cache)
         loaded = load_model_and_tokenizer(
-            backend, self.run, self.model, self.vocab_bpe, self.checkpoint, device, self.adapter
+            backend, self.run, self.model, self.vocab_bpe, self.checkpoint, device, self.adapter, classifier
         )
         return Loaded(backend, devices.describe(device), *loaded)
 
@@ -75,6 +78,7 @@ def load_model_and_tokenizer(
     checkpoint: str = "newest",
     device: Any = None,
     adapter: str | Path | None = None,
+    classifier: bool = False,
 ) -> tuple[Any, Tokenizer, Path]:
     """Load a model from a training run, a size or a folder, and the tokenizer that it was trained with.
 
@@ -89,6 +93,7 @@ def load_model_and_tokenizer(
             the number of a step.
         device: A device of the backend. By default the backend's own default.
         adapter: A folder with a LoRA adapter, or a run folder with adapters, that is merged into the weights.
+        classifier: Load a classifier, as a run of scripts/finetune.py leaves it, in place of a language model.
 
     Returns:
         (GPTModel of the backend, tokenizer, folder that the weights were read from).
@@ -112,7 +117,10 @@ def load_model_and_tokenizer(
         tokenizer = load_tokenizer("gpt2", vocab_bpe or own)
     if adapter is not None:
         adapter = weights_folder(adapter)
-    loaded = backend.load_pretrained(folder, device=device, adapter=adapter)
+    if classifier:
+        loaded = backend.load_classifier(folder, device=device)
+    else:
+        loaded = backend.load_pretrained(folder, device=device, adapter=adapter)
     if tokenizer.n_vocab > loaded.config.n_vocab:
         raise InputError(
             f"the {tokenizer.name} tokenizer has {tokenizer.n_vocab} tokens, but the model in {folder} has only "

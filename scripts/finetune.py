@@ -25,6 +25,7 @@ from parity.training.processes import JoinArgs, Processes
 from parity.training.runs import RunFolder
 from parity.training.settings import FINE_TUNING, recipe
 from parity.tuning.args import TuneArgs, parse_tune_args, read_tuning
+from parity.tuning.classify import predict_labels
 from parity.tuning.predict import predict
 from parity.tuning.tasks import TASKS
 from parity.weights.adapters import n_adapter_params
@@ -33,7 +34,7 @@ from parity.weights.adapters import n_adapter_params
 @dataclasses.dataclass(frozen=True)
 class Args(JoinArgs, TuneArgs):
     backend: Literal["jax", "torch"] = "jax"
-    """Framework that tunes the model, or that answers with --predict."""
+    """Framework that tunes the model, or that runs it with --predict."""
     device: Literal["auto", "cpu", "gpu", "cuda", "tpu", "mps"] = "auto"
     """Device that runs the model. auto takes an accelerator if the framework sees one; gpu and cuda are the same."""
     mesh: str | None = None
@@ -41,9 +42,10 @@ class Args(JoinArgs, TuneArgs):
     compilation_cache: bool = True
     """Keep the programs that JAX compiles in the cache folder, so that the next start need not compile them."""
     predict: Path | None = None
-    """File of instructions that the run in --run answers, in place of training; it has the form of the data."""
+    """File of instructions that the run in --run answers, or of texts that it labels, in place of training; it has the
+    form of the data."""
     out: Path | None = None
-    """File that the answers of --predict are written to, as JSON."""
+    """File that the answers or labels of --predict are written to, as JSON."""
     checkpoint: str = "newest"
     """Checkpoint that answers: newest (the newest intact one), best (lowest validation loss), or a step number."""
 
@@ -96,6 +98,7 @@ def prepare_torch(args: Args, job: Job, objective: Any) -> tuple[Any, dict[str, 
         processes=job.processes,
         lora=args.tune.lora,
         objective=objective,
+        **job.trainer_options,
     )
     precision = describe_precision(job.settings, attention)
     return trainer, {"device": describe(device), "precision": precision, **describe_adapters(args)}
@@ -128,6 +131,7 @@ def prepare_jax(args: Args, job: Job, objective: Any) -> tuple[Any, dict[str, st
         remat,
         lora=args.tune.lora,
         objective=objective,
+        **job.trainer_options,
     )
     precision = describe_precision(job.settings, str(attention))
     return trainer, {"device": describe(device) + mesh_info, "precision": precision, **describe_adapters(args)}
@@ -142,21 +146,26 @@ def describe_adapters(args: Args) -> dict[str, str]:
 
 
 def answer_file(args: Args) -> int:
-    """Answer the instructions of --predict with a finished run, and write the answers."""
+    """Answer the instructions of --predict, or label its texts, with a finished run, and write the results."""
     if args.predict is None or args.out is None or args.run is None:
         raise InputError("--predict FILE --out FILE needs --run, the run that answers; give all three")
     saved = read_tuning(RunFolder(args.run))
-    loaded = ModelArgs(
+    options = ModelArgs(
         run=args.run,
         checkpoint=args.checkpoint,
         backend=args.backend,
         device=args.device,
         vocab_bpe=args.vocab_bpe,
         compilation_cache=args.compilation_cache,
-    ).load()
-    most = saved.run.settings.sample_tokens
+    )
     files = user_path(args.predict), user_path(args.out)
-    summary = predict(loaded.backend, loaded.model, loaded.tokenizer, saved.tune, most, *files)
+    if saved.tune.task == "classify":
+        loaded = options.load(classifier=True)
+        summary = predict_labels(loaded.backend, loaded.model, loaded.tokenizer, *files)
+    else:
+        loaded = options.load()
+        most = saved.run.settings.sample_tokens
+        summary = predict(loaded.backend, loaded.model, loaded.tokenizer, saved.tune, most, *files)
     PlainConsole(lossy=True).print(summary, soft_wrap=True)
     return 0
 

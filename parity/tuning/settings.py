@@ -153,7 +153,7 @@ _SETTINGS = ExampleSettings(
 )  # fmt: skip
 _RULES_SETTINGS = dataclasses.replace(_SETTINGS, tokenizer="bytes", batch_size=16, eval_every=200, sample_tokens=16)
 RULES = "rules"
-OFFLINE: dict[Task, str] = {"instruct": RULES, "prefer": "rules-prefer"}
+OFFLINE: dict[Task, str] = {"instruct": RULES, "classify": "rules-classify", "prefer": "rules-prefer"}
 """The preset of a run without --data, for each task; with --data it is the task's name."""
 TUNE_RECIPES: dict[str, TuneRecipe] = {
     # For two CPU cores and a small model of bytes.
@@ -161,6 +161,14 @@ TUNE_RECIPES: dict[str, TuneRecipe] = {
         PRESETS["small"],
         dataclasses.replace(_RULES_SETTINGS, steps=800, lr=3e-3, min_lr=1e-4, warmup=50),
         TuneSettings(),
+        needs_weights=False,
+    ),
+    "rules-classify": TuneRecipe(
+        PRESETS["small"],
+        dataclasses.replace(
+            _RULES_SETTINGS, steps=400, lr=1e-3, min_lr=1e-4, eval_every=100, validation_fraction=0.1
+        ),
+        TuneSettings(task="classify", test_fraction=0.2, eval_items=256),
         needs_weights=False,
     ),
     "rules-prefer": TuneRecipe(
@@ -178,6 +186,24 @@ TUNE_RECIPES: dict[str, TuneRecipe] = {
             sample_tokens=256,
         ),
         TuneSettings(template="alpaca", loss_on="all"),
+    ),
+    "classify": TuneRecipe(
+        PRESETS["124M"],
+        dataclasses.replace(_SETTINGS, validation_fraction=0.1),
+        TuneSettings(task="classify", test_fraction=0.2, eval_items=256),
+    ),
+    # The same book, chapter 6: five epochs of 1,045 messages in batches of 8; the last block, the final norm and a head
+    # with a bias are trained, and the label is read from the last position of messages that are padded alike.
+    "book-spam": TuneRecipe(
+        PRESETS["124M"],
+        dataclasses.replace(
+            _SETTINGS, steps=650, min_lr=5e-5, warmup=0, beta2=0.999, clip=1e9, seed=123, eval_every=130,
+            validation_fraction=0.1,
+        ),
+        TuneSettings(
+            task="classify", test_fraction=0.2, eval_items=300, position="last", head_bias=True, balance=True,
+            train_blocks=1,
+        ),
     ),
     "prefer": TuneRecipe(
         PRESETS["124M"], dataclasses.replace(_SETTINGS, steps=200, lr=5e-6, min_lr=5e-7), TuneSettings(task="prefer")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from parity.data.tokenizer import Tokenizer
 from parity.training.job_data import JobData
-from parity.tuning import instruct, prefer
+from parity.tuning import classify, instruct, prefer
 from parity.tuning.args import TuneArgs
 from parity.tuning.settings import TuneSettings
 
@@ -32,5 +32,6 @@ class TaskParts(NamedTuple):
 
 TASKS = {
     "instruct": TaskParts(instruct.load_instructions),
+    "classify": TaskParts(classify.load_labels),
     "prefer": TaskParts(prefer.load_preferences, preference),
 }
