@@ -27,15 +27,18 @@ from parity.comparison.compare import compare
 from parity.comparison.implementation import read_weights
 from parity.config import SIZES, GPTConfig
 from parity.data.tokenizer import Tokenizer, load_tokenizer
+from parity.data.tokenizer_files import write_tokenizer
 from parity.errors import InputError, exit_with_message
 from parity.hub import write_hub_files
 from parity.storage.atomic import staged_folder
 from parity.storage.json import read_object
-from parity.storage.manifest import MANIFEST, file_hashes
+from parity.storage.manifest import MANIFEST, Manifest, file_hashes
+from parity.storage.manifest import write as write_hashes
 from parity.training.initial import weights_folder
 from parity.training.runs import RunFolder
-from parity.weights import huggingface, openai, peft_files
+from parity.weights import classifier_files, huggingface, openai, peft_files
 from parity.weights.adapters import n_adapter_params
+from parity.weights.classifier import CLASSIFIER_FILE
 from parity.weights.load import base_folder, holds_adapter, read_folder
 
 # The tokenizer's two files have the same content in both formats, under different names.
@@ -67,16 +70,17 @@ def main() -> None:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise InputError(f"{args.out} is not an empty folder; give another one")
     source = weights_folder(args.source)
+    if (source / CLASSIFIER_FILE).is_file():
+        write_classifier(args, source)
+        return
     adapter = None if args.adapter is None else weights_folder(args.adapter)
     config, stored, from_format = read_folder(source, adapter)
     if args.to == "peft":
         write_adapter(args, source, adapter, config)
         return
     arrays = dict(weights.convert(stored, from_format, "huggingface", config, np.float32, origin=args.source))
-    if not config.qkv_bias and args.to in _VOCABULARY:
-        # These formats always have the bias; with a bias of 0 the model computes the same function.
-        arrays |= {n: np.zeros(shape, np.float32) for n, shape in with_bias(config).items() if n not in arrays}
-        config = dataclasses.replace(config, qkv_bias=True)
+    if args.to in _VOCABULARY:
+        config, arrays = add_bias(config, arrays)
     for name, array in arrays.items():
         weights.warn_if_not_finite(name, array, args.source)
     converted = dict(weights.convert(arrays, "huggingface", args.to, config))
@@ -105,6 +109,34 @@ def write_adapter(args: Args, source: Path, adapter: Path | None, config: GPTCon
     with staged_folder(args.out) as folder:
         peft_files.write(folder, config, stored)
     sys.stdout.write(f"{args.out}: an adapter of {n_adapter_params(config, stored.lora):,} parameters\n")
+
+
+def write_classifier(args: Args, source: Path) -> None:
+    """Write a classifier, with its adapter merged, as transformers' GPT2ForSequenceClassification.
+
+    Raises InputError if that model cannot hold it.
+    """
+    if args.to != "huggingface" or args.adapter is not None or args.verify:
+        raise InputError(f"{source} holds a classifier: only --to huggingface can, without --adapter and --verify")
+    stored = classifier_files.read(source)
+    classifier_files.refuse_for_transformers(stored.classifier, str(source))
+    arrays = dict(weights.convert(stored.arrays, stored.format, "huggingface", stored.config, np.float32))
+    config, arrays = add_bias(stored.config, arrays)
+    tokenizer = run_tokenizer(Path(args.source))
+    with staged_folder(args.out) as folder:
+        classifier_files.write(folder, config, {**arrays, **stored.head}, stored.classifier)
+        if tokenizer is not None:
+            write_tokenizer(folder, tokenizer, config.n_ctx)
+        write_hashes(folder, Manifest(file_hashes(folder)))
+    sys.stdout.write(f"{args.out}: a classifier with the labels {', '.join(stored.classifier.labels)}\n")
+
+
+def add_bias(config: GPTConfig, arrays: dict[str, np.ndarray]) -> tuple[GPTConfig, dict[str, np.ndarray]]:
+    """Return a model of the same function with a bias of query, key and value, which some formats always have."""
+    if config.qkv_bias:
+        return config, arrays
+    added = {n: np.zeros(shape, np.float32) for n, shape in with_bias(config).items() if n not in arrays}
+    return dataclasses.replace(config, qkv_bias=True), {**arrays, **added}
 
 
 def with_bias(config: GPTConfig) -> dict[str, tuple[int, ...]]:
@@ -164,9 +196,7 @@ def transformers_logits(source: Path, config: GPTConfig, tokens: np.ndarray) -> 
     except ModuleNotFoundError:
         return None
     arrays = read_weights(str(source))[1]
-    if not config.qkv_bias:  # transformers always has the bias; a bias of 0 is the same function
-        arrays |= {n: np.zeros(s, np.float32) for n, s in with_bias(config).items() if n not in arrays}
-    return parity_hf.logits(config, arrays, tokens, folder=source)
+    return parity_hf.logits(config, add_bias(config, arrays)[1], tokens, folder=source)
 
 
 def verify(source: Path, adapter: Path | None, written: Path, out: Path) -> None:

@@ -66,27 +66,19 @@ def _variants(topic: str, given: str, answer: str) -> Iterator[dict[str, str]]:
         yield {"instruction": question, "input": given, "output": answer}
 
 
-_SENTENCES = (
-    "The word is {}.",
-    "Somebody wrote {} on the wall.",
-    "My list begins with {} and goes on.",
-    "I think that the answer was {}.",
-    "She drew a picture and called it {}.",
-    "Do you know what {} means?",
-    "{} is what the teacher said.",
-    "Please look up {} for me.",
-)
+_LISTS = ("Here are {}, {} and {}.", "My list: {}, {}, {}", "{}, {} or {}?", "She named {}, {} and {}.")
 
 
-def labeled_sentences(seed: int = 0) -> list[dict[str, str]]:
-    """Return different sentences with a word, and its kind as their label, in random order.
+def labeled_lists(seed: int = 0, count: int = 1200) -> list[dict[str, str]]:
+    """Return texts that name three things of one kind, with the kind as their label, in random order.
 
-    A held-out sentence has a word that the others have in other sentences.
+    A held-out text names things that the others name in other company.
     """
-    records = [
-        {"text": sentence.format(word), "label": kind}
-        for kind, words in _WORDS.items()
-        for word in words.split()
-        for sentence in _SENTENCES
-    ]
-    return [records[index] for index in np.random.default_rng(seed).permutation(len(records))]
+    generator = np.random.default_rng(seed)
+    kinds = {kind: words.split() for kind, words in _WORDS.items()}
+    texts: dict[str, str] = {}
+    while len(texts) < count:
+        kind = str(generator.choice(list(kinds)))
+        words = generator.choice(kinds[kind], 3, replace=False)
+        texts[_LISTS[generator.integers(len(_LISTS))].format(*words)] = kind
+    return [{"text": text, "label": kind} for text, kind in texts.items()]

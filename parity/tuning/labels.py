@@ -12,7 +12,7 @@ import numpy as np
 from parity.data.tokenizer import replace_surrogates
 from parity.errors import InputError, printable
 from parity.storage.json import LISTING
-from parity.tuning.embedded import EMBEDDED, labeled_sentences
+from parity.tuning.embedded import EMBEDDED, labeled_lists
 from parity.tuning.records import Record, read_records
 
 _RECORDS = (".json", ".jsonl", ".ndjson", ".parquet")
@@ -43,7 +43,7 @@ def read_labeled(name: str, needs_label: bool = True) -> list[Labeled]:
         InputError: If a record has no text or no label; the message names the file and the place.
     """
     if name == EMBEDDED:
-        return [_labeled(Record(e, f"{EMBEDDED}, item {n}"), True) for n, e in enumerate(labeled_sentences(), 1)]
+        return [_labeled(Record(e, f"{EMBEDDED}, item {n}"), True) for n, e in enumerate(labeled_lists(), 1)]
     file = Path(name)
     suffix = file.suffix.lower()
     if suffix not in _RECORDS + _LINES:

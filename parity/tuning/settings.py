@@ -166,7 +166,7 @@ TUNE_RECIPES: dict[str, TuneRecipe] = {
     "rules-classify": TuneRecipe(
         PRESETS["small"],
         dataclasses.replace(
-            _RULES_SETTINGS, steps=400, lr=1e-3, min_lr=1e-4, eval_every=100, validation_fraction=0.1
+            _RULES_SETTINGS, steps=200, lr=1e-3, min_lr=1e-4, eval_every=50, validation_fraction=0.1
         ),
         TuneSettings(task="classify", test_fraction=0.2, eval_items=256),
         needs_weights=False,
