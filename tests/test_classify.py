@@ -12,7 +12,6 @@ import pytest
 import torch
 import transformers
 from support.interrupting import interrupted
-from support.models import BACKENDS
 from support.runs import command, metrics, run_program
 
 import gpt_torch
@@ -21,6 +20,7 @@ from parity.data.tokenizer import ByteTokenizer
 from parity.errors import InputError
 from parity.tuning.args import parse_tune_args
 from parity.tuning.embedded import labeled_lists
+from parity.tuning.labels import split_at_random
 from parity.tuning.settings import TUNE_RECIPES
 from parity.weights import classifier_files
 
@@ -51,7 +51,7 @@ def tune(workplace, *arguments, moment=None):
 
 @pytest.fixture(scope="module")
 def runs(workplace):
-    """{name: folder}: adapters in torch; the same, begun by JAX, killed, and ended by torch; the book's way in JAX."""
+    """{name: folder}: adapters in torch; the same, begun by JAX, killed, and ended by torch; the book's way."""
     lora = (*OPTIONS, "--data", "data.jsonl", "--init-from", "base", "--lora-rank", 2)
     whole = tune(workplace, "--backend", "torch", *lora, "--run", "whole")
     assert whole.returncode == 0, whole.stderr
@@ -63,7 +63,7 @@ def runs(workplace):
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed = tune(workplace, "--backend", "torch", "--run", "mixed", "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    book = tune(workplace, "--backend", "jax", *OPTIONS, *BOOK, "--run", "book")
+    book = tune(workplace, "--backend", "torch", *OPTIONS, *BOOK, "--run", "book")
     assert book.returncode == 0, book.stderr
     return {name: workplace / name for name in ("whole", "mixed", "book")}
 
@@ -107,19 +107,25 @@ def test_both_backends_label_a_file_alike(runs, workplace):
     given = json.loads(f"[{', '.join((workplace / 'data.jsonl').read_text().splitlines()[:5])}]")
     (workplace / "test.json").write_text(json.dumps([*given, {"text": "Here are owl, pig and cow.", "id": 7}]))
     (workplace / "test.tsv").write_text("".join((workplace / "data.tsv").read_text().splitlines(True)[:3]))
-    for run, file in (("mixed", "test.json"), ("book", "test.tsv")):
-        labeled = {}
-        for backend in BACKENDS:
-            out = f"{run}-{backend}.json"
-            result = tune(workplace, "--backend", backend, "--run", run, "--predict", file, "--out", out)
-            assert result.returncode == 0, result.stderr
-            assert "labeled right, loss" in result.stdout
-            labeled[backend] = json.loads((workplace / out).read_text())
-        for a, b in zip(*labeled.values(), strict=True):
-            assert a["model_label"] == b["model_label"] == max(a["probabilities"], key=a["probabilities"].get)
-            assert a.pop("probabilities") == pytest.approx(b.pop("probabilities"), abs=1e-5)
-            assert a.pop("loss", 0) == pytest.approx(b.pop("loss", 0), abs=1e-5)
-            assert a == b
+    labeled = {}
+    for run, file, backend in (
+        ("mixed", "test.json", "torch"),
+        ("mixed", "test.json", "jax"),
+        ("book", "test.tsv", "jax"),
+    ):
+        out = f"{run}-{backend}.json"
+        result = tune(workplace, "--backend", backend, "--run", run, "--predict", file, "--out", out)
+        assert result.returncode == 0, result.stderr
+        assert "labeled right, loss" in result.stdout
+        labeled[run, backend] = json.loads((workplace / out).read_text())
+    for entry in labeled["book", "jax"]:
+        assert entry["label"] in entry["probabilities"]
+        assert entry["correct"] == (entry["label"] == entry["model_label"])
+    for a, b in zip(labeled["mixed", "torch"], labeled["mixed", "jax"], strict=True):
+        assert a["model_label"] == b["model_label"] == max(a["probabilities"], key=a["probabilities"].get)
+        assert a.pop("probabilities") == pytest.approx(b.pop("probabilities"), abs=1e-5)
+        assert a.pop("loss", 0) == pytest.approx(b.pop("loss", 0), abs=1e-5)
+        assert a == b
     last = json.loads((workplace / "mixed-torch.json").read_text())[-1]
     assert last.keys() == {"text", "id", "model_label", "probabilities"}
 
@@ -176,7 +182,9 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_options_are_one_clear_error(monkeypatch, workplace, name):
     (workplace / "one.tsv").write_text("a\tsome text\n" * 12)
-    (workplace / "rare.tsv").write_text("a\tsome text\n" * 44 + "b\tother\n")
+    held_out = split_at_random(list(range(45)), 123, 0.2, 0.1)[1][0]  # as for tests
+    lines = [f"{'b' if number == held_out else 'a'}\tsome text\n" for number in range(45)]
+    (workplace / "rare.tsv").write_text("".join(lines))
     arguments, message = BAD[name]
     monkeypatch.chdir(workplace)
     monkeypatch.setattr("sys.argv", ["finetune.py", *map(str, (*OPTIONS, *SHAPE, "--backend", "torch", *arguments))])
