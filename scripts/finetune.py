@@ -1,8 +1,9 @@
-"""Tune a model on examples: instructions with their responses, or preferences. Both backends take the same steps.
+"""Tune a model on instructions with responses, texts with labels, or preferences. Both backends take the same steps.
 
 python scripts/finetune.py                                        # a small model, on instructions made by rule
 python scripts/finetune.py --init-from runs/NAME                  # the same, from the weights of a run
 python scripts/finetune.py --backend torch --init-from 355M --data instruction-data.json --preset book-instruct
+python scripts/finetune.py --task classify                        # a small model, on labels of texts made by rule
 python scripts/finetune.py --task prefer --init-from runs/NAME    # that model, on preferences made by rule
 python scripts/finetune.py --run runs/NAME --resume               # a run of either backend
 python scripts/finetune.py --run runs/NAME --predict test.json --out answers.json

@@ -73,6 +73,7 @@ def test_a_run_reports_accuracy_and_confusions(runs):
         evaluations = [entry for entry in metrics(runs[name]) if "validation_loss" in entry]
         assert [entry["step"] for entry in evaluations] == [0, 3, 6]
         for entry in evaluations:
+            assert "perplexity" not in entry
             table = np.array(entry["confusions"])
             assert table.shape == (count, count)
             assert entry["accuracy"] == np.trace(table) / table.sum()

@@ -189,8 +189,7 @@ def _evaluate_and_save(trainer: Trainer, job: Job, step: int, console: Console) 
     perplexity = {"perplexity": math.exp(min(loss, 700))} if job.loss_unit == "token" else {}
     measured = {} if job.measure is None else job.measure(trainer)
     job.log({"step": step, "validation_loss": loss, **perplexity, **measured})
-    numbers = [(name.replace("_", " "), value) for name, value in measured.items() if isinstance(value, int | float)]
-    more = "".join(f"  {name} {value:.3f}" for name, value in numbers)
+    more = "".join(f"  {n.replace('_', ' ')} {v:.3f}" for n, v in measured.items() if isinstance(v, int | float))
     first = "".join(f"  {name} {value:.2f}" for name, value in perplexity.items())
     console.print(f"step {step:>6}  validation loss {loss:.4f}{first}{more}", soft_wrap=True)
     _save(trainer, job, step)

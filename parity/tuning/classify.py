@@ -91,6 +91,7 @@ def load_labels(args: TuneArgs, tokenizer: Tokenizer) -> JobData:
         validation=parts["validation"],
         prompts=[],
         measure=held_out.measure,
+        loss_unit="text",
         sample=held_out.sample,
         trainer_options={"classifier": classifier, "table": table},
         has_baseline=False,

@@ -22,6 +22,10 @@ _TASK_OF_OPTION: dict[str, Task] = {
     "packing": "instruct",
     "dpo_beta": "prefer",
     "dpo_logprobs": "prefer",
+    "position": "classify",
+    "head_bias": "classify",
+    "balance": "classify",
+    "train_blocks": "classify",
 }
 """The options that only one task has."""
 
@@ -31,9 +35,10 @@ class ExampleSettings(TrainSettings):
     """Settings of training as they apply to examples."""
 
     corpus: Annotated[str, tyro.conf.arg(name="data")] = EMBEDDED
-    """Examples to train on: a .json, .jsonl or .parquet file, or rules, a set that is made by rule."""
+    """Examples to train on: a .json, .jsonl or .parquet file, for labels also a .tsv file, or rules, a set that is made
+    by rule."""
     validation_fraction: float = 0.05
-    """Fraction of the examples, from the end of the file, whose loss is the validation loss."""
+    """Fraction of the examples whose loss is the validation loss: from the end of the file, or for labels at random."""
     steps: int = 300
     """Number of optimizer steps."""
     batch_size: int = 8
@@ -67,10 +72,10 @@ class TuneSettings:
     loss_on: LossOn = "response"
     """Tokens that count in the loss: those of the responses, or all tokens."""
     test_fraction: float = 0.1
-    """Fraction of the examples, from the middle of the file between those for training and those for validation, that
-    are held out to be answered."""
+    """Fraction of the examples that are held out to be answered or labeled: from the middle of the file, between those
+    for training and those for validation, or for labels at random."""
     eval_items: int = 32
-    """Number of examples for tests that each evaluation answers, to count the responses that match exactly."""
+    """Number of examples for tests that each evaluation answers or labels, to count what is right."""
     max_length: int | None = None
     """Largest number of tokens of an example; by default the model's context."""
     packing: bool = False
