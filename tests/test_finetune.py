@@ -193,7 +193,10 @@ BAD = {
         ("--data", "data.jsonl"),
         "--preset instruct needs weights to start from",
     ),
-    "unknown preset": (("--preset", "books"), "unknown preset 'books'; choose one of rules, rules-classify, rules-prefer, instruct"),
+    "unknown preset": (
+        ("--preset", "books"),
+        "unknown preset 'books'; choose one of rules, rules-classify, rules-prefer, instruct",
+    ),
     "preset for training": (("--preset", "small"), "'small'; it is one of the training scripts; choose one of rules"),
     "no file": ((*SHAPE, "--preset", "rules", "--data", "none.json"), "none.json is not a file"),
     "no test": ((*OPTIONS, "--test-fraction", 0.001), "data.jsonl: of 30 examples none is left for --test-fraction"),
