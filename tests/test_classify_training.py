@@ -10,6 +10,7 @@ import torch
 import transformers
 from support import numpy_oracle as oracle
 from support.models import BACKENDS, TINY
+from support.tolerances import LOGITS_ATOL
 from support.trained import frozen_arrays, trained_arrays
 
 import gpt_jax
@@ -74,10 +75,10 @@ def batch(kind, step):
     return [array.reshape(2, 2, *array.shape[1:]) for array in arrays]
 
 
-def train(name, kind, steps, change=lambda trainer: None):
+def train(name, kind, steps, change=lambda trainer: None, dtype="float64"):
     """Train, and return ([(loss, norm)], [trained arrays before and after each step]), and check the frozen ones."""
     with full_precision():
-        trainer = TRAINER[name](TINY, settings_of(kind), **KINDS[kind])
+        trainer = TRAINER[name](TINY, dataclasses.replace(settings_of(kind), dtype=dtype), **KINDS[kind])
         change(trainer)
         before, metrics, trail = frozen_arrays(name, trainer), [], [trained_arrays(name, trainer)]
         for step in range(steps):
@@ -107,6 +108,17 @@ def test_every_update_of_a_hundred_steps(runs, kind):
             other = other_trail[step + 1][name] - other_trail[step][name]
             result = compare(f"step {step} {name}", other, update, 1e-9 * np.abs(update).max() + 1e-300)
             assert result.ok, str(result)
+
+
+def test_losses_in_float32():
+    """A loss moves by at most twice the rounding of a logit, which support/tolerances.py derives."""
+    got, want = (train(name, "all", 20, dtype="float32")[0][:, 0] for name in ("jax", "torch"))
+    result = compare("losses", got, want, 2 * LOGITS_ATOL[np.float32])
+    print(result)
+    assert result.ok, str(result)
+    exact = train("torch", "all", 20)[0][:, 0]
+    assert compare("losses", want, exact, 2 * LOGITS_ATOL[np.float32]).ok
+    assert not np.array_equal(want, exact)
 
 
 def oracle_gradients(arrays, kind, step):
