@@ -48,16 +48,17 @@ def test_a_wrong_answer_under_load_is_an_error(monkeypatch):
 
 
 @pytest.mark.slow
-def test_transformers_serve_gives_the_same_answers(vocab_bpe, tmp_path, monkeypatch):
-    monkeypatch.setenv("MEASURE_ON", "cpu")
+def test_transformers_serve_gives_the_same_answers(vocab_bpe, tmp_path):
     tokenizer = GPT2Tokenizer(vocab_bpe)
     config = GPTConfig(n_ctx=64, n_embd=32, n_head=2, n_layer=2)
     folder = serving.write_model(tmp_path, config, tokenizer)
     requests = serving.draw_requests(6, config, tokenizer)
-    answers = {
-        "torch": serving.ours(folder, "torch", requests, 3).call(),
-        "jax": serving.ours(folder, "jax", requests, 3).call(),
-        "transformers": serving.theirs(folder, requests, 3).call(),
-    }
-    assert answers["torch"] == answers["jax"] == answers["transformers"]
-    assert all(answers["torch"])
+    answers = {}
+    for name, start in serving.STARTS.items():
+        server = start(folder, {"JAX_PLATFORMS": "cpu"})
+        try:
+            answers[name] = serving.clients(*server[1:], requests, 3).call()
+        finally:
+            serving.stop(server)
+    assert answers["gpt_torch"] == answers["gpt_jax"] == answers["transformers"]
+    assert all(answers["gpt_torch"])

@@ -1,5 +1,7 @@
 """The benchmark of the server: many clients, one client, and `transformers serve` with the same weights and load."""
 
+import contextlib
+import functools
 import json
 import os
 import re
@@ -8,10 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
-from multiprocessing.util import Finalize
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
@@ -42,32 +43,47 @@ class Server(NamedTuple):
     """host:port"""
     model: str
     """Name of the model for requests."""
+    pid: int
 
 
 def serve(args: Args) -> list[Measurement]:
-    """Measure the time of all answers to requests of different lengths, and the server under 64 clients."""
+    """Measure the time of all answers to requests of different lengths, and the server under many clients."""
     if args.gpu:
         raise InputError("serve measures on the CPU only; leave --gpu out")
     config = PRESETS[args.size]
     tokenizer = load_tokenizer("gpt2", args.vocab_bpe)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = write_model(Path(name), config, tokenizer)
         requests = draw_requests(N_REQUESTS, config, tokenizer)
-        specs: dict[str, Spec] = {
-            "gpt_jax": args.spec(ours, folder, "jax", requests, N_CLIENTS),
-            "gpt_jax, one request at a time": args.spec(ours, folder, "jax", requests, 1),
-            "gpt_torch": args.spec(ours, folder, "torch", requests, N_CLIENTS),
-            "transformers serve": args.spec(theirs, folder, requests, N_CLIENTS),
-            "transformers serve, one request at a time": args.spec(theirs, folder, requests, 1),
+        servers: dict[str, Server] = {}
+
+        def clients_of(peer: str, n_clients: int) -> Spec:
+            """The clients of a server, which is started for its first peer."""
+            try:
+                if peer not in servers:
+                    servers[peer] = STARTS[peer](folder, args.spec(clients).environment)
+                    stack.callback(stop, servers[peer])
+            except InputError as error:
+                return args.spec(failed, str(error))
+            return args.spec(clients, *servers[peer][1:], requests, n_clients)
+
+        names = {
+            "gpt_jax": ("gpt_jax", N_CLIENTS),
+            "gpt_jax, one request at a time": ("gpt_jax", 1),
+            "gpt_torch": ("gpt_torch", N_CLIENTS),
+            "transformers serve": ("transformers", N_CLIENTS),
+            "transformers serve, one request at a time": ("transformers", 1),
         }
-        selected = args.selected(specs)
-        timings, _ = interleave(selected, args.rounds, 1)
+        selected = args.selected({name: args.spec(clients) for name in names})
+        timings, _ = interleave({name: clients_of(*names[name]) for name in selected}, args.rounds, 1)
         tokens = sum(request["max_tokens"] for request in requests)
-        title = f"Server: {args.size}, float32, {N_REQUESTS} requests of {N_CLIENTS} clients, "
-        measurements = [Measurement(f"{title}{tokens:,} new tokens", "load", tokens, "tokens", timings)]
-        for backend in ("jax", "torch"):
-            if args.seconds and any(f"gpt_{backend}" in name for name in selected):
-                measurements.append(_under_load(args, folder, backend, config, tokenizer))
+        title = f"Server: {args.size}, float32, {N_REQUESTS} requests of {N_CLIENTS} clients, {tokens:,} new tokens"
+        measurements = [Measurement(title, "load", tokens, "tokens", timings)]
+        candidates = draw_requests(4 * N_REQUESTS, config, tokenizer)
+        for peer in ("gpt_jax", "gpt_torch"):
+            if args.seconds and peer in servers:
+                title = f"Load: {args.size}, {peer}, {args.clients} clients for {args.seconds} s"
+                measurements.append(load.under_load(title, *servers[peer][1:], candidates, args.clients, args.seconds))
     return measurements
 
 
@@ -92,25 +108,25 @@ def draw_requests(count: int, config: GPTConfig, tokenizer: Tokenizer) -> list[d
     return requests
 
 
-def ours(folder: Path, backend: str, requests: Sequence[dict[str, Any]], n_clients: int) -> Workload:
-    """scripts/serve.py."""
-    return _workload(start_ours(folder, backend), requests, n_clients)
-
-
-def start_ours(folder: Path, backend: str, *options: str) -> Server:
+def start_ours(backend: str, folder: Path, environment: Mapping[str, str]) -> Server:
+    """Start scripts/serve.py."""
     program = [sys.executable, str(Path(__file__).parents[1] / "serve.py")]
-    arguments = ["--model", str(folder), "--backend", backend, "--port", "0", *options]
-    process = subprocess.Popen([*program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    Finalize(None, stop, (process,), exitpriority=1)  # when this process ends
+    process = subprocess.Popen(
+        [*program, "--model", str(folder), "--backend", backend, "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **environment},
+        text=True,
+    )
     assert process.stdout is not None
     found = re.search(r"at http://(\S+)", process.stdout.readline())
     if not found:
         raise InputError(f"serve.py failed: {process.communicate()[1][-500:]}")
-    return Server(process, found[1], f"{folder.name}-{backend}")
+    return Server(process, found[1], f"{folder.name}-{backend}", process.pid)
 
 
-def theirs(folder: Path, requests: Sequence[dict[str, Any]], n_clients: int) -> Workload:
-    """The command `transformers serve` (the extra transformers[serving])."""
+def start_transformers(folder: Path, environment: Mapping[str, str]) -> Server:
+    """Start the command `transformers serve` (the extra transformers[serving])."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     program = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", str(folder)]
@@ -118,35 +134,41 @@ def theirs(folder: Path, requests: Sequence[dict[str, Any]], n_clients: int) -> 
         [*program, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--log-level", "error"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **environment, "HF_HUB_OFFLINE": "1"},
         text=True,
     )
-    Finalize(None, stop, (process,), exitpriority=1)
-    server = Server(process, f"127.0.0.1:{port}", str(folder))
+    server = Server(process, f"127.0.0.1:{port}", str(folder), process.pid)
     end = time.monotonic() + START_SECONDS
     while True:
         try:
-            ask(server, {"prompt": "a", "max_tokens": 1})
-            break
+            ask(server.address, server.model, {"prompt": "a", "max_tokens": 1})
+            return server
         except OSError:
             if process.poll() is not None:
                 raise InputError("transformers serve ended; is the extra transformers[serving] installed?") from None
             if time.monotonic() > end:
+                stop(server)
                 raise InputError("transformers serve does not answer") from None
             time.sleep(0.5)
-    return _workload(server, requests, n_clients)
 
 
-def stop(process: subprocess.Popen[str]) -> None:
-    process.terminate()
-    process.wait()
+STARTS: dict[str, Callable[[Path, Mapping[str, str]], Server]] = {
+    "gpt_jax": functools.partial(start_ours, "jax"),
+    "gpt_torch": functools.partial(start_ours, "torch"),
+    "transformers": start_transformers,
+}
 
 
-def ask(server: Server, request: dict[str, Any]) -> str:
+def stop(server: Server) -> None:
+    server.process.terminate()
+    server.process.communicate()
+
+
+def ask(address: str, model: str, request: dict[str, Any]) -> str:
     """Return the text of a completion."""
-    connection = HTTPConnection(server.address, timeout=START_SECONDS)
+    connection = HTTPConnection(address, timeout=START_SECONDS)
     try:
-        body = json.dumps({"model": server.model, **request})
+        body = json.dumps({"model": model, **request})
         connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         answer = response.read()
@@ -157,28 +179,15 @@ def ask(server: Server, request: dict[str, Any]) -> str:
     return json.loads(answer)["choices"][0]["text"]
 
 
-def _workload(server: Server, requests: Sequence[dict[str, Any]], n_clients: int) -> Workload:
+def clients(address: str, model: str, pid: int, requests: Sequence[dict[str, Any]], n_clients: int) -> Workload:
+    """All answers to the requests, of several clients at the same time."""
+
     def call() -> list[str]:
         with ThreadPoolExecutor(n_clients) as threads:
-            return list(threads.map(lambda request: ask(server, request), requests))
+            return list(threads.map(lambda request: ask(address, model, request), requests))
 
-    return Workload(call, lambda: load.resources(server.process.pid).peak, "cpu")
+    return Workload(call, lambda: load.resources(pid).peak, "cpu")
 
 
-def _under_load(args: Args, folder: Path, backend: str, config: GPTConfig, tokenizer: Tokenizer) -> Measurement:
-    spec = args.spec(ours, folder, backend, (), 1)
-    os.environ.update(spec.environment)  # for the server; this process imports no framework
-    server = start_ours(folder, backend)
-    try:
-        candidates = draw_requests(4 * N_REQUESTS, config, tokenizer)
-        return load.under_load(
-            f"Load: {args.size}, gpt_{backend}, {args.clients} clients for {args.seconds} s",
-            server.address,
-            server.model,
-            server.process.pid,
-            candidates,
-            args.clients,
-            args.seconds,
-        )
-    finally:
-        stop(server.process)
+def failed(reason: str) -> Workload:
+    raise InputError(reason)
