@@ -209,6 +209,39 @@ def test_bodies_that_are_no_objects_are_refused(client, body):
     assert "the body" in response.json()["error"]["message"]
 
 
+def test_no_body_breaks_a_view(client):
+    """Random fields of random kinds: each is answered or refused, never a failure of the server."""
+    generator = np.random.default_rng(0)
+    values = [None, True, -1, 0, 1, 2, 10**30, 0.5, -1e300, "", "ab", "\ud800", "\x00", "é" * 30, "zero", "tiny-torch"]
+    values += [[], [1, 2], [-1], [10**30], [[1]], ["a"], [""], {}, {"a": [1]}, [{"role": "user", "content": "a"}]]
+    fields = {name for _, *kinds in page.VIEWS.values() for names in kinds for name in names}
+    fields |= {*page._COMPLETION, "first", "path", "version", "checkpoint"}
+    likely = {
+        "text": "ab",
+        "prompt": "a",
+        "max_new_tokens": 2,
+        "layer": 0,
+        "ids": [1, 2],
+        "first": 1,
+        "clean": "ab",
+        "corrupted": "cd",
+    }
+    paths = [*page.VIEWS, "complete", "compare", "run", "load"]
+    statuses = set()
+    for number in range(300):
+        path = paths[number % len(paths)]
+        kinds = page.VIEWS[path][1:] if path in page.VIEWS else [page._COMPLETION]
+        body = {"model": "tiny-torch"} if path not in ("compare", "run", "load") else {}
+        body |= {name: likely[name] for name in kinds[0] if name in likely}
+        for name in generator.choice(sorted(fields), generator.integers(0, 3)):
+            body[str(name)] = values[generator.integers(len(values))]
+        response = client.post(f"/page/{path}", content=json.dumps(body), headers={"Content-Type": "application/json"})
+        assert response.status_code in (200, 400), (path, body, response.text)
+        assert response.status_code == 200 or response.json()["error"]["message"], (path, body)
+        statuses.add((path, response.status_code))
+    assert {path for path, status in statuses if status == 200} >= {"loss", "attention", "lens", "logits", "complete"}
+
+
 def test_too_many_views_at_once_are_refused(client, monkeypatch):
     monkeypatch.setattr(page, "_MOST_WAITING", 0)
     response = post(client, "loss", model="tiny-torch", text="a")
