@@ -257,7 +257,7 @@ def test_stop_ends_the_generation(visit, served):
         const encode = (data) => new TextEncoder().encode(`data: ${JSON.stringify(data)}\\n\\n`);
         resolve(new Response(new ReadableStream({start(controller) {
           controller.enqueue(encode({prompt: [65]}));
-          controller.enqueue(encode({tokens: [{id: 66, text: 'B', logprob: -1, top: []}], finish_reason: null}));
+          controller.enqueue(encode({tokens: [{id: 66, text: 'B', logprob: -1}], finish_reason: null}));
           options.signal.addEventListener('abort', () => controller.error(options.signal.reason));
         }})));
       });

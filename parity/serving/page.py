@@ -17,7 +17,7 @@ from parity.data.tokenizer import Tokenizer
 from parity.errors import InputError
 from parity.serving import agreement, inspect, interventions, run_views
 from parity.serving.chat import chat_prompt, chat_template
-from parity.serving.display import N_TOP, TokenTexts, rounded, show_token
+from parity.serving.display import TokenTexts, rounded, show_token
 from parity.serving.engine import BusyError, Engine
 from parity.serving.fields import read_fields
 from parity.serving.respond import EventStream, answers_errors, encode
@@ -144,7 +144,7 @@ class _Page:
         options: Any = {name: fields[name] for name in _SAMPLING if name in fields}
         options = {"seed": 0, **options, "row": 0, "eos_id": engine.tokenizer.eos_id}
         row = Row(prompt, most, options, [text for text in fields.get("stop", []) if text])
-        generation = engine.submit([row], N_TOP)
+        generation = engine.submit([row])
         return EventStream(_events(generation, prompt, engine.tokenizer), generation)
 
     def view(self, function: Callable[..., Any], required: Mapping[str, str], optional: Mapping[str, str]) -> Handler:
@@ -242,11 +242,7 @@ async def _events(generation: Generation, prompt: Sequence[int], tokenizer: Toke
     async for progress in generation:
         tokens = []
         for token in progress.tokens:
-            top = [
-                {"id": id, "shown": show_token(tokenizer, id), "logprob": rounded(logprob)}
-                for id, logprob in token.top[:N_TOP]
-            ]
-            tokens.append({**texts.add(token.id), "logprob": rounded(token.logprob), "top": top})
+            tokens.append({**texts.add(token.id), "logprob": rounded(token.logprob)})
         if progress.finish_reason and tokens:
             tokens[-1]["text"] += texts.rest()
         excess += sum(len(token["text"]) for token in tokens) - len(progress.text)

@@ -56,7 +56,7 @@ export class Inspector {
     $(`[data-fact=${name}]`, this.root).textContent = text;
   }
 
-  // subject: {model, ids, position, token: {id, text, shown, logprob, rank?, entropy?, top}, options, n_vocab}
+  // subject: {model, ids, position, token: {id, text, shown, logprob, rank?, entropy?}, options, n_vocab}
   async show(subject) {
     this.subject = subject;
     this.stored = null;
