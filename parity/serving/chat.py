@@ -52,11 +52,13 @@ class ChatStyle:
 
 
 def chat_template(run: Path) -> str | None:
-    """Return the template of a run that was tuned on instructions, and None for any other run."""
+    """Return the template of a run that was tuned on instructions, or on preferences among responses to them; of any
+    other run None.
+    """
     if "tune" not in RunFolder(run).config():
         return None
     tune = read_tuning(RunFolder(run)).tune
-    return tune.template if tune.task == "instruct" else None
+    return tune.template if tune.task in ("instruct", "prefer") else None
 
 
 def chat_prompt(messages: Any, engine: Engine) -> list[int]:
