@@ -15,6 +15,7 @@ from parity.generation import check_finite
 from parity.serving.app import Options, make_app
 from parity.serving.options import LACKING, MOST_ROWS, MOST_STOPS
 from parity.serving.rows import Generation, Row, WaitingRow
+from parity.serving.security import HEADERS
 from parity.tuning.records import Conversation, Turn
 from parity.tuning.template import render
 
@@ -320,6 +321,7 @@ def test_a_failure_of_the_engine_is_an_error_of_ours(monkeypatch):
             patch.setattr(engine.serving, "decode", lambda *_: iter(1 / 0 for _ in "a"))
             whole, streamed = complete(app, {"prompt": "a"}, {"prompt": "a", "stream": True})
         assert error(whole, 500)["message"] == "the server failed: ZeroDivisionError; its terminal has the details"
+        assert whole.headers.items() >= {name.lower(): value for name, value in HEADERS.items()}.items()
         assert '"error": {"message": "the server failed: ZeroDivisionError"' in streamed.text
         with monkeypatch.context() as patch:
             patch.setattr(engine.serving, "decode", lambda *_: check_finite(3))

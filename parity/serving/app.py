@@ -18,7 +18,7 @@ from parity.serving import page
 from parity.serving.chat import chat_completions
 from parity.serving.completions import completions
 from parity.serving.engine import Engine
-from parity.serving.security import Guard, error_response
+from parity.serving.security import HEADERS, Guard, error_response
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,4 +100,5 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _unexpected_error(request: Request, error: Exception) -> Response:
-    return error_response(500, f"the server failed: {type(error).__name__}; its terminal has the details")
+    message = f"the server failed: {type(error).__name__}; its terminal has the details"
+    return error_response(500, message, headers=HEADERS)  # which the guard does not see
