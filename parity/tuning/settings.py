@@ -178,7 +178,7 @@ TUNE_RECIPES: dict[str, TuneRecipe] = {
     ),
     "rules-prefer": TuneRecipe(
         PRESETS["small"],
-        dataclasses.replace(_RULES_SETTINGS, steps=200, lr=1e-4, min_lr=1e-5, eval_every=50),
+        dataclasses.replace(_RULES_SETTINGS, steps=100, lr=5e-5, min_lr=5e-6, warmup=10, eval_every=25),
         TuneSettings(task="prefer"),
     ),
     "instruct": TuneRecipe(PRESETS["124M"], _SETTINGS, TuneSettings()),
