@@ -11,7 +11,7 @@ import numpy as np
 from gpt_jax.decoding import DecodingModel, for_decoding
 from gpt_jax.generation_loop import run
 from gpt_jax.model import GPTModel
-from parity.generation import SMALLEST_BUCKET, Chunk, Request, bucket
+from parity.generation import Chunk, Request, bucket
 from parity.sampling import ActiveRules
 
 STEPS_PER_CALL = 4
@@ -19,7 +19,8 @@ STEPS_PER_CALL = 4
 _SIZES = (1, 8, 64)
 """Numbers of rows per batch, below the largest. On a CPU, 8 rows take little longer than 1."""
 
-_WARM_UP_TOKENS = 2**12
+_SMALLEST_WIDTH = 32
+_WARM_UP_TOKENS = 2**11
 """Batches with more tokens are not computed at the start, where they would take longer than to compile later."""
 
 
@@ -63,8 +64,8 @@ def _with_common_shape(request: Request) -> Request:
 
 
 def _widths(n_ctx: int) -> list[int]:
-    """Powers of four from the smallest bucket to the first that has room for the context."""
-    widths = [SMALLEST_BUCKET]
+    """Powers of two from _SMALLEST_WIDTH to the first that has room for the context."""
+    widths = [_SMALLEST_WIDTH]
     while widths[-1] < n_ctx:
-        widths.append(min(4 * widths[-1], bucket(n_ctx)))
+        widths.append(2 * widths[-1])
     return widths

@@ -5,15 +5,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from parity.config import GPTConfig
-from parity.generation import Chunk, Request, prepare
+from parity.generation import Chunk, Request, bucket, prepare
 from parity.sampling import PromptOptions
 from parity.serving.rows import Generation, Progress, WaitingRow
 
 MOST_TOP = 20
 """Largest number of most likely tokens that a request may have for each token."""
-_PREFILL_SPEEDUP = 16
-"""How much faster a model reads a token of a prompt than it generates one; a batch is not formed again before its rows
-have 1/16 as many new tokens as their texts have."""
+_PREFILL_SPEEDUP = 5
+"""How much faster a model reads a token of a prompt than it generates one in a batch, on a CPU."""
 
 
 class Batch:
@@ -23,16 +22,16 @@ class Batch:
         self.rows = rows
         self._chunks: Iterator[Chunk] = iter(())
         self._lengths = np.zeros(len(rows), np.int32)
-        self._n_steps = 0
+        self._n_idle = 0  # tokens that waiting rows would have had in free places
 
     @property
     def running(self) -> list[WaitingRow]:
         return [row for row in self.rows if row.is_running]
 
-    def may_form_again(self, n_free: int) -> bool:
-        """Whether there is a free place, and what was decoded outweighs reading the texts again."""
+    def may_form_again(self, size: int) -> bool:
+        """Whether what free places have cost outweighs reading the texts again, in a batch of `size` rows."""
         longest = max(len(row.row.prompt) + len(row.new_ids) for row in self.running)
-        return n_free > 0 and self._n_steps * _PREFILL_SPEEDUP >= longest
+        return self._n_idle > 0 and self._n_idle * _PREFILL_SPEEDUP >= size * bucket(longest)
 
     def start(self, config: GPTConfig, decode: Callable[[Request], Iterator[Chunk]], size: int) -> None:
         """Begin to decode.
@@ -54,8 +53,12 @@ class Batch:
         )
         self._chunks = decode(request)
 
-    def step(self) -> None:
-        """Decode a few tokens of each row, and deliver them."""
+    def step(self, n_idle: int = 0) -> None:
+        """Decode a few tokens of each row, and deliver them.
+
+        Args:
+            n_idle: Number of rows that wait and for which there would be a place.
+        """
         chunk = next(self._chunks)
         delivered: dict[Generation, list[Progress]] = {}
         for number, (row, length) in enumerate(zip(self.rows, chunk.lengths.tolist(), strict=False)):
@@ -69,7 +72,7 @@ class Batch:
                 if event is not None:
                     delivered.setdefault(row.generation, []).append(event)
         self._lengths = chunk.lengths
-        self._n_steps += chunk.tokens.shape[1]
+        self._n_idle += n_idle * chunk.tokens.shape[1]
         for generation, events in delivered.items():
             generation.deliver(events)
 

@@ -1,7 +1,8 @@
 """The engine: a thread that owns the model of one backend and decodes in one batch what clients request.
 
 Rows that wait at the same moment form a batch. When rows have ended or were cancelled and others wait, the batch is
-formed again: the tokens that the remaining rows have so far become their prompts. A token is a function of the row's
+formed again, as soon as the free places have cost as much as this does: the tokens that the remaining rows have so far
+become their prompts. A token is a function of the row's
 seed, number and position, and of the text before it, so that a row has the same tokens in every batch, up to rounding.
 """
 
@@ -220,7 +221,9 @@ class Engine:
         """Decode a few tokens of each row of the batch, after forming it if necessary."""
         batch = self._batch
         n_running = 0 if batch is None else len(batch.running)
-        if batch is None or n_running == 0 or (self._waiting and batch.may_form_again(self.max_batch - n_running)):
+        n_idle = min(self.max_batch - n_running, len(self._waiting))
+        size = self.serving.batch_size(max(1, n_running + n_idle), self.max_batch)
+        if batch is None or n_running == 0 or (n_idle and batch.may_form_again(size)):
             rows = [] if batch is None else batch.running
             self._batch = batch = None  # frees its cache
             with self._changed:
@@ -230,7 +233,8 @@ class Engine:
                 return
             self._batch = batch = Batch(rows)
             batch.start(self.config, self._decode_batch, self.serving.batch_size(len(rows), self.max_batch))
-        batch.step()
+            n_idle = 0
+        batch.step(n_idle)
 
     def _decode_batch(self, request: Request) -> Iterator[Chunk]:
         if self._decoder is None:
