@@ -194,7 +194,6 @@ def ask(model, kind, arguments):
 @pytest.mark.parametrize("name", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
 def test_the_harness_gets_the_adapter_s_results(name, vocab_bpe, tmp_path):
     """local-completions of lm-evaluation-harness, one request after another and several at the same time."""
-    pytest.importorskip("tenacity", reason="lm-eval's models of an API need the extra api of lm-eval: tenacity")
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     package = {"torch": gpt_torch, "jax": gpt_jax}[name]
