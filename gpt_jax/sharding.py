@@ -57,6 +57,15 @@ class MeshShape:
             sizes[name] = int(size)
         return cls(**sizes)
 
+    @classmethod
+    def chosen(cls, option: str | None) -> "MeshShape | None":
+        """Return the shape that --mesh asks for: without the option that of all devices of several processes, or None
+        for one device of one process.
+        """
+        if option is None and jax.process_count() == 1:
+            return None
+        return cls(jax.device_count()) if option is None else cls.parse(option)
+
     def __str__(self) -> str:
         return ",".join(f"{name}={size}" for name, size in dataclasses.asdict(self).items())
 
@@ -82,7 +91,7 @@ def choose_mesh(
     """Return the mesh of a run, its shape, and what the summary says about it.
 
     Args:
-        option: The text of --mesh, or None for one device, or for all devices of a run of several processes.
+        option: The text of --mesh; see MeshShape.chosen().
         config: The model.
         micro_size: Number of rows of a micro-batch; None if it will be chosen later.
         platform: JAX's name of the platform.
@@ -90,9 +99,9 @@ def choose_mesh(
     Raises:
         InputError: If the model, the micro-batches or the devices do not fit the mesh.
     """
-    if option is None and jax.process_count() == 1:
+    shape = MeshShape.chosen(option)
+    if shape is None:
         return None, MeshShape(), ""
-    shape = MeshShape(jax.device_count()) if option is None else MeshShape.parse(option)
     shape.check(config, micro_size or shape.data * shape.fsdp)
     info = f", {shape.size} of them: {shape}"
     if jax.process_count() > 1:

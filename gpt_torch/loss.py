@@ -48,11 +48,18 @@ def summed_loss(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Return summed_loss() for the logits [B, T, V] of a model."""
-    counted = is_counted(targets)
-    valid = counted & (targets >= 0) & (targets < logits.shape[-1])
-    known = torch.where(valid, targets, IGNORE_INDEX)
+    known, factor = known_targets(targets, logits.shape[-1])
     loss = F.cross_entropy(logits.flatten(0, 1), known.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-    return loss * torch.where((counted & ~valid).any(), torch.nan, 1.0)
+    return loss * factor
+
+
+def known_targets(targets: Tensor, n_vocab: int) -> tuple[Tensor, Tensor]:
+    """Return the targets with IGNORE_INDEX wherever they are no id, and the factor of the loss: NaN if one is invalid,
+    that is, neither an id nor ignored, otherwise 1.
+    """
+    counted = is_counted(targets)
+    valid = counted & (targets >= 0) & (targets < n_vocab)
+    return torch.where(valid, targets, IGNORE_INDEX), torch.where((counted & ~valid).any(), torch.nan, 1.0)
 
 
 def calc_loss(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt_torch.loss import Objective
+from gpt_torch.loss import Objective, known_targets
 from gpt_torch.model import GPTModel
-from gpt_torch.modes import unwrap
 from parity.config import IGNORE_INDEX, is_counted
 
 Reduction = Literal["sum", "mean"]
@@ -34,14 +33,12 @@ def pair_logprobs(model: GPTModel, inputs: Tensor, targets: Tensor, reduction: R
     """
     ids, targets = (tokens.unflatten(1, (2, -1)).flatten(0, 1) for tokens in (inputs, targets))  # [2B, T]
     logits = model(ids)  # [2B, T, V]
-    counted = is_counted(targets)
-    valid = counted & (targets >= 0) & (targets < unwrap(model).config.n_vocab)
-    known = torch.where(valid, targets, IGNORE_INDEX)
+    known, factor = known_targets(targets, logits.shape[-1])
     losses = F.cross_entropy(logits.flatten(0, 1), known.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
     sums = -losses.unflatten(0, targets.shape).sum(dim=1)  # [2B]
     if reduction == "mean":
-        sums = sums / counted.sum(dim=1).clamp(min=1)
-    return (sums * torch.where((counted & ~valid).any(), torch.nan, 1.0)).unflatten(0, (-1, 2))
+        sums = sums / is_counted(targets).sum(dim=1).clamp(min=1)
+    return (sums * factor).unflatten(0, (-1, 2))
 
 
 def preference_losses(logprobs: Tensor, reference: Tensor, beta: float) -> Tensor:

@@ -125,7 +125,7 @@ def processes(args: Args) -> Iterator[Processes]:
 
 
 def evaluate(args: Args, protocols: list[Protocol], these: Processes, console: PlainConsole) -> None:
-    models = load_models(args, these)
+    models = load_models(args)
     tokenizer = models[0].loaded.tokenizer
     n_ctx = min(model.scorer.config.n_ctx for model in models)
     words = stop_words(args)
@@ -181,7 +181,7 @@ def evaluate(args: Args, protocols: list[Protocol], these: Processes, console: P
     console.print(f"{folder}", soft_wrap=True)
 
 
-def load_models(args: Args, these: Processes) -> list[Model]:
+def load_models(args: Args) -> list[Model]:
     """Load --model or --run, and --compare."""
     chosen = [args]
     if args.compare is not None:
@@ -192,7 +192,7 @@ def load_models(args: Args, these: Processes) -> list[Model]:
     for options in chosen:
         loaded = options.load()
         model = loaded.backend.cast(loaded.model, args.dtype)
-        scorer = Scorer(loaded.backend, model, args.batch_size, make_mesh(args, these))
+        scorer = Scorer(loaded.backend, model, args.batch_size, make_mesh(args))
         name = f"{options.run or options.model}{f' + {options.adapter}' if options.adapter else ''}"
         sha256 = model_sha256(loaded.backend, loaded.model, loaded.folder, options.adapter)
         models.append(Model(name, loaded._replace(model=None), scorer, sha256))
@@ -202,21 +202,17 @@ def load_models(args: Args, these: Processes) -> list[Model]:
     return models
 
 
-def make_mesh(args: Args, these: Processes) -> Any:
+def make_mesh(args: Args) -> Any:
     """Return the devices that share each batch; None for one device."""
     if args.backend == "torch":
         if args.mesh is not None:
             raise InputError("--mesh is for --backend jax; to use several devices in torch, start it with torchrun")
         return None
-    if args.mesh is None and these.count == 1:
-        return None
-    import jax
-
     from gpt_jax.devices import choose_device
     from gpt_jax.sharding import MeshShape, make_mesh
 
-    shape = MeshShape(jax.device_count()) if args.mesh is None else MeshShape.parse(args.mesh)
-    return make_mesh(shape, choose_device(args.device).platform)
+    shape = MeshShape.chosen(args.mesh)
+    return None if shape is None else make_mesh(shape, choose_device(args.device).platform)
 
 
 def stop_words(args: Args) -> frozenset[str] | None:

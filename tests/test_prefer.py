@@ -24,9 +24,9 @@ from gpt_jax.loss import CPU_TILING, Tiling
 from parity.comparison.compare import compare
 from parity.config import IGNORE_INDEX
 from parity.training.settings import recipe
+from parity.training.trainer import evaluate_all_rows
 from parity.tuning.encoding import Example
 from parity.tuning.pairs import Pair, Pairs
-from parity.tuning.prefer import logprobs_of
 from parity.weights import initial_weights, rows
 from parity.weights.adapters import LoraConfig
 
@@ -162,7 +162,7 @@ def train(name, steps, before_step=lambda trainer, pairs, step: None, dtype="flo
     x64, precision = exact(dtype)
     with x64, precision:
         trainer = trainer_of(name, dtype=dtype, **options)
-        pairs.set_reference(logprobs_of(trainer, pairs, 2))
+        pairs.set_reference(evaluate_all_rows(trainer, pairs, 2))
         metrics, trail = [], [trained_arrays(name, trainer)]
         for step in range(steps):
             before_step(trainer, pairs, step)
@@ -220,7 +220,7 @@ def test_the_first_loss_is_exactly_ln_2(name, dtype):
         array = torch.from_numpy(logprobs) if name == "torch" else jnp.asarray(logprobs)
         assert set(np.asarray(PREFERENCE[name].preference_losses(array, array, 0.3)).tolist()) == {ln_2}
         trainer = trainer_of(name, dtype=dtype)
-        pairs.set_reference(logprobs_of(trainer, pairs, 2))
+        pairs.set_reference(evaluate_all_rows(trainer, pairs, 2))
         batches = list(pairs.in_order(2))
         losses = [float(trainer.evaluate_batch(trainer.to_device(*batch))) / 2 for batch in batches]
         batch = trainer.to_device(*map(np.stack, zip(*batches, strict=True)))
@@ -296,7 +296,7 @@ def reference_swapped(monkeypatch):
 def reference_updated(monkeypatch):
     def update(trainer, pairs, step):
         if step == 2:
-            pairs.set_reference(logprobs_of(trainer, pairs, 2))
+            pairs.set_reference(evaluate_all_rows(trainer, pairs, 2))
 
     return {"before_step": update}
 

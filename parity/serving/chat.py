@@ -11,8 +11,8 @@ from parity.data.tokenizer import Tokenizer
 from parity.serving.engine import Engine
 from parity.serving.logprobs import chat_logprobs
 from parity.serving.options import COMMON, OptionError, check_names, integer, read_sampling, switch, top_count
-from parity.serving.respond import LONGEST_TOKEN, answers_errors, choose_engine, read_body, respond
-from parity.serving.rows import FinishReason, Row
+from parity.serving.respond import LONGEST_TOKEN, answers_errors, choose_engine, read_body, respond, sampled_row
+from parity.serving.rows import FinishReason
 from parity.serving.text import Token
 from parity.training.runs import RunFolder
 from parity.tuning.args import read_tuning
@@ -129,10 +129,7 @@ def chat_completions(engines: Mapping[str, Engine]) -> Callable[[Request], Await
         if most is not None and sampling.max_tokens is not None:
             raise OptionError("give max_completion_tokens or max_tokens, not both", "max_tokens")
         most = most or sampling.max_tokens or room
-        rows = [
-            Row(prompt, most, {**sampling.rules, "seed": sampling.seed, "row": row}, sampling.stop)
-            for row in range(sampling.n)
-        ]
+        rows = [sampled_row(prompt, most, sampling, number) for number in range(sampling.n)]
         style = ChatStyle(engine.tokenizer, with_logprobs)
         return await respond(request, engine, style, rows, sampling, n_top or 0, len(prompt))
 

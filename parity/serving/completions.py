@@ -19,10 +19,11 @@ from parity.serving.respond import (
     head_of,
     read_body,
     respond,
+    sampled_row,
     until_disconnect,
     usage,
 )
-from parity.serving.rows import FinishReason, Row
+from parity.serving.rows import FinishReason
 from parity.serving.security import error_response
 from parity.serving.text import Token
 
@@ -117,8 +118,8 @@ def completions(engines: Mapping[str, Engine]) -> Callable[[Request], Awaitable[
         if len(prompts) * sampling.n > most:
             raise OptionError(f"{len(prompts)} prompts with n={sampling.n} are more than {most} completions", "n")
         rows = [
-            Row(prompt, max_tokens, {**sampling.rules, "seed": sampling.seed, "row": row}, sampling.stop)
-            for row, prompt in enumerate(prompt for prompt in prompts for _ in range(sampling.n))
+            sampled_row(prompt, max_tokens, sampling, number)
+            for number, prompt in enumerate(prompt for prompt in prompts for _ in range(sampling.n))
         ]
         for row in rows if max_tokens else []:
             engine.check(row)

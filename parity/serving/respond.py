@@ -130,6 +130,11 @@ def head_of(style: Style, engine: Engine, sampling: Sampling) -> dict[str, Any]:
     }
 
 
+def sampled_row(prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, number: int) -> Row:
+    """Return the row with this number among those of a request, on which its random numbers depend."""
+    return Row(prompt, max_new_tokens, {**sampling.rules, "seed": sampling.seed, "row": number}, sampling.stop)
+
+
 Answer = tuple[str, list[Token], FinishReason | None]
 """Text, tokens and finish reason of a row."""
 

@@ -1,12 +1,13 @@
 """What the training loop needs of a backend."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from parity.config import GPTConfig
+from parity.data.windows import Dataset
 from parity.weights import Row
 
 
@@ -75,3 +76,17 @@ class Trainer(Protocol):
 
     def restore(self, folder: Path) -> None:
         """Load what the save() of either backend wrote; raises InputError if it is another model's."""
+
+
+class SizedDataset(Dataset, Sized, Protocol):
+    """A dataset that knows the number of its rows."""
+
+
+def evaluate_all_rows(trainer: Trainer, dataset: SizedDataset, batch_size: int) -> np.ndarray:
+    """Return what evaluate_rows() measures of each row of a dataset, float64 [len(dataset), ...].
+
+    All processes call this with the same arguments.
+    """
+    batches = dataset.in_order(batch_size, trainer.local_slice(batch_size))
+    rows = [trainer.evaluate_rows(trainer.to_device(*batch)) for batch in batches]
+    return np.concatenate(rows).astype(np.float64)[: len(dataset)]

@@ -17,7 +17,7 @@ from parity.data.tokenizer import Tokenizer
 from parity.errors import InputError, printable
 from parity.storage.atomic import replace_text
 from parity.training.job_data import JobData, prompt_texts
-from parity.training.trainer import Trainer
+from parity.training.trainer import Trainer, evaluate_all_rows
 from parity.tuning.args import TuneArgs
 from parity.tuning.labeled import LabeledText, LabeledTexts
 from parity.tuning.labels import Labeled, balanced, labels_of, read_labeled, split_at_random
@@ -163,9 +163,7 @@ class _HeldOut:
         return described
 
     def _logits(self, trainer: Trainer, texts: LabeledTexts) -> np.ndarray:
-        own = trainer.local_slice(self._size)
-        parts = [trainer.evaluate_rows(trainer.to_device(*batch)) for batch in texts.in_order(self._size, own)]
-        return np.concatenate(parts)[: len(texts)].astype(np.float64) if parts else np.zeros((0, 1))
+        return evaluate_all_rows(trainer, texts, self._size) if len(texts) else np.zeros((0, 1))
 
 
 def confusions(labels: Sequence[int], chosen: Sequence[int], count: int) -> np.ndarray:

@@ -1,11 +1,20 @@
 """Examples that are made by rule, so that a small model can be tuned, and seen to have learned, without a download."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
+from parity.tuning.records import Record
+
 EMBEDDED = "rules"
 """Name of the examples made by rule."""
+
+
+def records_by_rule(examples: Iterable[Mapping[str, Any]]) -> list[Record]:
+    """Return examples made by rule as records, like those of a file."""
+    return [Record(fields, f"{EMBEDDED}, item {number}") for number, fields in enumerate(examples, 1)]
+
 
 _WORDS = {
     "animal": "bear camel cow deer dog duck eagle fox goat hen horse lion mouse owl pig rabbit sheep snake tiger wolf",

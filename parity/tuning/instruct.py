@@ -15,11 +15,11 @@ from parity.errors import InputError
 from parity.training.job_data import JobData, prompt_texts
 from parity.training.trainer import Trainer
 from parity.tuning.args import TuneArgs
-from parity.tuning.embedded import EMBEDDED, instructions
+from parity.tuning.embedded import EMBEDDED, instructions, records_by_rule
 from parity.tuning.encoding import Example, encode_example, encode_prompt
 from parity.tuning.examples import Examples, Fitted, fit
 from parity.tuning.packing import Packed
-from parity.tuning.records import Conversation, Record, Turn, conversation, read_records, split
+from parity.tuning.records import Conversation, Turn, conversation, read_records, split
 from parity.tuning.settings import TuneSettings
 from parity.tuning.template import render
 
@@ -47,10 +47,7 @@ def read_instructions(name: str) -> list[Conversation]:
     Raises:
         InputError: If a record has no known form, or a response is empty; the message names the file and the place.
     """
-    if name == EMBEDDED:
-        records = [Record(fields, f"{EMBEDDED}, item {n}") for n, fields in enumerate(instructions(), 1)]
-    else:
-        records = read_records(Path(name))
+    records = records_by_rule(instructions()) if name == EMBEDDED else read_records(Path(name))
     return [conversation(record) for record in records]
 
 

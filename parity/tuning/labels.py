@@ -12,7 +12,7 @@ import numpy as np
 from parity.data.tokenizer import replace_surrogates
 from parity.errors import InputError, printable
 from parity.storage.json import LISTING
-from parity.tuning.embedded import EMBEDDED, labeled_lists
+from parity.tuning.embedded import EMBEDDED, labeled_lists, records_by_rule
 from parity.tuning.records import Record, read_records
 
 _RECORDS = (".json", ".jsonl", ".ndjson", ".parquet")
@@ -43,7 +43,7 @@ def read_labeled(name: str, needs_label: bool = True) -> list[Labeled]:
         InputError: If a record has no text or no label; the message names the file and the place.
     """
     if name == EMBEDDED:
-        return [_labeled(Record(e, f"{EMBEDDED}, item {n}"), True) for n, e in enumerate(labeled_lists(), 1)]
+        return [_labeled(record, True) for record in records_by_rule(labeled_lists())]
     file = Path(name)
     suffix = file.suffix.lower()
     if suffix not in _RECORDS + _LINES:

@@ -16,13 +16,13 @@ from parity.storage.json import LISTING, get_entry, read_object
 from parity.training.initial import initial_arrays
 from parity.training.job import Job
 from parity.training.job_data import JobData
-from parity.training.trainer import Trainer
+from parity.training.trainer import Trainer, evaluate_all_rows
 from parity.tuning.args import TuneArgs
-from parity.tuning.embedded import EMBEDDED, preferences
+from parity.tuning.embedded import EMBEDDED, preferences, records_by_rule
 from parity.tuning.examples import Fitted, fit
 from parity.tuning.instruct import SAMPLES, divide, exact_match, held_out_prompts, sample_prompts
 from parity.tuning.pairs import Pair, Pairs, Preference, encode_pair, preference
-from parity.tuning.records import Record, read_records
+from parity.tuning.records import read_records
 from parity.weights.digest import weights_sha256
 
 REFERENCE_FILE = "reference.json"
@@ -38,10 +38,7 @@ def read_preferences(name: str) -> list[Preference]:
     Raises:
         InputError: If a record has no known form, or a text is empty; the message names the file and the place.
     """
-    if name == EMBEDDED:
-        records = [Record(fields, f"{EMBEDDED}, item {n}") for n, fields in enumerate(preferences(), 1)]
-    else:
-        records = read_records(Path(name))
+    records = records_by_rule(preferences()) if name == EMBEDDED else read_records(Path(name))
     return [preference(record) for record in records]
 
 
@@ -94,22 +91,12 @@ def _tokens(fitted: Fitted[Pair]) -> np.ndarray:
     return np.concatenate([text.inputs for pair in fitted.examples for text in (pair.chosen, pair.rejected)])
 
 
-def logprobs_of(trainer: Trainer, pairs: Pairs, batch_size: int) -> np.ndarray:
-    """Return the log-probabilities that the trainer's model gives to the responses, float64 [len(pairs), 2].
-
-    All processes call this with the same arguments.
-    """
-    batches = pairs.in_order(batch_size, trainer.local_slice(batch_size))
-    rows = [trainer.evaluate_rows(trainer.to_device(*batch)) for batch in batches]
-    return np.concatenate(rows).astype(np.float64)[: len(pairs)]
-
-
 def _rewards(pairs: Pairs, beta: float, batch_size: int) -> Callable[[Trainer], Mapping[str, float]]:
     """Return a function from a trainer to the means of the rewards, which are beta times the gain over the reference,
     and the fraction of pairs whose chosen response has the larger reward."""
 
     def measure(trainer: Trainer) -> dict[str, float]:
-        rewards = beta * (logprobs_of(trainer, pairs, batch_size) - pairs.reference)
+        rewards = beta * (evaluate_all_rows(trainer, pairs, batch_size) - pairs.reference)
         margins = rewards[:, 0] - rewards[:, 1]
         return {
             "reward_chosen": float(rewards[:, 0].mean()),
@@ -143,7 +130,7 @@ def keep_reference(trainer: Trainer, job: Job, console: Console) -> None:
             part.set_reference(stored[name])
         return
     console.print("reference  computing the log-probabilities of the initial weights", highlight=False)
-    logprobs = {name: logprobs_of(trainer, part, job.micro_size) for name, part in pairs.items()}
+    logprobs = {name: evaluate_all_rows(trainer, part, job.micro_size) for name, part in pairs.items()}
     if not all(np.isfinite(array).all() for array in logprobs.values()):
         raise InputError("the initial weights give log-probabilities that are not finite; are they damaged?")
     for name, part in pairs.items():
