@@ -1,6 +1,5 @@
 """The classification head: logits, losses and gradients against transformers, its files, and what they refuse."""
 
-import contextlib
 import dataclasses
 import json
 import warnings
@@ -13,6 +12,7 @@ import torch
 import transformers
 from support.models import BACKENDS, CONFIGS, TINY, probing_weights
 from support.tolerances import GRADIENT_RTOL, LOGITS_ATOL, LOSS_RTOL
+from support.trained import full_precision
 
 import gpt_jax
 import gpt_jax.classifier
@@ -36,12 +36,6 @@ PAD = TINY.n_vocab - 1
 THREE = ClassifierConfig(("ham", "spam", "\u00e9gg"), PAD)
 BOOK = ClassifierConfig(("ham", "spam"), PAD, bias=True, position="last", length=14)
 TEXTS = [np.random.default_rng(7).integers(0, PAD, length, dtype=np.int32) for length in (3, 12, 1, 16, 7, 7)]
-
-
-@contextlib.contextmanager
-def full_precision():
-    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        yield
 
 
 def probing_head(classifier, dtype=np.float64, config=TINY):

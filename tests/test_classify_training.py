@@ -1,9 +1,7 @@
 """Training a classifier: every update against the other backend and an oracle, resuming, and checkpoints."""
 
-import contextlib
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,7 @@ import transformers
 from support import numpy_oracle as oracle
 from support.models import BACKENDS, TINY
 from support.tolerances import LOGITS_ATOL
-from support.trained import frozen_arrays, trained_arrays
+from support.trained import full_precision, train_steps
 
 import gpt_jax
 import gpt_jax.train
@@ -52,12 +50,6 @@ def settings_of(kind):
     return dataclasses.replace(SETTINGS, clip=CLIP[kind])
 
 
-@contextlib.contextmanager
-def full_precision():
-    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        yield
-
-
 def dataset(classifier):
     """Twenty-one texts of different lengths, of which the shortest have the last label."""
     generator = np.random.default_rng(5)
@@ -80,14 +72,7 @@ def train(name, kind, steps, change=lambda trainer: None, dtype="float64"):
     with full_precision():
         trainer = TRAINER[name](TINY, dataclasses.replace(settings_of(kind), dtype=dtype), **KINDS[kind])
         change(trainer)
-        before, metrics, trail = frozen_arrays(name, trainer), [], [trained_arrays(name, trainer)]
-        for step in range(steps):
-            result = trainer.train_step(trainer.to_device(*batch(kind, step)), LR, step)
-            metrics.append((float(result["loss"]), float(result["grad_norm"])))
-            trail.append(trained_arrays(name, trainer))
-        for old, new in zip(before, frozen_arrays(name, trainer), strict=True):
-            np.testing.assert_array_equal(old, new)
-    return np.array(metrics), trail
+        return train_steps(name, trainer, (batch(kind, step) for step in range(steps)), LR)
 
 
 @pytest.fixture(scope="module")

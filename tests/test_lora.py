@@ -1,6 +1,5 @@
 """LoRA: the adapted model, its gradients and updates, against NumPy; and the trained part of a model in general."""
 
-import contextlib
 import dataclasses
 
 import jax
@@ -11,7 +10,7 @@ import torch
 from support import numpy_oracle as oracle
 from support.models import BACKENDS, TINY, probing_weights, random_batch
 from support.tolerances import LOGITS_ATOL
-from support.trained import frozen_arrays, trained_arrays
+from support.trained import full_precision, train_steps
 
 import gpt_jax
 import gpt_jax.lora
@@ -61,12 +60,6 @@ CLIP = {"all": 0.15, "q and v": 0.03, "last layers": 0.55}
 
 def settings_of(kind):
     return dataclasses.replace(SETTINGS, clip=CLIP[kind])
-
-
-@contextlib.contextmanager
-def full_precision(name):
-    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        yield
 
 
 def probing_adapter(lora, seed=0):
@@ -120,7 +113,7 @@ def logits_of(name, model, tokens):
 def logits_comparison(name, lora, folder):
     weights, arrays, tokens = probing_weights(TINY), probing_adapter(lora), random_batch(TINY)[0]
     expected = oracle.logits(TINY, merged(weights, arrays, scale_of(lora)), tokens)
-    with full_precision(name):
+    with full_precision():
         got = logits_of(name, adapted_model(name, lora, weights, arrays, folder), tokens)
     return compare("logits", got, expected, LOGITS_ATOL[np.float64])
 
@@ -136,7 +129,7 @@ def test_logits_are_those_of_the_sum(name, options, tmp_path):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_new_adapter_does_not_change_the_logits(name, dtype):
     weights, tokens = probing_weights(TINY, dtype), random_batch(TINY)[0]
-    with full_precision(name):
+    with full_precision():
         model = BACKENDS[name].build(TINY, weights)
         before = logits_of(name, model, tokens)
         LORA[name].add_lora(model, OPTIONS["all"])
@@ -166,7 +159,7 @@ def test_initial_adapters_are_the_same_and_uniform():
 def test_merge_is_the_sum_and_leaves_the_model(name, options, tmp_path):
     lora, weights, tokens = OPTIONS[options], probing_weights(TINY), random_batch(TINY)[0]
     arrays = probing_adapter(lora)
-    with full_precision(name):
+    with full_precision():
         model = adapted_model(name, lora, weights, arrays, tmp_path)
         before = logits_of(name, model, tokens)
         plain = LORA[name].merge(model)
@@ -286,17 +279,10 @@ def batch(step):
 
 def train(name, kind, steps, change=lambda trainer: None):
     """Train, and return ([(loss, norm)], [trained arrays before and after each step]), and check the frozen ones."""
-    with full_precision(name):
+    with full_precision():
         trainer = TRAINER[name](TINY, settings_of(kind), **KINDS[kind])
         change(trainer)
-        before, metrics, trail = frozen_arrays(name, trainer), [], [trained_arrays(name, trainer)]
-        for step in range(steps):
-            result = trainer.train_step(trainer.to_device(*batch(step)), LR, step)
-            metrics.append((float(result["loss"]), float(result["grad_norm"])))
-            trail.append(trained_arrays(name, trainer))
-        for old, new in zip(before, frozen_arrays(name, trainer), strict=True):
-            np.testing.assert_array_equal(old, new)
-    return np.array(metrics), trail
+        return train_steps(name, trainer, map(batch, range(steps)), LR)
 
 
 @pytest.fixture(scope="module")
@@ -402,7 +388,7 @@ def test_runs_resume_in_either_framework(kind, tmp_path):
         return [float(trainer.train_step(trainer.to_device(*batch(s)), LR, s)["loss"]) for s in range(first, last)]
 
     for name in BACKENDS:
-        with full_precision(name):
+        with full_precision():
             trainer = TRAINER[name](TINY, SETTINGS, **options)
             go_on(name, trainer, 0, 3)
             (tmp_path / name).mkdir()
@@ -411,7 +397,7 @@ def test_runs_resume_in_either_framework(kind, tmp_path):
     for saved in BACKENDS:
         optimizer_state.read_back(tmp_path / saved, TINY, trainer.stored)
         for name in BACKENDS:
-            with full_precision(name):
+            with full_precision():
                 # Another seed: what is not restored would differ, except for a base, which is the run's.
                 settings = SETTINGS if "lora" in options else dataclasses.replace(SETTINGS, seed=1)
                 trainer = TRAINER[name](TINY, settings, **options)

@@ -1,24 +1,20 @@
 """The page in a real browser: every feature by clicking and by keyboard, without a console error or another host."""
 
-import asyncio
 import dataclasses
-import importlib
 import json
 import re
 import shutil
-import threading
+from types import SimpleNamespace
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
 from support.models import TINY, probing_weights
-from test_page import RULES, check_rules, rule_cases
+from support.sampling_rules import RULES, check_rules, rule_cases
+from support.served import run_engine, serving
 
 import gpt_torch.serving
 from parity.data.tokenizer import load_tokenizer
-from parity.loading import load_model_and_tokenizer
-from parity.serving.app import Options, make_app
 from parity.serving.engine import Engine
-from parity.serving.server import new_server
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 EXECUTABLE = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -37,34 +33,8 @@ pytestmark = [
 ]
 
 
-def new_engine(name, run, change=lambda weights: weights):
-    backend = importlib.import_module(f"gpt_{name}")
-    model, tokenizer, _ = load_model_and_tokenizer(backend, run)
-    backend.load_weights(model, change(backend.export_weights(model)))
-    serving = importlib.import_module(f"gpt_{name}.serving")
-    return Engine(f"tiny-{name}", backend, serving, model, tokenizer, description=f"{name}, float32")
-
-
-class Served:
-    """A server on a thread of its own."""
-
-    def __init__(self, engines, options):
-        self.engines = engines
-        ready = threading.Event()
-
-        def announce(address):
-            self.address = address
-            ready.set()
-
-        self._server = new_server(make_app(engines, options), "127.0.0.1", 0, announce)
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()))
-        self._thread.start()
-        assert ready.wait(SECONDS)
-
-    def stop(self):
-        self._server.should_exit = True
-        self._thread.join(SECONDS)
-        assert not self._thread.is_alive()
+def new_engine(name, run, *change):
+    return run_engine(name, run, *change, max_batch=8, max_waiting=256, description=f"{name}, float32")
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +52,9 @@ def runs(run_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(run_folder, runs):
-    server = Served({f"tiny-{name}": new_engine(name, run_folder) for name in ("jax", "torch")}, Options(runs=[runs]))
-    yield server
-    server.stop()
+    engines = {f"tiny-{name}": new_engine(name, run_folder) for name in ("jax", "torch")}
+    with serving(engines, runs=[runs]) as address:
+        yield SimpleNamespace(engines=engines, address=address)
 
 
 @pytest.fixture(scope="module")
@@ -406,9 +376,8 @@ def test_where_backends_part_the_margin_is_shown(visit, run_folder):
         return {name: array + 0.3 * noise[name].astype(array.dtype) for name, array in weights.items()}
 
     engines = {"tiny-jax": new_engine("jax", run_folder), "tiny-torch": new_engine("torch", run_folder, changed)}
-    server = Served(engines, Options())
-    try:
-        page = visit(server.address).page
+    with serving(engines) as address:
+        page = visit(address).page
         complete(page, max_new_tokens=14)
         expect(page.locator("#complete .verdict")).to_have_text(re.compile(r"^equal: the first \d+ of 14 tokens$"))
         expect(page.locator("#complete .margin")).to_contain_text("from the end of the interval of")
@@ -417,8 +386,6 @@ def test_where_backends_part_the_margin_is_shown(visit, run_folder):
         assert page.locator("#complete circle.outside").count() > 0
         complete(page, max_new_tokens=14, temperature=0)
         expect(page.locator("#complete .margin")).to_contain_text("between the two largest logits")
-    finally:
-        server.stop()
 
 
 def new_config(weights, run_folder):
@@ -435,9 +402,8 @@ def test_a_conversation_with_a_tuned_model(visit):
     asked = []
     submit = engine.submit
     engine.submit = lambda rows, *rest: (asked.append(rows[0].prompt), submit(rows, *rest))[1]
-    server = Served({"tuned": engine}, Options())
-    try:
-        visit = visit(server.address)
+    with serving({"tuned": engine}) as address:
+        visit = visit(address)
         page = visit.page
         page.click("#tab-chat")
         page.fill("#chat-max_new_tokens", "5")
@@ -460,14 +426,11 @@ def test_a_conversation_with_a_tuned_model(visit):
         expect(page.locator("#chat .conversation li")).to_have_count(0)
         visit.close()
         visit.problems = []
-    finally:
-        server.stop()
 
 
 def test_a_server_with_a_key_asks_for_it(browser, run_folder):
-    server = Served({"tiny-torch": new_engine("torch", run_folder)}, Options(api_key="secret"))
-    try:
-        visit = Visit(browser, server.address)
+    with serving({"tiny-torch": new_engine("torch", run_folder)}, api_key="secret") as address:
+        visit = Visit(browser, address)
         page = visit.page
         page.fill("#key input", "wrong")
         page.click("#key button")
@@ -480,8 +443,6 @@ def test_a_server_with_a_key_asks_for_it(browser, run_folder):
         assert page.locator("#complete .agreement").is_hidden()
         visit.forget_refusals()
         visit.close()
-    finally:
-        server.stop()
 
 
 @pytest.mark.parametrize("width", [400, 1600])

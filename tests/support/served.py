@@ -12,11 +12,13 @@ import numpy as np
 
 from parity.config import PRESETS
 from parity.data.tokenizer import ByteTokenizer
+from parity.loading import load_model_and_tokenizer
 from parity.serving.app import Options, make_app
 from parity.serving.engine import Engine
 from parity.serving.server import new_server
 from support.models import probing_weights
 
+SECONDS = 120  # for the start or the end of a server under load
 CONFIG = dataclasses.replace(PRESETS["tiny"], n_vocab=257, n_ctx=64)
 
 
@@ -36,6 +38,14 @@ def new_engine(name, *, backend=None, model=None, tokenizer=None, **options):
     serving = importlib.import_module(f"gpt_{name}.serving")
     options = {"max_batch": 4, "max_waiting": 24} | options
     return Engine(f"tiny-{name}", backend, serving, model, tokenizer or ByteTokenizer(), **options)
+
+
+def run_engine(name, run, change=lambda weights: weights, **options):
+    """Return an engine with the newest checkpoint of a run, whose weights `change` may replace."""
+    backend = importlib.import_module(f"gpt_{name}")
+    model, tokenizer, _ = load_model_and_tokenizer(backend, run)
+    backend.load_weights(model, change(backend.export_weights(model)))
+    return new_engine(name, backend=backend, model=model, tokenizer=tokenizer, **options)
 
 
 @contextlib.contextmanager
@@ -62,11 +72,11 @@ def serving(engines, **options):
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        assert is_ready.wait(60), "the server does not start"
+        assert is_ready.wait(SECONDS), "the server does not start"
         yield addresses[0]
     finally:
         server.should_exit = True
-        thread.join(60)
+        thread.join(SECONDS)
         assert not thread.is_alive()
 
 
