@@ -19,11 +19,12 @@ PIP := $(RUN) -m pip --quiet --disable-pip-version-check
 FOR_TRAINING := $(VENV)/.extras-$(EXTRAS)
 FOR_TESTS := $(VENV)/.extras-$(TEST_EXTRAS) $(VENV)/.vocabulary
 FOR_GPU_PROGRAM := $(VENV)/.extras-jax,torch,test,cuda13
+FOR_CLUSTERS := $(VENV)/.extras-jax,torch,clusters $(VENV)/.vocabulary
 
 # One worker per core; each takes up to 5 GB of memory.
 PARALLEL ?= --numprocesses logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
-.PHONY: setup train test test-slow test-pretrained test-package test-gpu test-gpu-program test-page check bench clean
+.PHONY: setup train test test-slow test-pretrained test-package test-gpu test-gpu-program test-page test-clusters check bench clean
 
 setup: $(FOR_TRAINING)
 
@@ -62,6 +63,10 @@ test-gpu-program: $(FOR_GPU_PROGRAM)
 # The page in a browser: needs Debian's chromium, or Chrome.
 test-page: $(FOR_TESTS)
 	$(RUN) -m pytest -m page
+
+# Several nodes of Ray and a server of object storage, all on this machine.
+test-clusters: $(FOR_CLUSTERS)
+	$(RUN) -m pytest -m clusters
 
 # Parity on the GPU, training, a kill, and all benchmarks, in nine minutes.
 test-gpu: $(FOR_TESTS)

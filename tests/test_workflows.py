@@ -58,6 +58,10 @@ def test_the_page_is_tested_in_a_browser():
     assert commands(workflow("page.yml")) == ["make test-page"]
 
 
+def test_clusters_are_tested():
+    assert commands(workflow("clusters.yml")) == ["make test-clusters"]
+
+
 def test_pre_commit_has_the_pinned_ruff():
     [repository] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     [pin] = re.findall(r"^ruff==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
