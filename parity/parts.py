@@ -1,14 +1,15 @@
 """Work that is divided into parts, each for a process or a machine of its own: --part k/n."""
 
+import dataclasses
 import re
-from typing import NamedTuple
 
 from parity.errors import InputError
 
 MOST = 100_000
 
 
-class Part(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Part:
     """Part `index` of `count`; the first one is part 0."""
 
     index: int
