@@ -20,11 +20,12 @@ FOR_TRAINING := $(VENV)/.extras-$(EXTRAS)
 FOR_TESTS := $(VENV)/.extras-$(TEST_EXTRAS) $(VENV)/.vocabulary
 FOR_GPU_PROGRAM := $(VENV)/.extras-jax,torch,test,cuda13
 FOR_CLUSTERS := $(VENV)/.extras-jax,torch,clusters $(VENV)/.vocabulary
+FOR_DOCS := $(VENV)/.extras-jax,torch,test,docs
 
 # One worker per core; each takes up to 5 GB of memory.
 PARALLEL ?= --numprocesses logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
-.PHONY: setup train test test-slow test-pretrained test-package test-gpu test-gpu-program test-page test-clusters check bench clean
+.PHONY: setup train test test-slow test-pretrained test-package test-gpu test-gpu-program test-page test-clusters test-docs notebook check bench clean
 
 setup: $(FOR_TRAINING)
 
@@ -67,6 +68,14 @@ test-page: $(FOR_TESTS)
 # Several nodes of Ray and a server of object storage, all on this machine.
 test-clusters: $(FOR_CLUSTERS)
 	$(RUN) -m pytest -m clusters
+
+# Executes docs/notebook.py and docs/notebooks/*.py, and writes a notebook with outputs beside each.
+notebook: $(FOR_DOCS)
+	$(RUN) docs/execute.py $(ARGS)
+
+# Executes the notebooks, and builds the site.
+test-docs: $(FOR_DOCS)
+	$(RUN) -m pytest -m docs
 
 # Parity on the GPU, training, a kill, and all benchmarks, in nine minutes.
 test-gpu: $(FOR_TESTS)
