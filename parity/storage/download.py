@@ -103,7 +103,7 @@ def fetch(
             return target
         for address in addresses:
             try:
-                _with_retries(remote, target, address, on_progress, tries, timeout)
+                transfer(remote, target, address, on_progress, tries, timeout)
                 return target
             except UnusableError as error:
                 failures.append(f"{address}: {error}")
@@ -187,14 +187,20 @@ def _remember(remote: RemoteFile, target: Path) -> None:
             replace_text(_verified(target), _state(remote, target))
 
 
-def _with_retries(
+def transfer(
     remote: RemoteFile,
     target: Path,
     address: str,
-    on_progress: Callable[[int], None],
-    tries: int,
-    timeout: tuple[float, float],
+    on_progress: Callable[[int], None] = lambda done: None,
+    tries: int = 5,
+    timeout: tuple[float, float] = (10, 30),
 ) -> None:
+    """Download a file from one address, without a lock; the arguments are those of `fetch`.
+
+    Raises:
+        UnusableError: If the address does not serve the file, after all tries.
+        InputError: If the file cannot be written.
+    """
     for attempt in range(tries):
         try:
             return _transfer(remote, target, address, on_progress, timeout)

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import requests
@@ -32,6 +33,34 @@ class TransientError(Exception):
     def __init__(self, text: str, wait: float | None = None):
         super().__init__(text)
         self.wait = wait
+
+
+class Answer(NamedTuple):
+    """What a server says about a file."""
+
+    size: int | None
+    """Its size in bytes, if the server states it."""
+    tag: str | None
+    """Its strong entity tag, if there is one."""
+
+
+def inquire(address: str, timeout: tuple[float, float] = (10, 30)) -> Answer | None:
+    """Ask a server for size and entity tag of a file; None if it does not have the file.
+
+    The request is a GET whose content is not read, because signed addresses allow nothing else.
+
+    Raises:
+        UnusableError: If the server refuses, or its response is malformed.
+        TransientError: If the request failed, but may succeed later.
+    """
+    headers = {"Accept-Encoding": "identity", "User-Agent": _USER_AGENT}
+    with _named_errors(), requests.get(address, headers=headers, stream=True, timeout=timeout) as answer:
+        if answer.status_code in (404, 410):
+            return None
+        _check_status(answer, address)
+        tag = answer.headers.get("ETag", "")
+        is_strong = _STRONG_TAG.fullmatch(tag.encode("latin-1", errors="replace"))
+        return Answer(_natural(answer.headers.get("Content-Length", "")), tag if is_strong else None)
 
 
 def receive(
@@ -67,28 +96,34 @@ def receive(
     headers = {"Accept-Encoding": "identity", "User-Agent": _USER_AGENT}
     if have:
         headers |= {"Range": f"bytes={have}-", "If-Range": tag}
+    with _named_errors(), requests.get(address, headers=headers, stream=True, timeout=timeout) as answer:
+        _check_answer(answer, address, have, part)
+        resumed = answer.status_code == 206 and have > 0
+        received = have if resumed else 0
+        length = _natural(answer.headers.get("Content-Length", ""))
+        total = None if length is None else received + length
+        _check_size(total, size)
+        check_space(size or total or 0, received)
+        with _writing(part):
+            _store_tag(answer, tag_file)
+            with part.open("ab" if resumed else "wb") as file:
+                for chunk in _chunks(answer):
+                    file.write(chunk)
+                    received += len(chunk)
+                    on_progress(received)
+                    if received > limit:
+                        raise UnusableError(f"sends more than {limit:,} bytes")
+                file.flush()
+                os.fsync(file.fileno())
+        if total is not None and received < total:
+            raise TransientError(f"closed the connection after {received} of {total} bytes")
+
+
+@contextlib.contextmanager
+def _named_errors() -> Iterator[None]:
+    """Raise UnusableError or TransientError for the errors of requests and of the connection."""
     try:
-        with requests.get(address, headers=headers, stream=True, timeout=timeout) as answer:
-            _check_answer(answer, address, have, part)
-            resumed = answer.status_code == 206 and have > 0
-            received = have if resumed else 0
-            length = _natural(answer.headers.get("Content-Length", ""))
-            total = None if length is None else received + length
-            _check_size(total, size)
-            check_space(size or total or 0, received)
-            with _writing(part):
-                _store_tag(answer, tag_file)
-                with part.open("ab" if resumed else "wb") as file:
-                    for chunk in _chunks(answer):
-                        file.write(chunk)
-                        received += len(chunk)
-                        on_progress(received)
-                        if received > limit:
-                            raise UnusableError(f"sends more than {limit:,} bytes")
-                    file.flush()
-                    os.fsync(file.fileno())
-            if total is not None and received < total:
-                raise TransientError(f"closed the connection after {received} of {total} bytes")
+        yield
     except InputError:
         raise
     except (ValueError, requests.TooManyRedirects) as error:  # in the answer, or the address that it redirects to
@@ -128,19 +163,25 @@ def _writing(part: Path) -> Iterator[None]:
 
 
 def _check_answer(answer: requests.Response, address: str, have: int, part: Path) -> None:
-    if urlsplit(address).scheme == "https" and urlsplit(answer.url).scheme != "https":
-        raise UnusableError("redirects from https to an unencrypted connection")
     status = answer.status_code
     if status == 416:
         part.unlink(missing_ok=True)
         raise TransientError("refuses to resume (status 416); starting over", wait=0)
+    _check_status(answer, address)
+    if status == 206 and not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+        part.unlink(missing_ok=True)
+        raise TransientError("resumes at another position; starting over", wait=0)
+
+
+def _check_status(answer: requests.Response, address: str) -> None:
+    """Raise UnusableError or TransientError for an answer that is not the file."""
+    if urlsplit(address).scheme == "https" and urlsplit(answer.url).scheme != "https":
+        raise UnusableError("redirects from https to an unencrypted connection")
+    status = answer.status_code
     if status == 429 or status >= 500:
         raise TransientError(f"responds with status {status}", _seconds(answer.headers.get("Retry-After", "")))
     if status not in (200, 206):
         raise UnusableError(f"responds with status {status}")
-    if status == 206 and not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-        part.unlink(missing_ok=True)
-        raise TransientError("resumes at another position; starting over", wait=0)
     encoding = answer.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         raise UnusableError(f"sends the file compressed ({printable(encoding, 40)}), although it was asked not to")
