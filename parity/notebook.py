@@ -15,7 +15,7 @@ import numpy as np
 from parity import weights
 from parity.config import GPTConfig, as_tied
 from parity.data.tokenizer import END_OF_TEXT, load_tokenizer
-from parity.data.windows import order
+from parity.data.window_order import order
 from parity.errors import InputError
 from parity.figures import new_figure
 

@@ -116,6 +116,36 @@ def test_ids_beyond_the_vocabulary():
             read()
 
 
+class Counted(np.ndarray):
+    """Token ids that count how many of them are read."""
+
+    n_read = 0
+
+    def __getitem__(self, part):
+        ids = np.asarray(self)[part]
+        Counted.n_read += len(ids)
+        return ids
+
+
+@pytest.mark.parametrize(("limit", "n_read"), [(None, 2000), (257, 2000), (256, 0), (100, 0)])
+def test_ids_of_prepared_shards_are_not_read_at_the_start(monkeypatch, limit, n_read):
+    """Their tokenizer is known, unless it has more tokens than the model."""
+    monkeypatch.setattr(Counted, "n_read", 0)
+    shards = [np.full(1000, value, np.uint16).view(Counted) for value in (99, 98)]
+    for shard in shards:
+        shard.id_limit = limit
+    data = Windows(shards, 8, 256)
+    assert Counted.n_read == n_read
+    assert data.batch(0, 0, 4)[0].shape == (4, 8)
+
+
+def test_altered_ids_of_prepared_shards_are_refused_in_their_batch():
+    shard = np.full(100, 300, np.uint16).view(Counted)
+    shard.id_limit = 256
+    with pytest.raises(InputError, match="token id 300, outside the vocabulary"):
+        Windows([shard], 8, 256).batch(0, 0, 1)
+
+
 def test_shorter_than_a_window():
     with pytest.raises(InputError, match="fewer than one window"):
         windows((8,))
@@ -267,5 +297,6 @@ def test_a_small_prepared_corpus_says_which_option_to_lower(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "document {n}"}}\n' for n in range(200)))
     prepare_shards([tmp_path / "a.jsonl"], tmp_path / "out", ByteTokenizer())
     corpus = load_corpus(str(tmp_path / "out"), ByteTokenizer())
+    assert {shard.id_limit for shard in corpus.train + corpus.validation} == {257}
     with pytest.raises(InputError, match=r"a larger --validation-fraction\), or lower --n-ctx"):
         Windows(corpus.validation, 1024, 257)

@@ -129,7 +129,7 @@ def _prepared(path: Path, tokenizer: Tokenizer, validation_fraction: float) -> C
     splits = [index["splits"][split]["done"] for split in shard_index.SPLITS]
     hashes = [shard["sha256"] for split in splits for shard in split]
     train, validation = ([path / shard["name"] for shard in split] for split in splits)
-    return _from_bins(str(path), train, validation, hashes, tokenizer, validation_fraction)
+    return _from_bins(str(path), train, validation, hashes, tokenizer, validation_fraction, tokenizer.n_vocab)
 
 
 def _from_bins(
@@ -139,6 +139,7 @@ def _from_bins(
     content: list,
     tokenizer: Tokenizer,
     validation_fraction: float,
+    id_limit: int | None = None,
 ) -> Corpus:
     """Load .bin files; the sha256 of the corpus is that of `content`, a list that represents what is in the files."""
     for file in train + validation:
@@ -148,14 +149,14 @@ def _from_bins(
                 f"{tokenizer.n_vocab}; choose the right --tokenizer"
             )
     *first, last = train
-    train_shards: list[Tokens] = [TokenFile(file) for file in first]
+    train_shards: list[Tokens] = [TokenFile(file, id_limit=id_limit) for file in first]
     if validation:
-        validation_shards: list[Tokens] = [TokenFile(file) for file in validation]
-        train_shards.append(TokenFile(last))
+        validation_shards: list[Tokens] = [TokenFile(file, id_limit=id_limit) for file in validation]
+        train_shards.append(TokenFile(last, id_limit=id_limit))
     else:
         cut = int(len(TokenFile(last)) * (1 - validation_fraction))
-        train_shards.append(TokenFile(last, slice(cut)))
-        validation_shards = [TokenFile(last, slice(cut, None))]
+        train_shards.append(TokenFile(last, slice(cut), id_limit))
+        validation_shards = [TokenFile(last, slice(cut, None), id_limit)]
     return Corpus(name, train_shards, validation_shards, hashlib.sha256(repr(content).encode()).hexdigest())
 
 

@@ -39,13 +39,14 @@ class TokenFile:
     Args:
         path: The file.
         part: The ids to use; by default all.
+        id_limit: A number that all ids are known to be below: the vocabulary of the tokenizer that prepared the file.
 
     Raises:
         InputError: If the file is missing or damaged.
     """
 
-    def __init__(self, path: Path, part: slice = slice(None)):
-        self.path = path.absolute()
+    def __init__(self, path: Path, part: slice = slice(None), id_limit: int | None = None):
+        self.path, self.id_limit = path.absolute(), id_limit
         status = path.stat()
         self._version = (status.st_ino, status.st_size, status.st_mtime_ns)
         self._range = range(len(read_bin(path)))[part]

@@ -1,6 +1,5 @@
 """Training batches from token arrays. A batch is a pure function of (seed, step), equal for both backends."""
 
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -9,6 +8,7 @@ import numpy as np
 
 from parity.config import IGNORE_INDEX
 from parity.data.token_files import Tokens
+from parity.data.window_order import WindowOrder, keyed_order, order
 from parity.errors import InputError
 
 
@@ -56,16 +56,25 @@ class Windows:
         n_vocab: Size of the vocabulary.
         stride: Distance between the starts of two windows; by default n_ctx, so that no target occurs twice.
         name: Name of the data in error messages.
+        order: How the order of an epoch is made: "shuffled" shuffles a table, which takes 8 bytes per window; "keyed"
+            computes a permutation where it is needed. The two orders differ.
 
     Raises:
         InputError: If every shard is shorter than one window, or an id is outside the vocabulary. The first 16
-            million ids of each shard are checked here, all others when a batch contains them.
+            million ids of a shard are checked here, unless it was prepared with a tokenizer whose vocabulary fits; all
+            others when a batch contains them.
     """
 
     def __init__(
-        self, shards: Sequence[Tokens], n_ctx: int, n_vocab: int, stride: int | None = None, name: str = "corpus"
+        self,
+        shards: Sequence[Tokens],
+        n_ctx: int,
+        n_vocab: int,
+        stride: int | None = None,
+        name: str = "corpus",
+        order: WindowOrder = "shuffled",
     ):
-        self.shards, self.n_ctx, self.n_vocab, self.name = list(shards), n_ctx, n_vocab, name
+        self.shards, self.n_ctx, self.n_vocab, self.name, self.order = list(shards), n_ctx, n_vocab, name, order
         self.stride = n_ctx if stride is None else stride
         if self.stride < 1:
             raise InputError(f"stride must be at least 1, got {self.stride}")
@@ -79,7 +88,9 @@ class Windows:
             )
 
         for shard in self.shards:
-            self._check_ids(shard[: 2**24])
+            limit = getattr(shard, "id_limit", None)
+            if limit is None or limit > n_vocab:
+                self._check_ids(shard[: 2**24])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -99,7 +110,17 @@ class Windows:
         """Return the indices of the windows in the batch of a step."""
         places = np.arange(step * size, (step + 1) * size)
         epochs, offsets = places // len(self), places % len(self)
-        return [int(order(seed, int(e), len(self))[o]) for e, o in zip(epochs, offsets, strict=True)]
+        windows = np.empty(size, np.int64)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            windows[chosen] = self._in_epoch(seed, int(epoch), offsets[chosen])
+        return windows.tolist()
+
+    def _in_epoch(self, seed: int, epoch: int, places: np.ndarray) -> np.ndarray:
+        """Return the windows at places of an epoch."""
+        if self.order == "keyed":
+            return keyed_order(seed, epoch, len(self), places)
+        return order(seed, epoch, len(self))[places]
 
     @property
     def n_targets(self) -> int:
@@ -137,10 +158,3 @@ class Windows:
                 f"{self.name} contains token id {high}, outside the vocabulary 0..{self.n_vocab - 1}; "
                 "was it made with another tokenizer?"
             )
-
-
-@functools.lru_cache(maxsize=4)
-def order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """Return the order of `count` windows in an epoch: a permutation of 0..count-1."""
-    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
-    return generator.permutation(count)

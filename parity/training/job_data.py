@@ -51,7 +51,14 @@ def load_windows(args: JobArgs, tokenizer: Tokenizer) -> JobData:
         raise InputError(f"{error}{hint * args.resume}") from None
     return JobData(
         corpus=corpus,
-        train=Windows(corpus.train, config.n_ctx, config.n_vocab, settings.stride, name=f"{corpus.name} (training)"),
+        train=Windows(
+            corpus.train,
+            config.n_ctx,
+            config.n_vocab,
+            settings.stride,
+            name=f"{corpus.name} (training)",
+            order=settings.window_order,
+        ),
         validation=Windows(corpus.validation, config.n_ctx, config.n_vocab, name=f"{corpus.name} (validation)"),
         prompts=encode_prompts(settings, tokenizer, config),
     )

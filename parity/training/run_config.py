@@ -9,7 +9,9 @@ from parity.training.settings import TrainSettings
 
 # Keys of config.json before version 0.2, and settings that it did not have, with the values that were used.
 _RENAMED = {"initial": "init_scheme", "validation_part": "validation_fraction"}
-_FORMER_VALUES = {"sample_temperature": 0.8, "sample_top_k": 50}
+_FORMER_VALUES = {"sample_temperature": 0.8, "sample_top_k": 50, "window_order": "shuffled"}
+UNRECORDED = {"train.window_order": "shuffled"}
+"""Settings that are newer than the identity of a run, with the values that leave the identity as it was."""
 CORPUS_SAMPLES = "corpus_samples"
 """Key of config.json: a hash of samples of the corpus's tokens (agreement.py), since version 0.2."""
 

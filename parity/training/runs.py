@@ -19,7 +19,7 @@ from parity.storage.json import read_object
 from parity.storage.locks import lock_folder
 from parity.training.checkpoints import RunIdentity, intact, newest_intact
 from parity.training.metrics import Metrics
-from parity.training.run_config import CORPUS_SAMPLES, flatten, with_current_names
+from parity.training.run_config import CORPUS_SAMPLES, UNRECORDED, flatten, with_current_names
 from parity.training.settings import CHANGEABLE_KEYS, TrainSettings
 
 _SAMPLE_HEADING = re.compile(r"^--- step ([0-9]{1,10}) ---\n", re.MULTILINE)
@@ -140,7 +140,9 @@ class RunFolder:
         """Return what the checkpoints of this run must record."""
         entries = self.config()
         recorded = {"id", CORPUS_SAMPLES, *CHANGEABLE_KEYS}
-        fixed = {key: value for key, value in flatten(entries) if key not in recorded}
+        fixed = {
+            key: value for key, value in flatten(entries) if key not in recorded and (key, value) not in UNRECORDED
+        }
         text = json.dumps(fixed, sort_keys=True)
         return RunIdentity(entries.get("id"), hashlib.sha256(text.encode()).hexdigest())
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from parity.config import PRESETS, GPTConfig
 from parity.data.corpora import CORPORA, EMBEDDED
+from parity.data.window_order import WindowOrder
 from parity.errors import InputError
 
 
@@ -31,6 +32,10 @@ class TrainSettings:
     """Fraction of the corpus, taken from its end, that is held out for validation, unless it has validation files."""
     stride: int | None = None
     """Distance in tokens between the starts of two training windows; by default n_ctx, so that they do not overlap."""
+    window_order: WindowOrder = "shuffled"
+    """How the order of the windows in an epoch is made: shuffled shuffles a table of them, which takes 8 bytes per
+    window in every process; keyed computes a permutation as it is needed, which takes no memory, for corpora of 10^11
+    tokens and more. The two orders differ."""
     steps: int = 600_000
     """Number of optimizer steps."""
     batch_size: int = 480

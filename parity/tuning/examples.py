@@ -8,7 +8,7 @@ from typing import Generic, Literal, NamedTuple, Protocol, Self, TypeVar
 import numpy as np
 
 from parity.config import IGNORE_INDEX
-from parity.data.windows import order
+from parity.data.window_order import order
 from parity.errors import InputError
 from parity.tuning.encoding import Example
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from parity.config import IGNORE_INDEX
-from parity.data.windows import order
+from parity.data.window_order import order
 from parity.tuning.examples import bucket
 from parity.weights.classifier import ClassifierConfig
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from parity.config import IGNORE_INDEX
-from parity.data.windows import order
+from parity.data.window_order import order
 from parity.tuning.encoding import Example
 
 PADDING = 0

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import tyro
 
 from parity.config import PRESETS, GPTConfig
+from parity.data.window_order import WindowOrder
 from parity.errors import InputError, check_choice
 from parity.training.settings import RECIPES, TrainSettings
 from parity.tuning.embedded import EMBEDDED
@@ -48,6 +49,8 @@ class ExampleSettings(TrainSettings):
     memory and do not change the result."""
     stride: tyro.conf.Suppress[int | None] = None
     """Not used: examples are no windows."""
+    window_order: tyro.conf.Suppress[WindowOrder] = "shuffled"
+    """Not used, as above."""
     sample_prompt: str = ""
     """Instruction that is answered at each evaluation; by default those of the first three examples for tests."""
     eval_prompts: str | None = None
