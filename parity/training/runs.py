@@ -139,10 +139,8 @@ class RunFolder:
     def identity(self) -> RunIdentity:
         """Return what the checkpoints of this run must record."""
         entries = self.config()
-        recorded = {"id", CORPUS_SAMPLES, *CHANGEABLE_KEYS}
-        fixed = {
-            key: value for key, value in flatten(entries) if key not in recorded and (key, value) not in UNRECORDED
-        }
+        excluded = {"id", CORPUS_SAMPLES, *CHANGEABLE_KEYS}
+        fixed = dict(item for item in flatten(entries) if item[0] not in excluded and item not in UNRECORDED.items())
         text = json.dumps(fixed, sort_keys=True)
         return RunIdentity(entries.get("id"), hashlib.sha256(text.encode()).hexdigest())
 
