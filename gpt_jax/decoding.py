@@ -127,9 +127,11 @@ class RowMajorEmbedding(nnx.Module):
         return row_major_product(self.embedding[...][None], x)
 
 
-MANY_ROWS = 2048
-"""From so many rows on, as in long prompts, a CPU multiplies by the whole matrix instead of by groups of its rows. XLA
-(jax 0.10.2) computes wrong values if it fuses LayerNorm with copies of 4,096 rows or more for several groups."""
+MANY_ROWS = 128
+"""From so many rows on, as in prompts, a CPU reads the whole matrix as the second operand. The arithmetic then takes
+longer than reading the weights, and the result has the order in which the next operation reads it. With groups GELU
+would be computed once for each, and XLA (jax 0.10.2) computes wrong values if it fuses LayerNorm with copies of 4,096
+rows or more."""
 
 
 def row_major_product(weight: Array, x: Array) -> Array:
@@ -145,8 +147,8 @@ def _weight_first(weight: Array, x: Array) -> Array:
     if len(x) == len(weight) == 1:  # a matrix-vector product is slightly faster
         return jax.lax.optimization_barrier(jnp.matmul(weight[0], x[0], preferred_element_type=sum_dtype))[None]
     if len(x) >= MANY_ROWS:
-        y = jnp.einsum("OI,RI->OR", weight.reshape(-1, weight.shape[2]), x, preferred_element_type=sum_dtype)
-        return jax.lax.optimization_barrier(y).T
+        matrix = weight.reshape(-1, weight.shape[2])
+        return jax.lax.optimization_barrier(jnp.einsum("RI,OI->RO", x, matrix, preferred_element_type=sum_dtype))
     copies = jnp.broadcast_to(x, (weight.shape[0], *x.shape))
     y = jnp.einsum("GOI,GRI->GOR", weight, copies, preferred_element_type=sum_dtype)
     # Without the barrier XLA may fuse a bias into the product, which becomes a loop that is ten times slower.

@@ -35,7 +35,7 @@ class Args(ModelArgs):
     """Port to listen on; 0 takes a free one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights and of the computation."""
-    max_batch: int = 8
+    max_batch: int = 16
     """Largest number of continuations that are decoded at the same time, in each backend."""
     max_waiting: int = 256
     """Largest number of continuations that wait for a place, in each backend; the server answers 429 beyond it."""

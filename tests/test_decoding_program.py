@@ -11,7 +11,7 @@ from support.models import TINY, probing_weights
 
 import gpt_jax.adapter
 from gpt_jax import generation_loop
-from gpt_jax.decoding import DecodingModel
+from gpt_jax.decoding import MANY_ROWS, DecodingModel
 from gpt_jax.generation_loop import FlatModel, StaticOptions, _cached_loop, _start, cache_growth
 from gpt_jax.model import GPTModel, cast
 from gpt_jax.sampling import bisect, in_order, search_digits
@@ -101,9 +101,11 @@ def test_a_cache_grows_where_it_is_larger_than_the_weights():
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("n_rows", [170, 171])
+@pytest.mark.parametrize("n_rows", [5, 6, 170, 171])
 def test_prompts_of_many_tokens(n_rows):
-    """4,080 and 4,104 tokens; from 4,096 rows on, XLA computes wrong products of groups with a fused LayerNorm."""
+    """120 and 144 tokens, on either side of MANY_ROWS, then 4,080 and 4,104: from 4,096 rows on, XLA computes wrong
+    products of groups with a fused LayerNorm. Where a prompt is one product, nothing is computed once for each group.
+    """
     model = GPTModel(TINY, seed=1)
     decoder = DecodingModel(model, 2)
     tokens = np.random.default_rng(0).integers(0, TINY.n_vocab, (n_rows, TINY.n_ctx), dtype=np.int32)
@@ -113,3 +115,7 @@ def test_prompts_of_many_tokens(n_rows):
         return decoder.decode(tokens, decoder.new_cache(n_rows, TINY.n_ctx), 0, jnp.zeros(n_rows, jnp.int32))[0]
 
     np.testing.assert_allclose(logits(decoder, tokens), jax.jit(lambda m, t: m(t)[:, -1])(model, tokens), atol=2e-6)
+    if jax.default_backend() == "cpu":
+        program = logits.lower(decoder, tokens).compile().as_text()
+        in_groups = f"f32[2,{tokens.size},{4 * TINY.n_embd}]" in program
+        assert in_groups == (tokens.size < MANY_ROWS)

@@ -310,6 +310,10 @@ def test_every_view_of_a_text(visit, served):
     cells.nth(6).click()
     expect(page.locator("#inside-ablation .summary")).to_contain_text("without head 1 of layer 1")
     assert page.locator("#inside-ablation .top").count() == 2
+    page.select_option("#inside-ablation select[name=position]", "2")
+    expect(page.locator("#inside-ablation .summary")).to_contain_text(f"after “{TEXT[1]}”, without")
+    page.select_option("#inside-ablation select[name=replacement]", "mean")
+    expect(page.locator("#inside-ablation select[name=position]")).to_have_value("2")
 
     page.click("#inside [data-view=patching]")
     page.fill("#inside textarea[name=corrupted]", "ab")

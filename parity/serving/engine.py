@@ -63,7 +63,7 @@ class Engine:
         model: Any,
         tokenizer: Tokenizer,
         *,
-        max_batch: int = 8,
+        max_batch: int = 16,
         max_waiting: int = 256,
         description: str = "",
         template: str | None = None,

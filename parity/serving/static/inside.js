@@ -107,6 +107,11 @@ export function setUp(info, vocabulary) {
     $(".summary", lensView).textContent = "Each cell is the most likely next token if the model ended there. Choose one for its probabilities.";
   }
 
+  function offerPositions(select, {tokens, position}) {
+    select.replaceChildren(...tokens.map((token, i) => el("option", {value: i}, `${i}: ${visible(token.shown ?? token.text) || "·"}`)));
+    select.value = position;
+  }
+
   // Attribution.
   const attributionView = $("#inside-attribution");
   const selectsOf = (view) => Object.fromEntries($$("select", view).map((element) => [element.name, element]));
@@ -120,8 +125,7 @@ export function setUp(info, vocabulary) {
     } : {};
     const result = await post("page/attribution", {...request, ...given});
     attributedText = request;
-    attributed.position.replaceChildren(...result.tokens.map((token, i) => el("option", {value: i}, `${i}: ${visible(token.shown ?? token.text) || "·"}`)));
-    attributed.position.value = result.position;
+    offerPositions(attributed.position, result);
     const choices = (value) => [...result.top, ...(value && !result.top.some(({id}) => id === value.id) ? [value] : [])].map(({id}) => el("option", {value: id}, shown(id)));
     attributed.token.replaceChildren(...choices(result.token));
     attributed.token.value = result.token.id;
@@ -158,10 +162,13 @@ export function setUp(info, vocabulary) {
   }
 
   const ablationView = $("#inside-ablation");
-  const how = $("select", ablationView);
-  async function ablation(request) {
-    await forEachLayer(ablationView, "page/ablate", {...request, replacement: how.value}, (layers) => {
-      const {token, before, after} = layers[0];
+  const ablated = selectsOf(ablationView);
+  let ablatedText = null;
+  async function ablation(request, position = null) {
+    await forEachLayer(ablationView, "page/ablate", {...request, position, replacement: ablated.replacement.value}, (layers) => {
+      const {token, tokens, before, after} = layers[0];
+      ablatedText = request;
+      offerPositions(ablated.position, layers[0]);
       const most = Math.max(...layers.flatMap((layer) => layer.after.map((entry) => Math.abs(entry.logprob - token.logprob))), 1e-9);
       heatGrid($(".grid", ablationView), {
         columns: after.map((entry) => entry.label),
@@ -180,7 +187,12 @@ export function setUp(info, vocabulary) {
           beforeAfter(ablationView, before, entry.top, `without ${entry.label} of layer ${row}`);
         },
       });
-      $(".summary", ablationView).textContent = `Change of the log-probability (${number(token.logprob)}) of “${visible(token.shown)}” after the text, without one head or MLP.`;
+      $(".summary", ablationView).textContent = `Change of the log-probability (${number(token.logprob)}) of “${visible(token.shown)}” after “${visible(tokens[layers[0].position].shown ?? tokens[layers[0].position].text) || "·"}”, without one head or MLP.`;
+    });
+  }
+  for (const element of Object.values(ablated)) {
+    element.addEventListener("change", () => {
+      if (ablatedText) attempt($(".error", ablationView), element, () => ablation(ablatedText, Number(ablated.position.value)));
     });
   }
 
