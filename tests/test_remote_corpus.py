@@ -1,4 +1,4 @@
-"""A prepared corpus at an address: the same batches; shards are fetched once, verified, and dropped if room is needed."""
+"""A prepared corpus at an address: the same batches; shards are fetched once, verified, and dropped to make room."""
 
 import http.server
 import json
