@@ -21,7 +21,7 @@ from parity.errors import InputError, exit_with_message
 from parity.streams import LossyStream, for_display, prepare_standard_streams
 from parity.training import checkpoints
 from parity.training.job import Job
-from parity.training.loop import StopRequest
+from parity.training.stop import StopRequest
 
 needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 BROKEN = ["pipe", "closed", pytest.param("full", marks=needs_dev_full)]

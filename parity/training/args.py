@@ -9,9 +9,10 @@ import tyro
 
 from parity import cli
 from parity.config import PRESETS, SIZES, GPTConfig
-from parity.data.tokenizer import ByteTokenizer, GPT2Tokenizer
+from parity.data.tokenizer import ByteTokenizer, GPT2Tokenizer, Tokenizer
 from parity.errors import InputError
 from parity.training.initial import own_tokenizer, weights_folder
+from parity.training.mirror import fetch_config
 from parity.training.runs import RunFolder, read_run
 from parity.training.settings import FINE_TUNING, RECIPES, TrainSettings, recipe
 from parity.weights.load import read_folder
@@ -42,6 +43,10 @@ class JobArgs:
     """Folder that the run is written to or resumed from; by default a new folder in runs/, named by time and preset."""
     resume: bool = False
     """Resume the run in --run from its newest intact checkpoint, whichever backend wrote it."""
+    mirror: str | None = None
+    """Address that the run is mirrored to while it trains: each checkpoint, its metrics and its samples, for example
+    s3://BUCKET/NAME, gs://BUCKET/NAME or file:///FOLDER. With --resume, the run continues from the newest checkpoint
+    in --run or at this address, so --run may be an empty folder of another machine. By default it is not mirrored."""
     vocab_bpe: Path | None = None
     """OpenAI's vocab.bpe for the gpt2 tokenizer; by default the one in the cache folder, where it is downloaded to."""
     tensorboard: bool = False
@@ -75,6 +80,7 @@ class Decisive:
     init_from: str | None = None
     run: Path | None = None
     resume: bool = False
+    mirror: str | None = None
     tokenizer: str | None = None
     steps: int | None = None
     lr: float | None = None
@@ -99,12 +105,11 @@ def parse_job_args(cls: type[Args], description: str | None, args: Sequence[str]
             each other.
     """
     given = cli.parse_known(Decisive, args)
-    if given.resume and given.run is None:
-        raise InputError("--resume continues the run in --run; name its folder")
-    if given.resume and given.run is not None:
-        if "tune" in RunFolder(given.run).config():
-            raise InputError(f"--run {given.run} is a run of scripts/finetune.py; resume it with that script")
-        saved = read_run(RunFolder(given.run))
+    if given.resume:
+        run = resumed_run(given)
+        if "tune" in run.config():
+            raise InputError(f"--run {run.path} is a run of scripts/finetune.py; resume it with that script")
+        saved = read_run(run)
         default = dataclasses.replace(cls(), **saved._asdict(), accumulate_is_default=False)
         parsed = cli.parse(cls, description, default, args)
         if parsed.settings.accumulate == "auto":
@@ -125,12 +130,52 @@ def parse_job_args(cls: type[Args], description: str | None, args: Sequence[str]
     return check_rates(cli.parse(cls, description, default, args))
 
 
+def resumed_run(given: Decisive) -> RunFolder:
+    """Return the folder of the run that --resume continues, which now has a config.json if its mirror has one.
+
+    Raises:
+        InputError: If --run is missing, or neither it nor --mirror holds a run.
+    """
+    if given.run is None:
+        raise InputError("--resume continues the run in --run; name its folder")
+    run = RunFolder(given.run)
+    if given.mirror is not None:
+        fetch_config(run, given.mirror)
+    return run
+
+
 def check_rates(args: Args) -> Args:
     """Return the options; raises InputError if the learning rate would rise to its final value."""
     settings = args.settings
     if settings.min_lr > settings.lr:
         raise InputError(f"--min-lr {settings.min_lr:g}: the learning rate cannot fall to it from --lr {settings.lr:g}")
     return args
+
+
+def check_model(args: JobArgs, tokenizer: Tokenizer) -> None:
+    """Raise InputError unless the model fits the weights of --init-from, the tokenizer and the samples."""
+    config = args.model
+    if args.init_from is not None and not args.resume:
+        given = read_folder(weights_folder(args.init_from))[0].to_dict()
+        for name, value in config.to_dict().items():
+            if name not in ("drop_rate", "eos_id") and value != given[name]:
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option}: the model in --init-from {args.init_from} has {name}={given[name]}")
+        own = own_tokenizer(args.init_from)
+        if own not in (None, tokenizer.name):
+            raise InputError(
+                f"--tokenizer {tokenizer.name}: the weights in --init-from {args.init_from} belong to the {own} "
+                "tokenizer, whose ids have other meanings"
+            )
+    if tokenizer.n_vocab > config.n_vocab:
+        origin = "--n-vocab" if args.init_from is None else f"--init-from {args.init_from}"
+        raise InputError(
+            f"{origin}: the model has {config.n_vocab} tokens, the {tokenizer.name} tokenizer {tokenizer.n_vocab}; "
+            "they do not belong together"
+        )
+    top_k = args.settings.sample_top_k
+    if top_k is not None and top_k > config.n_vocab:
+        raise InputError(f"--sample-top-k {top_k}: the model has only {config.n_vocab} tokens")
 
 
 def start_values(given: Decisive, model: GPTConfig, settings: Settings) -> tuple[GPTConfig, Settings]:

@@ -9,7 +9,7 @@ import errno
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from parity.errors import InputError
@@ -18,7 +18,8 @@ from parity.storage.atomic import sync
 from parity.storage.manifest import MANIFEST, Manifest
 from parity.training.processes import ALONE, Processes
 
-_UNFINISHED = ".unfinished-"
+UNFINISHED = ".unfinished-"
+"""How the name of a folder begins that is not complete yet."""
 _SET_ASIDE = ".damaged-"
 
 
@@ -44,6 +45,7 @@ def save(
     keep: int,
     keep_every: int | None = None,
     best: int | None = None,
+    held: Collection[int] = (),
     processes: Processes = ALONE,
     describe: Callable[[dict[str, str]], Manifest] = Manifest,
     read_back: Callable[[Path], None] = lambda folder: None,
@@ -59,6 +61,7 @@ def save(
         keep: Number of newest checkpoints to keep.
         keep_every: Checkpoints of steps that it divides are kept as well.
         best: The checkpoint of this step is kept as well.
+        held: The checkpoints of these steps are kept for now, because they are being read.
         processes: The processes of the run.
         describe: Returns the manifest of a folder with the given {file: sha256}.
         read_back: Called with the written folder; raises InputError unless what was written can be read.
@@ -70,7 +73,7 @@ def save(
         InputError: If the disk has no room for it or refuses a write, or it cannot be read back; earlier checkpoints
             stay as they were.
     """
-    target, unfinished = step_folder(checkpoints, step), checkpoints / f"{_UNFINISHED}{step:06d}"
+    target, unfinished = step_folder(checkpoints, step), checkpoints / f"{UNFINISHED}{step:06d}"
     try:
         if processes.first:
             checkpoints.mkdir(parents=True, exist_ok=True)
@@ -82,11 +85,7 @@ def save(
         if processes.first:
             read_back(unfinished)
             manifests.write(unfinished, dataclasses.replace(describe(manifests.file_hashes(unfinished)), step=step))
-            _flush(unfinished)
-            if os.path.lexists(target):
-                _set_aside(target)
-            unfinished.rename(target)
-            sync(checkpoints)
+            publish(unfinished, target)
     except (OSError, InputError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise InputError(
@@ -94,25 +93,49 @@ def save(
             "Correct that (is the disk full?), then continue with --resume"
         ) from error
     if processes.first:
-        retain(checkpoints, step, keep, keep_every, best)
+        retain(checkpoints, step, keep, keep_every, best, held)
     processes.barrier()
     return target
 
 
-def retain(checkpoints: Path, newest: int, keep: int, keep_every: int | None = None, best: int | None = None) -> None:
+def publish(unfinished: Path, target: Path) -> None:
+    """Flush a complete folder to disk and give it the name of its step; one that has that name is set aside."""
+    _flush(unfinished)
+    if os.path.lexists(target):
+        _set_aside(target)
+    unfinished.rename(target)
+    sync(target.parent)
+
+
+def retain(
+    checkpoints: Path,
+    newest: int,
+    keep: int,
+    keep_every: int | None = None,
+    best: int | None = None,
+    held: Collection[int] = (),
+) -> None:
     """Delete the checkpoints before step `newest` that are not to be kept; see save().
 
     `newest` itself and later ones are never deleted. What cannot be deleted is reported and left.
     """
-    older = [step for step in steps(checkpoints) if step < newest]
-    for step in older[: max(0, len(older) - (keep - 1))]:
-        if step != best and not (keep_every and step % keep_every == 0):
+    for step in superfluous(steps(checkpoints), newest, keep, keep_every, best):
+        if step not in held:
             _remove(step_folder(checkpoints, step))
+
+
+def superfluous(
+    present: Iterable[int], newest: int, keep: int, keep_every: int | None = None, best: int | None = None
+) -> list[int]:
+    """Return those of the steps `present` that retain() deletes."""
+    older = sorted(step for step in present if step < newest)
+    oldest = older[: max(0, len(older) - (keep - 1))]
+    return [step for step in oldest if step != best and not (keep_every and step % keep_every == 0)]
 
 
 def remove_unfinished(checkpoints: Path) -> None:
     """Delete what a process that was killed during a save left behind."""
-    for leftover in checkpoints.glob(f"{_UNFINISHED}*"):
+    for leftover in checkpoints.glob(f"{UNFINISHED}*"):
         _remove(leftover)
 
 
@@ -153,7 +176,7 @@ def newest_intact(checkpoints: Path, identity: RunIdentity | None = None) -> Pat
     reason = "was the run stopped before its first evaluation?"
     for step in reversed(steps(checkpoints)):
         folder = step_folder(checkpoints, step)
-        if not (damage := _damage(folder, identity)):
+        if not (damage := describe_damage(folder, identity)):
             return folder
         reason = f"of step {step}, {damage}"
         warnings.warn(f"checkpoint {folder} is skipped: {damage}", stacklevel=2)
@@ -171,12 +194,12 @@ def intact(checkpoints: Path, step: int, identity: RunIdentity | None = None) ->
         raise InputError(
             f"{checkpoints} has no step {step}; it has {', '.join(map(str, steps(checkpoints))) or 'none'}"
         )
-    if damage := _damage(folder, identity):
+    if damage := describe_damage(folder, identity):
         raise InputError(f"checkpoint {folder} is damaged: {damage}")
     return folder
 
 
-def _damage(folder: Path, identity: RunIdentity | None) -> str:
+def describe_damage(folder: Path, identity: RunIdentity | None) -> str:
     """Describe how a step folder differs from its manifest and its run; an empty text if it does not."""
     try:
         manifest = manifests.read(folder)

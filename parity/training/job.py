@@ -26,17 +26,17 @@ from parity.training.agreement import (
     process_facts,
     sampled_sha256,
 )
-from parity.training.args import JobArgs
+from parity.training.args import JobArgs, check_model
 from parity.training.bigram import bigram_loss
-from parity.training.initial import own_tokenizer, weights_folder
 from parity.training.job_data import JobData, load_windows
 from parity.training.loggers import Logger, open_loggers
+from parity.training.mirror import fetch_newest
 from parity.training.processes import ALONE, Processes
 from parity.training.run_config import run_config
 from parity.training.runs import RunFolder
 from parity.training.settings import CHANGEABLE_KEYS, TrainSettings
 from parity.training.trainer import Trainer
-from parity.weights.load import read_folder
+from parity.training.uploads import Uploads
 
 _MOST_BIGRAM_TOKENS = 50_000_000  # counting the bigrams of a larger corpus takes too much time and memory
 
@@ -55,8 +55,8 @@ class Job:
     train: Dataset
     validation: Dataset
     prompts: Sequence[Sequence[int]]
-    corpus_samples: str | None
-    """Hash of samples of the corpus's tokens, which shows files that were changed in place; None if it is verified."""
+    corpus_samples: str
+    """Hash of samples of the corpus's tokens, which shows files that were changed in place."""
     sample_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     measure: Callable[[Trainer], Mapping[str, Any]] | None = None
     loss_unit: Literal["token", "pair", "text"] = "token"
@@ -68,6 +68,8 @@ class Job:
     bigram: float | None = None
     """Validation loss of the baseline in nats per token, if it was computed."""
     loggers: Sequence[Logger] = ()
+    uploads: Uploads | None = None
+    """Of the first process of a run that is mirrored."""
     resumed_step: int | None = None
     """The step of the checkpoint that the run resumes from, once start_run() has verified it."""
     identity: checkpoints.RunIdentity = dataclasses.field(default_factory=checkpoints.RunIdentity)
@@ -100,7 +102,9 @@ def load_job(
     processes: Processes = ALONE,
     load_data: Callable[[JobArgs, Tokenizer], JobData] = load_windows,
 ) -> Job:
-    """Load tokenizer, corpus and configuration of a run; nothing is written yet.
+    """Load tokenizer, corpus and configuration of a run.
+
+    Nothing is written yet, except that the run folder of a mirrored run that is resumed gets its newest checkpoint.
 
     Args:
         args: The options.
@@ -112,13 +116,16 @@ def load_job(
             different options.
     """
     settings, config = args.settings, args.model
+    if args.resume and args.mirror is not None and args.run is not None:
+        if processes.first:
+            fetch_newest(RunFolder(args.run), args.mirror)
+        processes.barrier()
     started = datetime.fromtimestamp(processes.all_reduce_max(int(time.time())))
     number = processes.all_reduce_max(secrets.randbits(16))  # for runs that start in the same second
     folder = args.run or Path("runs") / f"{started:%Y%m%d-%H%M%S}-{args.preset}-{number:04x}"
     tokenizer = load_tokenizer(settings.tokenizer, args.vocab_bpe)
-    _check_model(args, tokenizer)
+    check_model(args, tokenizer)
     data = load_data(args, tokenizer)
-    shards = [*data.corpus.train, *data.corpus.validation]
     job = Job(
         args=args,
         config=config,
@@ -126,7 +133,7 @@ def load_job(
         run=RunFolder(folder, writes=processes.first),
         processes=processes,
         tokenizer=tokenizer,
-        corpus_samples=None if data.corpus.is_verified else sampled_sha256(shards),
+        corpus_samples=sampled_sha256([*data.corpus.train, *data.corpus.validation]),
         **data._asdict(),
     )
     if processes.count > 1 and (different := processes.differences(_facts(job))):
@@ -165,7 +172,7 @@ def start_run(job: Job, backend: str, device_info: Mapping[str, str], console: C
         The job with its baseline and its loggers.
 
     Raises:
-        InputError: If the folder contains another run, or is in use.
+        InputError: If the folder or the mirror contains another run, or the folder is in use.
     """
     args, run = job.args, job.run
     entries = _entries(job)
@@ -180,6 +187,10 @@ def start_run(job: Job, backend: str, device_info: Mapping[str, str], console: C
         if not job.processes.agree_on(_state(run, resumed_step)):
             raise InputError(f"{run.path}: not all processes see what the first one wrote; --run must be shared")
         loggers = open_loggers(run, args.tensorboard, args.wandb) if job.processes.first else ()
+        uploads, mirror = None, ""
+        if args.mirror is not None and job.processes.first:
+            uploads = Uploads(args.mirror, run, job.settings, console)
+            mirror = uploads.claim(is_new=not args.resume)
     except BaseException:
         run.discard()
         raise
@@ -192,6 +203,7 @@ def start_run(job: Job, backend: str, device_info: Mapping[str, str], console: C
         "weights": f"from {args.init_from}" if args.init_from else f"initial, seed {job.settings.seed}",
         "corpus": f"{job.corpus.name}: {n_train:,} + {n_validation:,} tokens ({job.tokenizer.name})",
         "run": str(run.path),
+        "mirror": mirror,
         "changed": "; ".join([*changed, *environment_changes(before, surroundings)]),
     }
     for name, text in summary.items():
@@ -201,7 +213,9 @@ def start_run(job: Job, backend: str, device_info: Mapping[str, str], console: C
     if job.has_baseline and job.processes.first and n_train <= _MOST_BIGRAM_TOKENS:
         bigram = bigram_loss(job.corpus.train, job.corpus.validation, job.config.n_vocab)
         console.print(f"baseline   bigram model, validation loss {bigram:.4f}  perplexity {math.exp(bigram):.2f}")
-    return dataclasses.replace(job, bigram=bigram, loggers=loggers, resumed_step=resumed_step, identity=run.identity())
+    return dataclasses.replace(
+        job, bigram=bigram, loggers=loggers, uploads=uploads, resumed_step=resumed_step, identity=run.identity()
+    )
 
 
 def _entries(job: Job) -> dict[str, Any]:
@@ -264,29 +278,3 @@ def _describe_schedule(settings: TrainSettings) -> str:
 def describe_precision(settings: TrainSettings, attention: str) -> str:
     """Return the line of a run's summary that names dtypes and attention."""
     return f"computes in {settings.dtype}, parameters {settings.param_dtype}; attention {attention}"
-
-
-def _check_model(args: JobArgs, tokenizer: Tokenizer) -> None:
-    """Raise InputError unless the model fits the weights of --init-from, the tokenizer and the samples."""
-    config = args.model
-    if args.init_from is not None and not args.resume:
-        given = read_folder(weights_folder(args.init_from))[0].to_dict()
-        for name, value in config.to_dict().items():
-            if name not in ("drop_rate", "eos_id") and value != given[name]:
-                option = f"--{name.replace('_', '-')}"
-                raise InputError(f"{option}: the model in --init-from {args.init_from} has {name}={given[name]}")
-        own = own_tokenizer(args.init_from)
-        if own not in (None, tokenizer.name):
-            raise InputError(
-                f"--tokenizer {tokenizer.name}: the weights in --init-from {args.init_from} belong to the {own} "
-                "tokenizer, whose ids have other meanings"
-            )
-    if tokenizer.n_vocab > config.n_vocab:
-        origin = "--n-vocab" if args.init_from is None else f"--init-from {args.init_from}"
-        raise InputError(
-            f"{origin}: the model has {config.n_vocab} tokens, the {tokenizer.name} tokenizer {tokenizer.n_vocab}; "
-            "they do not belong together"
-        )
-    top_k = args.settings.sample_top_k
-    if top_k is not None and top_k > config.n_vocab:
-        raise InputError(f"--sample-top-k {top_k}: the model has only {config.n_vocab} tokens")

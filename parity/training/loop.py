@@ -21,38 +21,12 @@ from parity.storage.manifest import Manifest, weights_file
 from parity.training import checkpoints, optimizer_state
 from parity.training.job import Job
 from parity.training.schedule import learning_rate
+from parity.training.stop import StopRequest
 from parity.training.trainer import Trainer
 
 SAMPLES_AT_ONCE = 32
 """Number of prompts that an evaluation continues in one batch. Each batch gathers the weights of a mesh."""
-
-
-class StopRequest:
-    """Receive SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal was closed).
-
-    The first signal stops the run after a save, a second one stops it at once. If SIGHUP was ignored, as under nohup,
-    it stays ignored.
-    """
-
-    def __init__(self) -> None:
-        self.received = 0
-        """Number of the first signal, or 0."""
-
-    def __enter__(self) -> "StopRequest":
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)
-        self._before = {number: signal.signal(number, self._receive) for number in numbers}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: object) -> None:
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = number
+_TURN = 10  # seconds that the first process waits for the last upload before it tells the others that it still does
 
 
 class Pending(NamedTuple):
@@ -73,7 +47,8 @@ def evaluate(trainer: Trainer, dataset: Dataset, batch_size: int) -> float:
 def resume_and_train(trainer: Trainer, job: Job, console: Console) -> int:
     """Resume if possible, train, print a summary, and return the exit status."""
     try:
-        return _resume_and_train(trainer, job, console)
+        with job.uploads or contextlib.nullcontext():
+            return _resume_and_train(trainer, job, console)
     finally:
         job.run.unlock()
 
@@ -95,6 +70,8 @@ def _resume_and_train(trainer: Trainer, job: Job, console: Console) -> int:
     not_shown = done in job.run.metrics.evaluations and not job.run.has_samples(done or 0)
     if done is not None and job.processes.all_reduce_max(int(job.processes.first and not_shown)):
         _sample_and_plot(trainer, job, done, console)
+    if done is not None:
+        _upload(job, done)
     started = time.perf_counter()
     status = train_loop(trainer, job, done, console)
     evaluated, best = job.run.metrics.evaluations, job.run.metrics.best_step()
@@ -108,6 +85,9 @@ def _resume_and_train(trainer: Trainer, job: Job, console: Console) -> int:
                 "since; that checkpoint is kept: --checkpoint best"
             )
     console.print(job.use.format(run=job.run.path), highlight=False, soft_wrap=True)
+    if job.args.mirror is not None:  # all processes wait together, because none may leave before the others
+        while job.processes.all_reduce_max(int(job.uploads is not None and not job.uploads.finished(_TURN))):
+            pass
     return status
 
 
@@ -162,6 +142,7 @@ def train_loop(trainer: Trainer, job: Job, done: int | None, console: Console) -
             if stopping:
                 if not evaluating:
                     _save(trainer, job, finished)
+                    _upload(job, finished)
                 console.print(f"stopped by {signal.Signals(stopping).name} after step {finished}, which is saved")
                 return 128 + stopping
         return 0
@@ -194,6 +175,7 @@ def _evaluate_and_save(trainer: Trainer, job: Job, step: int, console: Console) 
     console.print(f"step {step:>6}  validation loss {loss:.4f}{first}{more}", soft_wrap=True)
     _save(trainer, job, step)
     _sample_and_plot(trainer, job, step, console)
+    _upload(job, step)
 
 
 def _sample_and_plot(trainer: Trainer, job: Job, step: int, console: Console) -> None:
@@ -262,10 +244,17 @@ def _save(trainer: Trainer, job: Job, step: int) -> None:
         settings.keep,
         settings.keep_every,
         run.metrics.best_step(),
+        () if job.uploads is None else job.uploads.held(),
         job.processes,
         describe,
         functools.partial(optimizer_state.read_back, config=trainer.config, stored=trainer.stored),
     )
+
+
+def _upload(job: Job, step: int) -> None:
+    """Request the upload of a checkpoint, and of the run's files as they are now, if the run is mirrored."""
+    if job.uploads is not None:
+        job.uploads.request(step)
 
 
 def _log_steps(job: Job, pending: Sequence[Pending], console: Console) -> float:

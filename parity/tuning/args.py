@@ -10,7 +10,7 @@ from parity import cli
 from parity.config import SIZES
 from parity.errors import InputError
 from parity.storage.json import get_entry
-from parity.training.args import Decisive, JobArgs, check_rates, start_values
+from parity.training.args import Decisive, JobArgs, check_rates, resumed_run, start_values
 from parity.training.runs import RunFolder, SavedRun, read_run
 from parity.tuning.embedded import EMBEDDED
 from parity.tuning.settings import OFFLINE, RULES, TUNE_RECIPES, ExampleSettings, Task, TuneSettings, tune_recipe
@@ -97,9 +97,7 @@ def parse_tune_args(cls: type[Args], description: str | None, args: Sequence[str
     """
     given = cli.parse_known(_Decisive, args)
     if given.resume:
-        if given.run is None:
-            raise InputError("--resume continues the run in --run; name its folder")
-        saved = read_tuning(RunFolder(given.run))
+        saved = read_tuning(resumed_run(given))
         default = dataclasses.replace(cls(), **saved.run._asdict(), tune=saved.tune, accumulate_is_default=False)
         return cli.parse(cls, description, default, args)
     preset = given.preset or _preset(given.task or "instruct", given.data)

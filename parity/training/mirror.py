@@ -1,0 +1,160 @@
+"""Runs that are fetched from object storage: to be resumed on another machine, or to be used."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from parity.errors import InputError
+from parity.storage.locks import LOCK
+from parity.storage.remote import open_remote
+from parity.training import checkpoints
+from parity.training.checkpoints import step_folder
+from parity.training.mirrored import CONFIG, DamagedError, MirroredRun, retrying
+from parity.training.runs import RunFolder
+
+
+def fetch_config(run: RunFolder, address: str) -> None:
+    """Copy config.json of a mirrored run into a run folder that has none.
+
+    Raises:
+        InputError: If neither has one.
+    """
+    if run.config_file.exists():
+        return
+    remote = open_remote(address)
+    if retrying(remote.size, CONFIG) is None:
+        raise InputError(
+            f"neither --run {run.path} nor --mirror {remote.address} holds a run that --resume could continue; "
+            "correct them, or start the run without --resume"
+        )
+    run.path.mkdir(parents=True, exist_ok=True)
+    retrying(remote.get, CONFIG, run.config_file)
+
+
+def fetch_newest(run: RunFolder, address: str) -> None:
+    """Copy the newest complete checkpoint of a mirrored run into its folder, unless that has a newer intact one.
+
+    Args:
+        run: The run folder, which has a config.json. It is locked meanwhile.
+        address: Where the run is mirrored.
+
+    Raises:
+        InputError: If another run is mirrored there, the checkpoint cannot be fetched, or none of them is intact.
+    """
+    mirrored = MirroredRun(open_remote(address))
+    run.lock()
+    try:
+        check_id(run, retrying(mirrored.config), mirrored.remote.address)
+        local = _newest_local(run)
+        later = [step for step in retrying(mirrored.steps) if step > local]
+        if later:
+            mirrored.fetch_files(run.path)
+            try:
+                _fetch_first_intact(mirrored, run, later)
+            except DamagedError:
+                if local < 0:
+                    raise
+    finally:
+        run.unlock()
+
+
+def pull(address: str, folder: Path, step: int | None = None) -> Path:
+    """Copy a mirrored run with one checkpoint into a folder, from which it can then be used like any other run.
+
+    A checkpoint that the folder has already is not fetched again, and stays there when a newer one is fetched.
+
+    Args:
+        address: Where the run is mirrored.
+        folder: The folder. It is locked meanwhile, so that other processes wait.
+        step: The step of the checkpoint; by default the newest one that is complete and intact.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        InputError: If the address holds no run, no such checkpoint, or a damaged one, or cannot be reached.
+    """
+    mirrored = MirroredRun(open_remote(address))
+    with _locked(folder):
+        run = _pull_files(mirrored, folder)
+        steps = retrying(mirrored.steps)
+        if not steps or step not in (None, *steps):
+            which = "complete checkpoint" if step is None else f"step {step}"
+            raise InputError(
+                f"{mirrored.remote.address} has no {which}; it has {', '.join(map(str, steps)) or 'none yet'}"
+            )
+        return _fetch_first_intact(mirrored, run, steps if step is None else [step])
+
+
+def pull_files(address: str, folder: Path) -> RunFolder:
+    """Copy the files of a mirrored run into a folder, without checkpoints; see pull()."""
+    with _locked(folder):
+        return _pull_files(MirroredRun(open_remote(address)), folder)
+
+
+def check_id(run: RunFolder, mirrored: Mapping[str, Any] | None, address: str) -> None:
+    """Raise InputError unless an address holds this run, or none.
+
+    Args:
+        run: The run folder.
+        mirrored: The config.json at the address; None if there is none.
+        address: The address, for messages.
+    """
+    own = run.config().get("id")
+    if not isinstance(own, str):
+        raise InputError(f"{run.path} was begun by version 0.1, whose runs have no id; it cannot be mirrored")
+    if mirrored is not None and mirrored.get("id") != own:
+        raise InputError(
+            f"--mirror {address} holds another run (id {mirrored.get('id')!r:.50}) than {run.path} (id {own}); "
+            "name another address"
+        )
+
+
+def _pull_files(mirrored: MirroredRun, folder: Path) -> RunFolder:
+    if retrying(mirrored.config) is None:
+        raise InputError(f"{mirrored.remote.address} holds no run: {CONFIG} is missing")
+    mirrored.fetch_files(folder)
+    run = RunFolder(folder)
+    checkpoints.remove_unfinished(run.checkpoints)
+    return run
+
+
+def _fetch_first_intact(mirrored: MirroredRun, run: RunFolder, steps: list[int]) -> Path:
+    """Fetch the last of these steps that is intact, with a warning for each that is not, and return its folder.
+
+    Raises:
+        DamagedError: If none is intact.
+    """
+    reason = ""
+    for step in reversed(steps):
+        folder = step_folder(run.checkpoints, step)
+        if mirrored.holds(folder) and not checkpoints.describe_damage(folder, run.identity()):
+            return folder
+        try:
+            return mirrored.fetch_step(run, step)
+        except DamagedError as error:
+            reason = str(error)
+            warnings.warn(f"a checkpoint is skipped: {error}", stacklevel=3)
+    raise DamagedError(f"{mirrored.remote.address} holds no intact checkpoint; {reason}")
+
+
+def _newest_local(run: RunFolder) -> int:
+    """Return the step of the newest intact checkpoint in the run folder, -1 if there is none."""
+    if not checkpoints.steps(run.checkpoints):
+        return -1
+    try:
+        return int(run.newest_intact().name)
+    except InputError:
+        return -1
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make a folder and lock it, once no other process has locked it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / LOCK):
+        yield

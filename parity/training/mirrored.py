@@ -1,0 +1,221 @@
+"""A run in object storage: how its checkpoints get there complete, and how they are fetched and verified.
+
+The objects have the names of the files in the run folder, so a copy of them is a run folder. Of a checkpoint the
+manifest is uploaded last, and deleted first: without manifest.json there is no checkpoint for those who read. The
+files of the run (metrics, samples, configuration) come before the manifest, so they are never older than the newest
+checkpoint; resuming removes what is newer.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from parity.errors import InputError
+from parity.storage import manifest as manifests
+from parity.storage.json import as_object, parse
+from parity.storage.manifest import MANIFEST
+from parity.storage.remote import MissingError, Remote, RemoteError
+from parity.training import checkpoints
+from parity.training.checkpoints import step_folder
+from parity.training.runs import RunFolder
+
+CONFIG = "config.json"
+RETRY_SECONDS = (1, 2, 4)
+"""How long to wait before a failed request is repeated, when a run is fetched."""
+_CHECKPOINTS = "checkpoints/"
+
+Result = TypeVar("Result")
+
+
+class DamagedError(InputError):
+    """A checkpoint in object storage that differs from its manifest."""
+
+
+class MirroredRun:
+    """A run in object storage.
+
+    Args:
+        remote: The objects.
+    """
+
+    def __init__(self, remote: Remote):
+        self.remote = remote
+        self._sent: dict[str, Any] = {}  # {name: what tells the content that this process uploaded from any other}
+
+    def config(self) -> dict[str, Any] | None:
+        """Return the entries of config.json; None if there is no run here."""
+        try:
+            content = self.remote.read(CONFIG)
+        except MissingError:
+            return None
+        origin = f"{self.remote.address}/{CONFIG}"
+        return as_object(parse(content, origin), origin)
+
+    def steps(self) -> list[int]:
+        """Return the steps of the complete checkpoints, in ascending order."""
+        return sorted(step for step, names in self._checkpoints().items() if MANIFEST in names)
+
+    def push(self, run: RunFolder, step: int, sizes: Mapping[str, int], check: Callable[[], None]) -> None:
+        """Upload a checkpoint and the files of its run. What an interrupted call has left is replaced.
+
+        Args:
+            run: The run folder.
+            step: The step of the checkpoint.
+            sizes: {file of the run: number of bytes to upload}, for those that another thread appends to meanwhile.
+            check: Called before each change; raises an error if this process may not write.
+
+        Raises:
+            InputError: If the checkpoint is incomplete, an upload fails, or objects have other sizes than the files.
+        """
+        folder, prefix = step_folder(run.checkpoints, step), _prefix(step)
+        manifest, content = manifests.read(folder), (folder / MANIFEST).read_bytes()
+        files = {f"{prefix}{name}": folder / name for name in manifest.files}
+        present = self.remote.list()
+        expected = {name: path.stat().st_size for name, path in files.items()}
+        is_complete = (
+            prefix + MANIFEST in present
+            and all(present.get(name) == size for name, size in expected.items())
+            and self.remote.read(prefix + MANIFEST) == content
+        )
+
+        def needed(name: str, state: Any) -> bool:
+            return self._sent.get(name) != state or present.get(name) != expected[name]
+
+        if not is_complete:
+            check()
+            self.remote.remove(prefix + MANIFEST)
+            for name, path in files.items():
+                if needed(name, sha256 := manifest.files[name.removeprefix(prefix)]):
+                    check()
+                    self.remote.put(path, name)
+                    self._sent[name] = sha256
+        for path in sorted(path for path in run.path.iterdir() if path.is_file() and _is_run_file(path.name)):
+            status = path.stat()
+            size = expected[path.name] = sizes.get(path.name, status.st_size)
+            if needed(path.name, state := (size, None if path.name in sizes else status.st_mtime_ns)):
+                check()
+                self._put_start(path, size)
+                self._sent[path.name] = state
+        present = self.remote.list()
+        if wrong := [name for name, size in expected.items() if present.get(name) != size]:
+            for name in wrong:
+                self._sent.pop(name, None)
+            raise RemoteError(f"{self.remote.address}: {', '.join(wrong)} did not arrive with the size of the file")
+        if not is_complete:
+            check()
+            self.remote.write(prefix + MANIFEST, content)
+        for name in present:
+            if name.startswith(prefix) and name not in (*files, prefix + MANIFEST):  # of a former save of this step
+                check()
+                self.remote.remove(name)
+
+    def retain(
+        self, newest: int, keep: int, keep_every: int | None, best: int | None, check: Callable[[], None]
+    ) -> None:
+        """Delete the checkpoints before step `newest` that checkpoints.retain() deletes, and those left incomplete."""
+        present = self._checkpoints()
+        complete = [step for step, names in present.items() if MANIFEST in names]
+        unwanted = set(checkpoints.superfluous(complete, newest, keep, keep_every, best))
+        for step, names in present.items():
+            if step in unwanted or (step < newest and step not in complete):
+                check()
+                for name in sorted(names, key=lambda name: name != MANIFEST):  # the manifest first
+                    self.remote.remove(_prefix(step) + name)
+
+    def fetch_files(self, folder: Path) -> None:
+        """Copy the files of the run into a folder, without checkpoints."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in retrying(self.remote.list):
+            if "/" not in name and _is_run_file(name):
+                retrying(self.remote.get, name, folder / name)
+
+    def fetch_step(self, run: RunFolder, step: int) -> Path:
+        """Copy a checkpoint into a run folder, verify it, and return its folder there.
+
+        Raises:
+            DamagedError: If it differs from its manifest, or does not belong to the run.
+            RemoteError: If it cannot be fetched.
+        """
+        target, address = step_folder(run.checkpoints, step), f"{self.remote.address}/{_prefix(step)}"
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=checkpoints.UNFINISHED, dir=run.checkpoints) as stage:
+            unfinished = Path(stage, target.name)
+            unfinished.mkdir()
+            sizes = self._fetch_manifest(step, unfinished)
+            manifest = _read_manifest(unfinished, address)
+            if missing := sorted(manifest.files.keys() - sizes.keys()):
+                raise DamagedError(f"{address} is damaged: {', '.join(missing)} is missing")
+            checkpoints.require_space(unfinished, sum(sizes[name] for name in manifest.files))
+            names = sorted(manifest.files)
+            for _ in range(2):  # what was altered on the way is correct the next time
+                for name in names:
+                    (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+                    retrying(self.remote.get, f"{_prefix(step)}{name}", unfinished / name)
+                if not (names := manifests.altered(unfinished, manifest)):
+                    break
+            if damage := checkpoints.describe_damage(unfinished, run.identity()):
+                raise DamagedError(f"{address} is damaged: {damage}")
+            checkpoints.publish(unfinished, target)
+        return target
+
+    def holds(self, folder: Path) -> bool:
+        """Return whether a step folder has the manifest that the step has here."""
+        name = f"{_CHECKPOINTS}{folder.name}/{MANIFEST}"
+        try:
+            return (folder / MANIFEST).read_bytes() == retrying(self.remote.read, name)
+        except (OSError, MissingError):
+            return False
+
+    def _fetch_manifest(self, step: int, folder: Path) -> dict[str, int]:
+        """Copy the manifest of a step into a folder; return the sizes of the step's objects, in bytes."""
+        prefix = _prefix(step)
+        objects = retrying(self.remote.list, prefix)
+        retrying(self.remote.get, prefix + MANIFEST, folder / MANIFEST)
+        return {name.removeprefix(prefix): size for name, size in objects.items()}
+
+    def _checkpoints(self) -> dict[int, list[str]]:
+        """Return {step: names of its objects}, of complete and incomplete checkpoints."""
+        present: dict[int, list[str]] = {}
+        for name in self.remote.list(_CHECKPOINTS):
+            step, _, file = name.removeprefix(_CHECKPOINTS).partition("/")
+            if file and step.isascii() and step.isdecimal() and step == f"{int(step):06d}":
+                present.setdefault(int(step), []).append(file)
+        return present
+
+    def _put_start(self, path: Path, size: int) -> None:
+        """Upload the first `size` bytes of a file."""
+        if size == path.stat().st_size:
+            self.remote.put(path, path.name)
+            return
+        with path.open("rb") as file:
+            self.remote.write(path.name, file.read(size))
+
+
+def retrying(call: Callable[..., Result], *arguments: Any) -> Result:
+    """Return the result of a request, which is repeated after a failure that may be temporary."""
+    for seconds in RETRY_SECONDS:
+        try:
+            return call(*arguments)
+        except MissingError:
+            raise
+        except RemoteError:
+            time.sleep(seconds)
+    return call(*arguments)
+
+
+def _read_manifest(folder: Path, address: str) -> manifests.Manifest:
+    try:
+        return manifests.read(folder)
+    except InputError as error:
+        raise DamagedError(f"{address} is damaged: {error}") from None
+
+
+def _is_run_file(name: str) -> bool:
+    """Whether a file in the run folder is the run's, and neither temporary, nor set aside, nor a lock."""
+    return not (name.startswith(".") or ".part" in name or name.endswith(".damaged"))
+
+
+def _prefix(step: int) -> str:
+    return f"{_CHECKPOINTS}{step:06d}/"
