@@ -40,7 +40,7 @@ _SIGPIPE = 13  # the signal that ends other programs when the reader of their ou
 # Packages that may be absent, and the extra of this project that installs each.
 _EXTRAS = dict.fromkeys(("jax", "jaxlib", "flax", "optax", "orbax", "tensorstore"), "jax")
 _EXTRAS |= {"torch": "torch", "tensorflow": "tf", "transformers": "test", "lm_eval": "eval", "yaml": "eval"}
-_EXTRAS |= dict.fromkeys(("starlette", "uvicorn"), "serve")
+_EXTRAS |= dict.fromkeys(("starlette", "uvicorn"), "serve") | {"ray": "ray"}
 _EXTRAS |= {"s3fs": "s3", "gcsfs": "gcs"}
 
 

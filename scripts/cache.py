@@ -20,6 +20,7 @@ from rich.table import Table
 from parity.cli import parse
 from parity.console import PlainConsole
 from parity.data.corpora import DOWNLOADS
+from parity.data.shard_cache import corpora_folder
 from parity.errors import InputError, exit_with_message
 from parity.storage.paths import cache_folder
 
@@ -66,7 +67,10 @@ def cached_paths() -> dict[str, list[Path]]:
     kinds = {
         "models": [cache / "models"],
         "vocabulary": sorted(cache.glob("vocab.bpe*")),
-        "corpora": [path for _, file in DOWNLOADS.values() for path in sorted(cache.glob(f"{file.name}*"))],
+        "corpora": [
+            corpora_folder(),
+            *(path for _, file in DOWNLOADS.values() for path in sorted(cache.glob(f"{file.name}*"))),
+        ],
         "evaluation": [cache / "evaluation"],
         "compiled": [cache / "compiled", *([Path(compiled)] if compiled else [])],
     }

@@ -4,28 +4,46 @@
     python scripts/prepare_data.py corpus.jsonl.gz books/ --out data/mine --workers 8
     python scripts/prepare_data.py --verify data/fineweb                         # compare all shards with the index
 
-If it is interrupted, run it again with the same options: it resumes after the last complete shard.
+If it is interrupted, run it again with the same options: it resumes. The work can be divided in two passes among
+machines that share the sources and the output folder, or done by a Ray cluster:
+
+    python scripts/prepare_data.py fineweb/*.parquet --out data/fineweb --part 0/2             # and --part 1/2
+    python scripts/prepare_data.py fineweb/*.parquet --out data/fineweb --part 0/2 --pass 2    # and --part 1/2
+    python scripts/prepare_data.py fineweb/*.parquet --out data/fineweb --finish
+    python scripts/prepare_data.py fineweb/*.parquet --out data/fineweb --ray auto
+
+docs/guides/corpora.md explains this.
 """
 
+import contextlib
 import dataclasses
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from parity.cli import parse
 from parity.console import PlainConsole
-from parity.data import shard_index, shards
+from parity.data import passes, shard_index
+from parity.data.engines import RayCluster
+from parity.data.shards import Request, finish_parts, prepare_part, prepare_shards
 from parity.data.tokenizer import load_tokenizer
 from parity.errors import InputError, exit_with_message
+from parity.parts import parse_part
+
+
+def _cores() -> int:
+    """Return the number of CPU cores that this process may use, which a scheduler may limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    sources: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[SOURCE ...]")] = ()
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[SOURCE ...]")] = ()
     """Files to tokenize (.txt, .jsonl, .ndjson, these also as .gz, .json, .parquet) and folders of them. In .txt files,
     <|endoftext|> ends a document."""
     out: Path | None = None
@@ -41,8 +59,20 @@ class Args:
     """Fraction of the documents that are held out for validation."""
     shard_tokens: int = 100_000_000
     """Number of tokens per shard; each token takes two bytes."""
-    workers: int = os.cpu_count() or 1
-    """Number of threads that tokenize; by default one per CPU core."""
+    workers: int = _cores()
+    """Number of processes, each of which tokenizes one file at a time; where there are fewer files, number of threads
+    that tokenize. By default one per CPU core that this program may use."""
+    part: str | None = None
+    """Do only one part of one pass, given as k/n: 0/4 is the first of four. The other parts may be done at any time, on
+    any machine that shares the sources and --out, with the same options. By default everything is done."""
+    stage: Annotated[Literal[1, 2], tyro.conf.arg(name="pass")] = 1
+    """With --part, which of the two passes: 1 tokenizes files; 2, which needs all parts of pass 1, writes shards."""
+    finish: bool = False
+    """After all parts of both passes, check that they are complete and write index.json."""
+    ray: str | None = None
+    """Do all of the work as tasks of a Ray cluster, each on one CPU core: the address of the cluster, "auto" for the
+    one of this machine, or "local" for one that is started on this machine, with --workers cores. This needs the
+    extra ray. By default no cluster is used."""
     verify: Path | None = None
     """Prepare nothing; compare the shards in this folder with the sha256 in its index."""
 
@@ -52,35 +82,62 @@ def main() -> None:
     if args.verify is not None:
         console.print(f"{shard_index.verify(args.verify)} shards of {args.verify} match their sha256")
         return
+    _check(args)
+    options: dict[str, Any] = {
+        "sources": args.sources,
+        "out": args.out,
+        "tokenizer": load_tokenizer(args.tokenizer, args.vocab_bpe),
+        "text_field": args.text_field,
+        "validation_fraction": args.validation_fraction,
+        "shard_tokens": args.shard_tokens,
+    }
+    begin = time.perf_counter()
+    with _progress_bar(console) as show:
+        if args.part is not None:
+            prepare_part(Request(**options), parse_part(args.part), args.stage, args.workers, show)
+        elif args.finish:
+            finish_parts(Request(**options))
+        elif args.ray is not None:
+            with RayCluster(args.ray, args.workers) as cluster:
+                prepare_shards(**options, on_progress=show, engine=cluster)
+        else:
+            prepare_shards(**options, workers=args.workers, on_progress=show)
+    seconds = time.perf_counter() - begin
+    if args.part is not None:
+        console.print(f"part {args.part} of pass {args.stage} is complete, {seconds:.1f} s", soft_wrap=True)
+        return
+    assert args.out is not None
+    for split, written in shard_index.read_index(args.out)["splits"].items():
+        count = sum(shard["tokens"] for shard in written["done"])
+        console.print(f"{split:<10} {count:,} tokens in {len(written['done'])} shards")
+    console.print(f"{seconds:.1f} s; train on it with --corpus {args.out}", soft_wrap=True)
+
+
+def _check(args: Args) -> None:
+    """Raise InputError for options that do not fit each other."""
     if not args.sources or args.out is None:
         raise InputError("name the files to tokenize and, with --out, the folder for the shards")
-    tokenizer = load_tokenizer(args.tokenizer, args.vocab_bpe)
+    ways = [f"--{name}" for name in ("part", "finish", "ray") if getattr(args, name)]
+    if len(ways) > 1:
+        raise InputError(f"{ways[0]} and {ways[1]} exclude each other; choose one")
+    if args.stage != 1 and args.part is None:
+        raise InputError("--pass needs --part k/n; without it, both passes are done")
+
+
+@contextlib.contextmanager
+def _progress_bar(console: PlainConsole) -> Iterator[passes.OnProgress]:
+    """Yield a function that shows progress on a terminal."""
     columns = (SpinnerColumn(), TextColumn("{task.fields[summary]}", markup=False), TimeElapsedColumn())
     begin = time.perf_counter()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", summary="reading")
 
-        def show(done: shards.Progress) -> None:
-            speed = done.tokens / (time.perf_counter() - begin)
-            counts = f"{done.documents:,} documents, {done.tokens:,} tokens, {done.shards} shards"
-            progress.update(bar, summary=f"{counts}, {speed:,.0f} tokens/s")
+        def show(done: passes.Progress) -> None:
+            counts = f"{done.documents:,} documents, {done.tokens:,} tokens"
+            speed = f"{done.tokens / (time.perf_counter() - begin):,.0f} tokens/s"
+            progress.update(bar, summary=f"{counts}, {f'{done.shards} shards' if done.shards else speed}")
 
-        index = shards.prepare_shards(
-            args.sources,
-            args.out,
-            tokenizer,
-            args.text_field,
-            args.validation_fraction,
-            args.shard_tokens,
-            args.workers,
-            show,
-        )
-    seconds = time.perf_counter() - begin
-    for split in shard_index.SPLITS:
-        written = index["splits"][split]["done"]
-        count = sum(shard["tokens"] for shard in written)
-        console.print(f"{split:<10} {count:,} tokens in {len(written)} shards")
-    console.print(f"{seconds:.1f} s; train on it with --corpus {args.out}", soft_wrap=True)
+        yield show
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import itertools
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 from support.interrupting import interrupted
 from support.runs import run_script
 
-from parity.data import cuts, documents, parquet
+from parity.data import cuts, documents, parquet, units
 from parity.data.corpora import load_corpus
 from parity.data.shard_index import SPLITS, read_index, verify
 from parity.data.shards import prepare_shards
@@ -120,41 +121,64 @@ class Counting(ByteTokenizer):
         return super().encode_array(text)
 
 
-def stop_at(shards, progress):
-    if progress.shards >= shards:
-        raise KeyboardInterrupt
+def stop_after(count):
+    """Return a function for on_progress that interrupts the preparation at its call number `count`."""
+    calls = itertools.count(1)
+
+    def stop(progress):
+        if next(calls) == count:
+            raise KeyboardInterrupt
+
+    return stop
 
 
-def test_an_interrupted_preparation_is_resumed(tmp_path):
-    """Stop after each possible number of shards, with two splits that fill at different speeds."""
+def test_an_interrupted_preparation_is_resumed(tmp_path, monkeypatch):
+    """Stop again and again, in both passes; nothing is tokenized twice but what was in flight."""
+    monkeypatch.setattr(units, "_LEAST_SAVED", 1)
     texts = [f"document {number} " * (number % 7) for number in range(300)]
-    file = write(tmp_path, ".jsonl", texts)
+    file, out = write(tmp_path, ".jsonl", texts), tmp_path / "part"
     options = {"validation_fraction": 0.2, "shard_tokens": 499}
     want = prepare_shards([file], tmp_path / "whole", BYTES, **options)
-    out = tmp_path / "part"
-    stops = 0
+    stops, calls = {"first": 0, "second": 0}, 0
     while True:
         tokenizer, goal = Counting(), len(list(out.glob("*.bin"))) + 2
+        pieces = itertools.count(1)
+
+        def stop(progress, goal=goal, pieces=pieces):
+            if progress.shards == goal or (not progress.shards and next(pieces) == 10 * (stops["first"] + 1)):
+                raise KeyboardInterrupt
+
         try:
-            got = prepare_shards([file], out, tokenizer, **options, on_progress=functools.partial(stop_at, goal))
+            got = prepare_shards([file], out, tokenizer, **options, on_progress=stop)
             break
         except KeyboardInterrupt:
-            stops += 1
-    assert stops > 5
-    assert tokenizer.calls < len(texts) / 2  # what lies in finished shards is not tokenized again
+            stops["second" if (out / "work" / "starts.json").exists() else "first"] += 1
+        calls += tokenizer.calls
+    assert stops["first"] > 20
+    assert stops["second"] > 5
+    assert calls < len(texts) + 6 * stops["first"]  # four pieces may be in flight
     assert got == want
-    for split in SPLITS:
-        assert np.array_equal(tokens(out, split), tokens(tmp_path / "whole", split))
+    for shard in (tmp_path / "whole").glob("*.bin"):
+        assert (out / shard.name).read_bytes() == shard.read_bytes()
+    assert not (out / "work").exists()
 
 
-@pytest.mark.parametrize(("moment", "finished"), [("ShardWriter.publish:5", 4), ("write_index:2", 1)])
-def test_a_killed_script_is_resumed(tmp_path, moment, finished):
-    """The script is killed in the middle of its work, and between its first shard and its first index."""
+MOMENTS = {
+    "before a unit is marked as complete": ("preparation:Preparation.write:1", 0),
+    "between the passes": ("preparation:Preparation.write:2", 0),
+    "before the first shard is marked as complete": ("preparation:Preparation.write:3", 1),
+    "before the fifth shard": ("assembly:load_shard:5", 4),
+    "before the index": ("passes:write_finished:1", 24),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_script_is_resumed(tmp_path, moment):
     texts = [f"document {number} " * 500 for number in range(2000)]
     file = write(tmp_path, ".jsonl", texts)
-    out = tmp_path / "out"
-    arguments = (file, "--out", out, "--tokenizer", "bytes", "--shard-tokens", "500000")
-    command = interrupted(signal.SIGKILL, f"parity.data.shards:{moment}", "prepare_data.py", *arguments)
+    out, (place, finished) = tmp_path / "out", MOMENTS[moment]
+    arguments = (file, "--out", out, "--tokenizer", "bytes", "--shard-tokens", "600000")
+    command = interrupted(signal.SIGKILL, f"parity.data.{place}", "prepare_data.py", *arguments)
     assert subprocess.run(command, timeout=300).returncode == -signal.SIGKILL
     assert len(list(out.glob("*.bin"))) == finished
     with pytest.raises(InputError, match="not fully prepared"):
@@ -312,7 +336,8 @@ def test_lines_and_cells_have_a_largest_size(tmp_path, monkeypatch):
     tracemalloc.stop()
 
 
-def test_a_repaired_line_does_not_cost_the_shards_before_it(tmp_path):
+def test_a_repaired_line_does_not_cost_the_tokens_before_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(units, "_LEAST_SAVED", 1)
     texts = [f"document {number}" for number in range(200)]
     file, out = write(tmp_path, ".jsonl", texts), tmp_path / "out"
     options = {"validation_fraction": 0.1, "shard_tokens": 300}
@@ -320,33 +345,78 @@ def test_a_repaired_line_does_not_cost_the_shards_before_it(tmp_path):
     file.write_text("".join([*lines[:150], '{"text": 5}\n', *lines[150:]]))
     with pytest.raises(InputError, match="line 151: no text"):
         prepare_shards([file], out, BYTES, **options)
-    before = {path.name: path.stat().st_mtime_ns for path in out.glob("train*.bin")}
-    assert len(before) > 3
     file.write_text("".join(lines))
     want = prepare_shards([file], tmp_path / "whole", BYTES, **options)
-    assert prepare_shards([file], out, BYTES, **options)["splits"] == want["splits"]
-    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in out.glob("train*.bin")}.items()
+    tokenizer = Counting()
+    assert prepare_shards([file], out, tokenizer, **options) == want
+    assert tokenizer.calls <= 55  # 50, and a few that were in flight
 
 
-def test_text_that_shards_contain_already_may_not_change(tmp_path):
+def test_long_files_are_saved_from_time_to_time(tmp_path, monkeypatch):
+    """What was saved is used even if the process had no time to save the rest."""
+    monkeypatch.setattr(units, "_SAVE_EVERY", 500)
     texts = [f"document {number}" for number in range(200)]
+    file, out = write(tmp_path, ".jsonl", texts), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        prepare_shards([file], out, BYTES, validation_fraction=0, on_progress=stop_after(150))
+    [saved] = (out / "work").glob("000000.*.saved")
+    assert 1500 < json.loads(saved.read_text())["tokens"] < 2000
+    tokenizer = Counting()
+    prepare_shards([file], out, tokenizer, validation_fraction=0)
+    assert tokenizer.calls < 100
+    assert tokens(out, "train").tolist() == expected(texts)
+
+
+CHANGES = {
+    "another text": lambda texts: [texts[0].upper(), *texts[1:]],
+    "less text": lambda texts: texts[:20],
+    "other documents": lambda texts: [texts[0] + texts[1], *texts[2:]],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_source_is_never_mixed_with_its_earlier_text(tmp_path, monkeypatch, change):
+    """Before its tokens are in shards they are made again; afterwards the change is refused."""
+    monkeypatch.setattr(units, "_LEAST_SAVED", 1)
+    texts = [f"document {number}" for number in range(200)]
+    changed = CHANGES[change](texts)
     options = {"validation_fraction": 0.1, "shard_tokens": 300}
-    for name, change in [
-        ("changed", lambda texts: [texts[0].upper(), *texts[1:]]),
-        ("less", lambda texts: texts[:20]),
-        ("joined", lambda texts: [texts[0] + texts[1], *texts[2:]]),
-    ]:
+    for name, calls in (("part of a unit", 100), ("a shard", 203)):
         out, file = tmp_path / name, write(tmp_path, ".jsonl", texts)
         with pytest.raises(KeyboardInterrupt):
-            prepare_shards([file], out, BYTES, **options, on_progress=functools.partial(stop_at, 4))
-        write(tmp_path, ".jsonl", change(texts))
-        with pytest.raises(InputError, match=f"{name} was prepared from (another|more) text"):
-            prepare_shards([file], out, BYTES, **options)
-    index = json.loads((out / "index.json").read_text())
-    del index["splits"]["train"]["read_sha256"]
-    (out / "index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match="was begun by an older version"):
-        prepare_shards([file], out, BYTES, **options)
+            prepare_shards([file], out, BYTES, **options, on_progress=stop_after(calls))
+        assert any((out / "work").glob("*.saved")) == (name == "part of a unit")
+        assert len(list(out.glob("*.bin"))) == (name == "a shard") * 2
+        write(tmp_path, ".jsonl", changed)
+        os.utime(file, ns=(0, 0))  # the time of a change may be too coarse to notice so quick a change
+        if name == "a shard":
+            with pytest.raises(InputError, match=r"data\.jsonl changed after .* was prepared from it"):
+                prepare_shards([file], out, BYTES, **options)
+        else:
+            want = prepare_shards([file], tmp_path / "whole", BYTES, **options)
+            assert prepare_shards([file], out, BYTES, **options) == want
+
+
+def test_a_unit_whose_source_has_changed_is_made_again(tmp_path):
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    files[0].write_text("first")
+    files[1].write_bytes(b"abc\xff")
+    with pytest.raises(InputError, match=r"b\.txt is not UTF-8"):
+        prepare_shards(files, tmp_path / "out", BYTES, validation_fraction=0)
+    files[0].write_text("changed")
+    files[1].write_text("repaired")
+    index = prepare_shards(files, tmp_path / "out", BYTES, validation_fraction=0)
+    assert tokens(tmp_path / "out", "train").tolist() == expected(["changed", "repaired"])
+    assert [source["bytes"] for source in index["sources"]] == [7, 8]
+
+
+def test_a_preparation_of_an_older_version_is_refused(tmp_path):
+    file, out = write(tmp_path, ".jsonl"), tmp_path / "out"
+    out.mkdir()
+    entries = {"complete": False, "tokenizer": "bytes", "process": 1}
+    (out / "index.json").write_text(json.dumps({**entries, "splits": {}}))
+    with pytest.raises(InputError, match=r"was begun by an older version of this program; .*empty the folder"):
+        prepare_shards([file], out, BYTES)
 
 
 def test_a_folder_is_prepared_by_one_process(tmp_path):
@@ -381,7 +451,6 @@ INDEX_FAULTS = {
     "shard as null": lambda index: index["splits"]["train"]["done"].__setitem__(0, None),
     "negative tokens": lambda index: index["splits"]["train"]["done"][0].update(tokens=-1),
     "tokens as text": lambda index: index["splits"]["train"]["done"][0].update(tokens="5"),
-    "negative piece": lambda index: index["splits"]["train"].update(piece=-1),
     "deep": lambda index: index.update(more=functools.reduce(lambda inner, _: [inner], range(300), [])),
 }
 

@@ -3,17 +3,21 @@
 import dataclasses
 import hashlib
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from parity.data import documents, shard_index
+from parity.data.remote_corpus import open_prepared
+from parity.data.shard_cache import RemoteTokens
 from parity.data.token_files import TokenFile, Tokens, stated_vocabulary
 from parity.data.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer
 from parity.data.tokenizer_files import own_vocabulary
 from parity.errors import InputError
 from parity.storage.download import RemoteFile, fetch
 from parity.storage.paths import cache_folder
+from parity.storage.remote import is_address
 
 EMBEDDED = "python-docs"
 """The text of Python's own help, which every Python installation contains."""
@@ -50,7 +54,10 @@ class Corpus:
     validation: list[Tokens]
     """The ids [length] of each shard."""
     sha256: str
-    """Hash of the documents, or of the names and sizes of the token files; config.json records it."""
+    """Hash of the documents, of the sha256 of prepared shards, or of the names and sizes of other token files;
+    config.json records it."""
+    is_verified: bool = False
+    """Whether all tokens are compared with this hash when they are fetched, so that none needs to be sampled."""
 
     @property
     def n_tokens(self) -> tuple[int, int]:
@@ -63,8 +70,9 @@ def load_corpus(name: str, tokenizer: Tokenizer, validation_fraction: float = 0.
 
     Args:
         name: One of CORPORA (python-docs is part of Python; the others are downloaded once), or the path of a
-            file or folder that scripts/prepare_data.py reads (text, JSON or Parquet), a folder that it wrote, a .bin
-            token file, or a folder with train*.bin and val*.bin (in the format of nanoGPT or llm.c).
+            file or folder that scripts/prepare_data.py reads (text, JSON or Parquet), a folder that it wrote, here or
+            at an address (s3://, gs://, https://), a .bin token file, or a folder with train*.bin and val*.bin (in the
+            format of nanoGPT or llm.c).
         tokenizer: Encodes text; token files are read as they are.
         validation_fraction: Fraction at the end of the text, or of the last token file, that is held out for
             validation, unless the corpus has validation files of its own.
@@ -74,11 +82,13 @@ def load_corpus(name: str, tokenizer: Tokenizer, validation_fraction: float = 0.
     """
     if not 0 < validation_fraction < 1:
         raise InputError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")
+    if is_address(name):
+        return _prepared(name, tokenizer, validation_fraction)
     path = Path(name)
     if name in DOWNLOADS or name == EMBEDDED or not path.exists():
         return _from_text(name, _named_text(name), tokenizer, validation_fraction)
     if shard_index.is_prepared(path):
-        return _prepared(path, tokenizer, validation_fraction)
+        return _prepared(str(path), tokenizer, validation_fraction)
     bins = [path] if path.suffix == ".bin" and path.is_file() else sorted(path.glob("*.bin"))
     if not bins:
         return _from_documents(path, tokenizer, validation_fraction)
@@ -89,8 +99,9 @@ def load_corpus(name: str, tokenizer: Tokenizer, validation_fraction: float = 0.
         (validation if path.is_dir() and _is_validation(file) else train).append(file)
     if not train:
         raise InputError(f"folder {path} contains validation tokens only; add train*.bin")
-    return _from_bins(
-        name, train, validation, [(file.name, file.stat().st_size) for file in bins], tokenizer, validation_fraction
+    content = [(file.name, file.stat().st_size) for file in bins]
+    return _from_shards(
+        name, _token_files(train, tokenizer), _token_files(validation, tokenizer), content, validation_fraction
     )
 
 
@@ -118,46 +129,51 @@ def _is_validation(file: Path) -> bool:
     return bool(words & _VALIDATION)
 
 
-def _prepared(path: Path, tokenizer: Tokenizer, validation_fraction: float) -> Corpus:
-    """Load a folder that scripts/prepare_data.py wrote."""
-    index = shard_index.read_index(path)
+def _prepared(name: str, tokenizer: Tokenizer, validation_fraction: float) -> Corpus:
+    """Load a folder that scripts/prepare_data.py wrote, or one at an address."""
+    shards: Mapping[str, Sequence[TokenFile | RemoteTokens]]
+    if is_address(name):
+        name, index, shards = open_prepared(name, tokenizer.n_vocab)
+    else:
+        index = shard_index.read_index(Path(name))
     if index["tokenizer"] != tokenizer.name:
         raise InputError(
-            f"corpus {path} was prepared with the {index['tokenizer']} tokenizer, the run has {tokenizer.name}; "
+            f"corpus {name} was prepared with the {index['tokenizer']} tokenizer, the run has {tokenizer.name}; "
             f"use --tokenizer {index['tokenizer']}"
         )
-    splits = [index["splits"][split]["done"] for split in shard_index.SPLITS]
-    hashes = [shard["sha256"] for split in splits for shard in split]
-    train, validation = ([path / shard["name"] for shard in split] for split in splits)
-    return _from_bins(str(path), train, validation, hashes, tokenizer, validation_fraction, tokenizer.n_vocab)
+    entries = {split: index["splits"][split]["done"] for split in shard_index.SPLITS}
+    hashes = [entry["sha256"] for split in shard_index.SPLITS for entry in entries[split]]
+    if not is_address(name):
+        paths = {split: [Path(name) / entry["name"] for entry in entries[split]] for split in entries}
+        shards = {split: _token_files(paths[split], tokenizer, tokenizer.n_vocab) for split in paths}
+    train, validation = (shards[split] for split in shard_index.SPLITS)
+    return _from_shards(name, train, validation, hashes, validation_fraction)
 
 
-def _from_bins(
-    name: str,
-    train: list[Path],
-    validation: list[Path],
-    content: list,
-    tokenizer: Tokenizer,
-    validation_fraction: float,
-    id_limit: int | None = None,
-) -> Corpus:
-    """Load .bin files; the sha256 of the corpus is that of `content`, a list that represents what is in the files."""
-    for file in train + validation:
+def _token_files(files: Sequence[Path], tokenizer: Tokenizer, id_limit: int | None = None) -> list[TokenFile]:
+    for file in files:
         if (n_vocab := stated_vocabulary(file)) not in (None, tokenizer.n_vocab):
             raise InputError(
                 f"{file} was prepared with a tokenizer of {n_vocab} tokens, but {tokenizer.name} has "
                 f"{tokenizer.n_vocab}; choose the right --tokenizer"
             )
-    *first, last = train
-    train_shards: list[Tokens] = [TokenFile(file, id_limit=id_limit) for file in first]
-    if validation:
-        validation_shards: list[Tokens] = [TokenFile(file, id_limit=id_limit) for file in validation]
-        train_shards.append(TokenFile(last, id_limit=id_limit))
-    else:
-        cut = int(len(TokenFile(last)) * (1 - validation_fraction))
-        train_shards.append(TokenFile(last, slice(cut), id_limit))
-        validation_shards = [TokenFile(last, slice(cut, None), id_limit)]
-    return Corpus(name, train_shards, validation_shards, hashlib.sha256(repr(content).encode()).hexdigest())
+    return [TokenFile(file, id_limit=id_limit) for file in files]
+
+
+def _from_shards(
+    name: str,
+    train: Sequence[TokenFile | RemoteTokens],
+    validation: Sequence[TokenFile | RemoteTokens],
+    content: list,
+    validation_fraction: float,
+) -> Corpus:
+    """Return a corpus, whose sha256 is that of `content`, a list that represents what is in the files."""
+    if not validation:
+        *first, last = train
+        cut = int(len(last) * (1 - validation_fraction))
+        train, validation = [*first, last.part(slice(cut))], [last.part(slice(cut, None))]
+    sha256 = hashlib.sha256(repr(content).encode()).hexdigest()
+    return Corpus(name, list(train), list(validation), sha256, is_verified=is_address(name))
 
 
 def _from_documents(path: Path, tokenizer: Tokenizer, validation_fraction: float) -> Corpus:

@@ -1,8 +1,6 @@
 """index.json of a folder of token shards: what is in it, and how far an unfinished preparation got."""
 
-import dataclasses
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,20 +17,6 @@ SPLITS = ("train", "val")
 _UNFINISHED = "{} is not fully prepared; run scripts/prepare_data.py again with the same options"
 
 
-@dataclasses.dataclass
-class SplitProgress:
-    """Progress of writing one split."""
-
-    piece: int = 0
-    """Index of the piece in which its next shard begins."""
-    offset: int = 0
-    """Number of tokens of that piece that are in earlier shards."""
-    read_sha256: str = ""
-    """Hash of all pieces of the sources up to and with that one; empty before the first shard."""
-    done: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """{name, tokens, sha256} of each complete shard."""
-
-
 def shard_name(split: str, number: int) -> str:
     """Return the file name of a shard."""
     return f"{split}_{number:06d}.bin"
@@ -43,22 +27,29 @@ def is_prepared(folder: Path) -> bool:
     return (folder / INDEX).exists() or any(folder.glob("*.bin.part"))
 
 
-def write_index(
-    folder: Path, options: Mapping[str, Any], progress: Mapping[str, SplitProgress], complete: bool
-) -> None:
-    """Write index.json; while the preparation is unfinished, it names the process."""
-    entries: dict[str, Any] = {**options, "complete": complete}
-    if not complete:
-        entries["process"] = os.getpid()
-    entries["splits"] = {split: dataclasses.asdict(progress[split]) for split in SPLITS}
-    replace_text(folder / INDEX, json.dumps(entries, indent=1) + "\n")
+def write_unfinished(folder: Path, entries: Mapping[str, Any]) -> None:
+    """Write index.json of a preparation that is not finished. Several processes may do so at the same time."""
+    replace_text(folder / INDEX, json.dumps({**entries, "complete": False}, indent=1) + "\n", shared=True)
+
+
+def write_finished(folder: Path, options: Mapping[str, Any], shards: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Write index.json of a finished preparation.
+
+    Args:
+        folder: The folder with the shards.
+        options: The first entries.
+        shards: {name, tokens, sha256} of the shards of each split, in order.
+    """
+    splits = {split: {"done": shards[split]} for split in SPLITS}
+    replace_text(folder / INDEX, json.dumps({**options, "complete": True, "splits": splits}, indent=1) + "\n")
 
 
 def load_index(folder: Path) -> dict[str, Any]:
     """Return the checked content of index.json, under today's names of its keys.
 
     Raises:
-        InputError: If it is missing, is not JSON, or an entry has another type or meaning than prepare_shards writes.
+        InputError: If it is missing, is not JSON, was left unfinished by version 0.1, or an entry has another type or
+            meaning than this module writes.
     """
     path = folder / INDEX
     hint = "; restore it, or empty the folder and prepare again"
@@ -66,8 +57,11 @@ def load_index(folder: Path) -> dict[str, Any]:
         index = read_object(path, LISTING)
         if "validation_part" in index:  # the name of the key before version 0.2
             index["validation_fraction"] = index.pop("validation_part")
-        get_entry(index, "complete", bool, str(path))
+        complete = get_entry(index, "complete", bool, str(path))
         get_entry(index, "tokenizer", str, str(path))
+        if not complete:
+            _check_unfinished(index, str(path))
+            return index
         splits = get_entry(index, "splits", dict, str(path))
         for split in SPLITS:
             _check_split(get_entry(splits, split, dict, str(path)), split, str(path))
@@ -76,11 +70,21 @@ def load_index(folder: Path) -> dict[str, Any]:
     return index
 
 
+def _check_unfinished(index: dict[str, Any], origin: str) -> None:
+    if "units" not in index:
+        raise InputError(f"{origin} was begun by an older version of this program")
+    sources = get_entry(index, "sources", list, origin)
+    if not all(isinstance(source, dict) and isinstance(source.get("path"), str) for source in sources):
+        raise InputError(f"{origin}: sources is not a list of objects with a path")
+    units = get_entry(index, "units", list, origin)
+    if any(type(unit) is not int for unit in units) or units[:1] != [0] or sorted({*units}) != units:
+        raise InputError(f"{origin}: units does not increase from 0")
+    if units[-1] >= len(sources):
+        raise InputError(f"{origin}: units has more entries than there are sources")
+    get_entry(index, "versions", dict, origin)
+
+
 def _check_split(entries: dict[str, Any], split: str, origin: str) -> None:
-    for key in ("piece", "offset"):
-        if get_entry(entries, key, int, origin) < 0:
-            raise InputError(f"{origin}: {key} is negative")
-    entries["read_sha256"] = get_entry({"read_sha256": "", **entries}, "read_sha256", str, origin)
     for number, shard in enumerate(get_entry(entries, "done", list, origin)):
         name = shard_name(split, number)
         if not isinstance(shard, dict) or shard.get("name") != name:
@@ -124,29 +128,22 @@ def _shards(index: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [shard for split in SPLITS for shard in index["splits"][split]["done"]]
 
 
-def load_progress(folder: Path, options: Mapping[str, Any]) -> tuple[dict[str, SplitProgress], bool]:
-    """Return how far an earlier preparation in the folder got, and whether it is complete.
+def check_unprepared(folder: Path) -> None:
+    """Raise InputError if a folder without index.json holds token files of another origin."""
+    if any(folder.glob("*.bin")) and not is_prepared(folder):
+        raise InputError(f"{folder} holds token files that were not prepared here; name an empty folder")
 
-    Raises:
-        InputError: If it had other options, or the folder holds token files of another origin.
+
+def compare_options(folder: Path, index: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raise InputError if a preparation in the folder was begun with other options.
+
+    Args:
+        folder: The folder.
+        index: What load_index returns.
+        options: The first entries of index.json for the options of now.
     """
-    if not (folder / INDEX).exists():
-        if any(folder.glob("*.bin")) and not is_prepared(folder):
-            raise InputError(f"{folder} holds token files that were not prepared here; name an empty folder")
-        return {split: SplitProgress() for split in SPLITS}, False
-    index = load_index(folder)
     before, now = dict(index), dict(options)
-    if not index["complete"]:  # what is in shards already is compared when it is read again; the rest may be repaired
-        before["sources"], now["sources"] = _paths(index), _paths(options)
+    if not index["complete"]:  # a source may be repaired as long as its tokens have not been made
+        before["sources"], now["sources"] = ([source["path"] for source in all["sources"]] for all in (before, now))
     if different := [key for key in options if before.get(key) != now[key]]:
         raise InputError(f"{folder} was prepared with other {', '.join(different)}; name another folder, or empty it")
-    fields = [field.name for field in dataclasses.fields(SplitProgress)]
-    progress = {s: SplitProgress(**{name: index["splits"][s][name] for name in fields}) for s in SPLITS}
-    if not index["complete"] and any(split.done and not split.read_sha256 for split in progress.values()):
-        raise InputError(f"{folder} was begun by an older version of this program; empty it and prepare again")
-    return progress, index["complete"]
-
-
-def _paths(options: Mapping[str, Any]) -> list[Any]:
-    sources = options.get("sources")
-    return [source.get("path") for source in sources if isinstance(source, dict)] if isinstance(sources, list) else []

@@ -1,57 +1,45 @@
-"""Token shards from any amount of text, which is streamed and tokenized in parallel; interrupted runs are resumable.
+"""Token shards from any amount of text, made by any number of processes or machines; interrupted runs are resumable.
 
 The output folder contains shards in llm.c's format, named train_000000.bin, val_000000.bin and so on, and index.json
-with their token counts and sha256, the tokenizer, and the position in the sources where the next shard of each split
-begins. Every document is followed by the end-of-text token.
+with their token counts and sha256, the tokenizer and the sources. Every document is followed by the end-of-text token.
+The same sources and options give the same bytes however the work is divided; parity/data/preparation.py says how.
 """
 
 import contextlib
 import dataclasses
-import hashlib
+import functools
 import os
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from parity.data import documents
-from parity.data.documents import Piece
-from parity.data.prefetch import prefetch
-from parity.data.shard_index import INDEX, SPLITS, SplitProgress, load_progress, read_index, shard_name, write_index
-from parity.data.token_files import bin_header
-from parity.data.tokenizer import ByteTokenizer, Tokenizer
-from parity.errors import InputError, printable
+from parity.data.engines import Engine, Processes, ThisProcess
+from parity.data.passes import (
+    OnProgress,
+    check_first_pass,
+    delete_used_tokens,
+    finish,
+    ignore,
+    tokenize_units,
+    write_shards,
+)
+from parity.data.preparation import Preparation, Unit, begin
+from parity.data.shard_index import INDEX, load_index, read_index, write_unfinished
+from parity.data.splits import find_starts, shard_list
+from parity.data.tokenizer import Tokenizer
+from parity.errors import InputError
+from parity.parts import Part
 from parity.storage.json import LISTING, get_entry, read_object
 from parity.storage.locks import LOCK, lock_folder
-from parity.storage.manifest import hash_file
+
+_PROCESS_BYTES = 2**24  # of sources per process; for less, starting it would not pay
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
-    """How much of the sources has been read and written."""
-
-    documents: int
-    tokens: int
-    characters: int
-    shards: int
-
-
-def prepare_shards(
-    sources: Sequence[Path],
-    out: Path,
-    tokenizer: Tokenizer,
-    text_field: str = "text",
-    validation_fraction: float = 0.005,
-    shard_tokens: int = 100_000_000,
-    workers: int = 1,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
-) -> dict[str, Any]:
-    """Write the shards of all documents of the sources to a folder.
-
-    If the folder holds an unfinished run with the same sources and options, it is resumed; a finished one is left as it
-    is. Memory does not grow with the size of the sources.
+class Request:
+    """What to prepare.
 
     Args:
         sources: Text, JSON and Parquet files, or folders of them.
@@ -60,8 +48,65 @@ def prepare_shards(
         text_field: Field of JSON and column of Parquet that holds the text.
         validation_fraction: Fraction of the documents that go to validation, chosen by a hash of their index.
         shard_tokens: Number of tokens per shard; the last one of a split may be smaller.
-        workers: Number of threads that tokenize.
-        on_progress: Called after every piece of a document.
+
+    Raises:
+        InputError: For options out of range.
+    """
+
+    sources: Sequence[str | Path]
+    out: Path
+    tokenizer: Tokenizer
+    text_field: str = "text"
+    validation_fraction: float = 0.005
+    shard_tokens: int = 100_000_000
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_fraction < 1:
+            raise InputError(f"validation_fraction must be in [0, 1), got {self.validation_fraction}")
+        if not 1 <= self.shard_tokens < 2**31:  # the header of a shard has 32 bits for it
+            raise InputError(f"shard_tokens must be at least 1 and less than 2^31, got {self.shard_tokens}")
+
+    def entries(self) -> dict[str, Any]:
+        """Find the sources, and return the first entries of index.json."""
+        files = documents.find_files([Path(source) for source in self.sources])
+        return {
+            "tokenizer": self.tokenizer.name,
+            "sources": [{"path": str(file), "bytes": file.stat().st_size} for file in files],
+            "text_field": self.text_field,
+            "validation_fraction": self.validation_fraction,
+            "shard_tokens": self.shard_tokens,
+        }
+
+
+def prepare_shards(
+    sources: Sequence[str | Path],
+    out: Path,
+    tokenizer: Tokenizer,
+    text_field: str = "text",
+    validation_fraction: float = 0.005,
+    shard_tokens: int = 100_000_000,
+    workers: int = 1,
+    on_progress: OnProgress = ignore,
+    engine: Engine | None = None,
+) -> dict[str, Any]:
+    """Write the shards of all documents of the sources to a folder.
+
+    If the folder holds an unfinished preparation with the same sources and options, it is resumed; a finished one is
+    left as it is. Memory does not grow with the size of the sources. Tokens that are not in a shard yet take as much
+    room on the disk as the shard will.
+
+    Args:
+        sources: Text, JSON and Parquet files, or folders of them.
+        out: The folder for the shards.
+        tokenizer: Encodes the documents.
+        text_field: Field of JSON and column of Parquet that holds the text.
+        validation_fraction: Fraction of the documents that go to validation, chosen by a hash of their index.
+        shard_tokens: Number of tokens per shard; the last one of a split may be smaller.
+        workers: Number of processes that tokenize files and write shards. Small sources are prepared in this process;
+            it, and each of several processes if there are fewer files than workers, tokenizes with several threads.
+        on_progress: Called after every piece of a document, or, with several processes, after every file; and after
+            every shard.
+        engine: Does the work in place of this machine's processes.
 
     Returns:
         The content of index.json.
@@ -70,77 +115,86 @@ def prepare_shards(
         InputError: For sources that are missing, unreadable or empty, options out of range, or a folder that holds
             token files of another origin or with other options.
     """
-    if not 0 <= validation_fraction < 1:
-        raise InputError(f"validation_fraction must be in [0, 1), got {validation_fraction}")
-    if shard_tokens < 1 or workers < 1:
-        raise InputError(f"shard_tokens and workers must be at least 1, got {shard_tokens} and {workers}")
-    files = documents.find_files(sources)
-    options = {
-        "tokenizer": tokenizer.name,
-        "sources": [{"path": str(file), "bytes": file.stat().st_size} for file in files],
-        "text_field": text_field,
-        "validation_fraction": validation_fraction,
-        "shard_tokens": shard_tokens,
-    }
-    is_new = not out.exists()
+    if workers < 1:
+        raise InputError(f"workers must be at least 1, got {workers}")
+    request = Request(sources, out, tokenizer, text_field, validation_fraction, shard_tokens)
+    entries, is_new = request.entries(), not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
-        progress, complete = load_progress(out, options)
-        if not complete:
-            try:
-                _write_shards(files, out, tokenizer, options, progress, workers, on_progress)
-            except BaseException:
-                if not any(split.done for split in progress.values()):
-                    _discard(out, is_new)
-                raise
-        return read_index(out)
+        begun = begin(out, entries, tokenizer)
+        if begun is not None:
+            preparation, units = begun
+            write_unfinished(out, {**load_index(out), "process": os.getpid()})
+            with _discarding(preparation, is_new):
+                engine = engine or _local_engine(units, workers)
+                counts = tokenize_units(preparation, units, range(len(units)), engine, on_progress)
+                starts = check_first_pass(preparation, units)
+                delete = functools.partial(delete_used_tokens, preparation, starts)
+                write_shards(preparation, shard_list(preparation, starts), engine, on_progress, counts, delete)
+                finish(preparation, units)
+    return read_index(out)
 
 
-def _write_shards(
-    files: Sequence[Path],
-    out: Path,
-    tokenizer: Tokenizer,
-    options: Mapping[str, Any],
-    progress: dict[str, SplitProgress],
-    workers: int,
-    on_progress: Callable[[Progress], None],
-) -> None:
-    shard_tokens, validation_fraction = options["shard_tokens"], options["validation_fraction"]
-    write_index(out, options, progress, complete=False)
-    writers = {split: ShardWriter(out, split, progress[split], shard_tokens, tokenizer.n_vocab) for split in SPLITS}
-    # What the shards of an earlier preparation contain must still be what the sources begin with.
-    unchecked = {split.piece: split.read_sha256 for split in progress.values() if split.done}
+def prepare_part(request: Request, part: Part, stage: int, workers: int = 1, on_progress: OnProgress = ignore) -> None:
+    """Do a part of one pass, while others do the other parts, in any order; nothing, if the preparation is complete.
 
-    def encode(numbered: tuple[int, Piece]) -> tuple[int, Piece, str, np.ndarray, bytes]:
-        index, piece = numbered
-        split = SPLITS[zlib.crc32(piece.document.to_bytes(8, "little")) < validation_fraction * 2**32]
-        is_written = index < progress[split].piece
-        ids = np.empty(0, np.uint16) if is_written else documents.encode(piece, tokenizer)
-        return index, piece, split, ids, hashlib.sha256(piece.text.encode()).digest()
+    Args:
+        request: What to prepare; the same for all parts.
+        part: The part.
+        stage: 1 for the tokens of the part's files, 2 for its shards.
+        workers: Number of processes; see `prepare_shards`.
+        on_progress: See `prepare_shards`.
 
-    read = hashlib.sha256()
-    seen = tokens = characters = 0
-    try:
-        numbered = enumerate(documents.pieces(files, options["text_field"], isinstance(tokenizer, ByteTokenizer)))
-        for index, piece, split, ids, digest in prefetch(encode, numbered, depth=4 * workers, workers=workers):
-            read.update(digest + bytes([piece.ends]))
-            if unchecked.pop(index, expected := read.hexdigest()) != expected:
-                raise InputError(f"{out} was prepared from another text up to {piece.origin}; empty the folder")
-            for _ in writers[split].add(index, ids, read.hexdigest):
-                write_index(out, options, progress, complete=False)
-            seen, tokens, characters = piece.document + piece.ends, tokens + len(ids), characters + len(piece.text)
-            on_progress(Progress(seen, tokens, characters, sum(len(split.done) for split in progress.values())))
-        if unchecked:
-            raise InputError(f"{out} was prepared from more text than the sources hold now; empty the folder")
-        for writer in writers.values():
-            writer.publish()
-    finally:
-        for writer in writers.values():
-            writer.close()
-    if not progress["train"].done:
-        names = printable(", ".join(map(str, files)), 300)
-        raise InputError(f"the sources hold no text for training: {names}")
-    write_index(out, options, progress, complete=True)
+    Raises:
+        InputError: For what `prepare_shards` refuses; in the second pass, if parts of the first one are missing.
+    """
+    begun = _join(request)
+    if begun is None:
+        return
+    preparation, units = begun
+    if stage == 1:
+        numbers = part.of(len(units))
+        engine = _local_engine([units[number] for number in numbers], workers)
+        tokenize_units(preparation, units, numbers, engine, on_progress)
+        if all(preparation.unit_file(number, "json").exists() for number in range(len(units))):
+            find_starts(preparation, len(units))  # once, and not in every part of the second pass
+    else:
+        shards = shard_list(preparation, check_first_pass(preparation, units, part.count))
+        write_shards(preparation, [shards[n] for n in part.of(len(shards))], _local_engine(units, workers), on_progress)
+
+
+def finish_parts(request: Request) -> dict[str, Any]:
+    """Check that all parts of both passes are there, and write index.json.
+
+    Args:
+        request: What has been prepared.
+
+    Returns:
+        The content of index.json.
+
+    Raises:
+        InputError: If anything is missing; the message names it.
+    """
+    begun = _join(request)
+    if begun is not None:
+        with _locked(request.out):
+            finish(*begun)
+    return read_index(request.out)
+
+
+def _join(request: Request) -> tuple[Preparation, list[Unit]] | None:
+    entries = request.entries()
+    request.out.mkdir(parents=True, exist_ok=True)
+    return begin(request.out, entries, request.tokenizer)
+
+
+def _local_engine(units: Sequence[Unit], workers: int) -> Engine:
+    """Return an engine for some units: as many processes of this machine as pay, which share the workers."""
+    if workers < 1:
+        raise InputError(f"workers must be at least 1, got {workers}")
+    size = sum(source["bytes"] for unit in units for source in unit)
+    processes = min(workers, len(units), size // _PROCESS_BYTES)
+    return Processes(processes, workers // processes) if processes > 1 else ThisProcess(workers)
 
 
 @contextlib.contextmanager
@@ -162,71 +216,18 @@ def _locked(out: Path) -> Iterator[None]:
             lock.release()
 
 
-def _discard(out: Path, is_new: bool) -> None:
-    """Delete what a preparation without any shard has left behind."""
-    with contextlib.suppress(OSError):
-        (out / INDEX).unlink()
-        if is_new:
-            (out / LOCK).unlink()
-            out.rmdir()
-
-
-class ShardWriter:
-    """Writes the shards of one split, one after the other."""
-
-    def __init__(self, out: Path, split: str, progress: SplitProgress, size: int, n_vocab: int):
-        self.out, self.split, self.progress, self.size, self.n_vocab = out, split, progress, size, n_vocab
-        # Where the first shard of this run begins.
-        self.first_piece, self.first_offset = progress.piece, progress.offset
-        self._open_next()
-
-    def _open_next(self) -> None:
-        self.count = 0
-        self.name = shard_name(self.split, len(self.progress.done))
-        self.part = self.out / f"{self.name}.part"
-        self.file = self.part.open("wb")
-        self.file.write(bin_header(0))
-
-    def add(self, piece: int, ids: np.ndarray, read_sha256: Callable[[], str]) -> Iterator[None]:
-        """Write the tokens of a piece, and yield after each shard that they fill.
-
-        Args:
-            piece: Index of the piece.
-            ids: Its tokens.
-            read_sha256: Returns the hash of all pieces up to and including this one.
-        """
-        if piece < self.first_piece:
-            return
-        taken = self.first_offset if piece == self.first_piece else 0
-        while self.count + len(ids) - taken >= self.size:
-            room = self.size - self.count
-            self._write(ids[taken : taken + room])
-            taken += room
-            self.publish(piece, taken, read_sha256())
-            self._open_next()
-            yield
-        self._write(ids[taken:])
-
-    def _write(self, ids: np.ndarray) -> None:
-        self.file.write(ids.astype("<u2").tobytes())
-        self.count += len(ids)
-
-    def publish(self, piece: int = 0, offset: int = 0, read_sha256: str = "") -> None:
-        """Flush the shard to disk and give it its name; the next one begins at token `offset` of `piece`."""
-        self.file.seek(0)
-        self.file.write(bin_header(self.count, self.n_vocab))
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        if not self.count:
-            self.part.unlink()
-            return
-        digest = hash_file(self.part)
-        self.part.rename(self.out / self.name)
-        self.progress.done.append({"name": self.name, "tokens": self.count, "sha256": digest})
-        self.progress.piece, self.progress.offset, self.progress.read_sha256 = piece, offset, read_sha256
-
-    def close(self) -> None:
-        """Delete the shard that is not complete."""
-        self.file.close()
-        self.part.unlink(missing_ok=True)
+@contextlib.contextmanager
+def _discarding(preparation: Preparation, is_new: bool) -> Iterator[None]:
+    """Within this context, if an error leaves nothing to resume from, delete the preparation and a new folder."""
+    try:
+        yield
+    except BaseException:
+        made = any(file.stat().st_size for file in preparation.work.glob("*.tokens"))
+        if not made and not any(preparation.work.glob("*_*.json")):  # neither tokens nor shards
+            with contextlib.suppress(OSError):
+                shutil.rmtree(preparation.work)
+                (preparation.out / INDEX).unlink()
+                if is_new:
+                    (preparation.out / LOCK).unlink()
+                    preparation.out.rmdir()
+        raise

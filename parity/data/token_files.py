@@ -59,6 +59,11 @@ class TokenFile:
         # A copy, because a view would keep the file open.
         return np.array(_mapped(self.path, self._version)[chosen.start : chosen.stop : chosen.step])
 
+    def part(self, part: slice) -> "TokenFile":
+        """Return a part of the ids, which is not read yet."""
+        ids = self._range[part]
+        return TokenFile(self.path, slice(ids.start, ids.stop), self.id_limit)
+
 
 @functools.lru_cache(maxsize=_MOST_OPEN)
 def _mapped(path: Path, _version: tuple[int, ...]) -> np.ndarray:

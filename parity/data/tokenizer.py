@@ -138,6 +138,9 @@ class GPT2Tokenizer:
         """The encoding without the pattern, which merges a text as one word."""
         return self._new_encoding(pat_str=r"(?s:.+)")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.vocab_bpe,)  # reads the vocabulary once per process, instead of sending it along
+
     def encode(self, text: str, allowed_special: AllowedSpecial = ()) -> list[int]:
         """See `Tokenizer.encode`."""
         special = _special_tokens(allowed_special)
@@ -179,6 +182,14 @@ class GPT2Tokenizer:
         """See `Tokenizer.token_bytes`."""
         _check_id(id, self.n_vocab)
         return self.encoding.decode_single_token_bytes(id)
+
+
+@functools.cache
+def _reopen(vocab_bpe: Path) -> GPT2Tokenizer:
+    """Return the tokenizer in another process, perhaps on a machine with the vocabulary in another place."""
+    tokenizer = load_tokenizer("gpt2", vocab_bpe if vocab_bpe.is_file() else None)
+    assert isinstance(tokenizer, GPT2Tokenizer)
+    return tokenizer
 
 
 def replace_surrogates(text: str) -> str:

@@ -7,9 +7,13 @@ from typing import Protocol
 import numpy as np
 
 from parity.config import IGNORE_INDEX
+from parity.data.shard_cache import RemoteTokens, fetch_ahead
 from parity.data.token_files import Tokens
 from parity.data.window_order import WindowOrder, keyed_order, order
 from parity.errors import InputError
+
+_STEPS_AHEAD = 16
+"""Number of batches whose shards are fetched, if they are at an address, before the first of them is needed."""
 
 
 class Dataset(Protocol):
@@ -103,8 +107,14 @@ class Windows:
         Every epoch contains each window once, in a new order. A batch that begins near the end of an epoch is filled
         from the next epoch, so that no batch is short.
         """
+        chosen = range(size) if places is None else places
+        if any(isinstance(shard, RemoteTokens) for shard in self.shards[:1]):
+            later = range(step, step + _STEPS_AHEAD)
+            batches = [self.batch_windows(seed, number, size) for number in later]
+            ahead = [windows[place] for windows in batches for place in chosen]
+            fetch_ahead(self.shards[number] for number in dict.fromkeys(self._shard_numbers(ahead)))
         windows = self.batch_windows(seed, step, size)
-        return self._stack([self._window(windows[place]) for place in (range(size) if places is None else places)])
+        return self._stack([self._window(windows[place]) for place in chosen])
 
     def batch_windows(self, seed: int, step: int, size: int) -> list[int]:
         """Return the indices of the windows in the batch of a step."""
@@ -132,16 +142,20 @@ class Windows:
 
         Positions after the end of a shard, and rows after the last window, have targets IGNORE_INDEX.
         """
-        rows = (
-            shard[start : start + self.n_ctx + 1]
-            for shard in self.shards
-            for start in range(0, len(shard) - 1, self.n_ctx)
-        )
+        rows = self._rows()
         while chunk := list(itertools.islice(rows, size)):
             yield self._stack((chunk + [chunk[0][:0]] * (size - len(chunk)))[part])
 
+    def _rows(self) -> Iterator[np.ndarray]:
+        for number, shard in enumerate(self.shards):
+            fetch_ahead(self.shards[number : number + 2])
+            yield from (shard[start : start + self.n_ctx + 1] for start in range(0, len(shard) - 1, self.n_ctx))
+
+    def _shard_numbers(self, windows: Sequence[int]) -> list[int]:
+        return np.searchsorted(self._ends, windows, side="right").tolist()
+
     def _window(self, index: int) -> np.ndarray:
-        shard = int(np.searchsorted(self._ends, index, side="right"))
+        (shard,) = self._shard_numbers([index])
         start = (index - (int(self._ends[shard - 1]) if shard else 0)) * self.stride
         return self.shards[shard][start : start + self.n_ctx + 1]
 

@@ -21,9 +21,15 @@ def named_errors(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def replace_text(target: Path, text: str) -> None:
-    """Write a UTF-8 file under another name, flush it to disk, and rename it."""
-    part = target.with_name(target.name + ".part")
+def replace_text(target: Path, text: str, shared: bool = False) -> None:
+    """Write a UTF-8 file under another name, flush it to disk, and rename it.
+
+    Args:
+        target: The file.
+        text: Its content.
+        shared: Whether several processes may write the file at the same time; the last one to rename prevails.
+    """
+    part = target.with_name(f"{target.name}.{secrets.token_hex(8)}.part" if shared else f"{target.name}.part")
     with named_errors(part), part.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

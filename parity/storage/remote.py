@@ -14,10 +14,19 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from parity.storage.bucket import CLIENTS, Bucket
 from parity.storage.folder import Folder
 from parity.storage.paths import is_offline
-from parity.storage.remote_base import Entry, MissingError, Remote, RemoteError
+from parity.storage.remote_base import DamagedError, Entry, MissingError, Remote, RemoteError
 from parity.storage.web import Web
 
-__all__ = ["Entry", "MissingError", "Remote", "RemoteError", "is_address", "open_remote", "shown_address"]
+__all__ = [
+    "DamagedError",
+    "Entry",
+    "MissingError",
+    "Remote",
+    "RemoteError",
+    "is_address",
+    "open_remote",
+    "shown_address",
+]
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _WEB = ("https", "http")

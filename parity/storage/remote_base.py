@@ -18,6 +18,10 @@ class MissingError(RemoteError):
     """There is no object of this name."""
 
 
+class DamagedError(RemoteError):
+    """An object has another sha256 than expected."""
+
+
 class Entry(NamedTuple):
     """An object of a listing."""
 
@@ -96,7 +100,7 @@ class Remote(abc.ABC):
             if (size := part.stat().st_size) != entry.size:
                 raise RemoteError(f"{self._shown(name)}: {size:,} of {entry.size:,} bytes arrived")
             if sha256 is not None and (digest := hash_file(part)) != sha256:
-                raise RemoteError(f"{self._shown(name)} is damaged: its sha256 is {digest}, expected {sha256}")
+                raise DamagedError(f"{self._shown(name)} is damaged: its sha256 is {digest}, expected {sha256}")
             sync(part)
             part.replace(path)
         finally:

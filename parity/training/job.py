@@ -55,8 +55,8 @@ class Job:
     train: Dataset
     validation: Dataset
     prompts: Sequence[Sequence[int]]
-    corpus_samples: str
-    """Hash of samples of the corpus's tokens, which shows files that were changed in place."""
+    corpus_samples: str | None
+    """Hash of samples of the corpus's tokens, which shows files that were changed in place; None if it is verified."""
     sample_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     measure: Callable[[Trainer], Mapping[str, Any]] | None = None
     loss_unit: Literal["token", "pair", "text"] = "token"
@@ -126,6 +126,7 @@ def load_job(
     tokenizer = load_tokenizer(settings.tokenizer, args.vocab_bpe)
     check_model(args, tokenizer)
     data = load_data(args, tokenizer)
+    shards = [*data.corpus.train, *data.corpus.validation]
     job = Job(
         args=args,
         config=config,
@@ -133,7 +134,7 @@ def load_job(
         run=RunFolder(folder, writes=processes.first),
         processes=processes,
         tokenizer=tokenizer,
-        corpus_samples=sampled_sha256([*data.corpus.train, *data.corpus.validation]),
+        corpus_samples=None if data.corpus.is_verified else sampled_sha256(shards),
         **data._asdict(),
     )
     if processes.count > 1 and (different := processes.differences(_facts(job))):

@@ -168,6 +168,8 @@ class RunFolder:
         config = self.config()
         if "id" in config:
             entries = {"id": config["id"], **entries}
+        if entries.get(CORPUS_SAMPLES) is None:  # a corpus at an address is compared as a whole instead
+            entries = {**entries, CORPUS_SAMPLES: config.get(CORPUS_SAMPLES)}
         saved, new = (dict(flatten(json.loads(json.dumps(e)))) for e in (config, entries))
         different = {
             key: f"{key} was {saved.get(key)!r} and is now {new.get(key)!r}"

@@ -23,7 +23,8 @@ class TrainSettings:
         default=EMBEDDED,
         metadata={
             "help": f"Text to train on: {', '.join(CORPORA)}, a UTF-8 text file, a .bin token file, or a folder with "
-            ".txt files, .bin token files or the output of scripts/prepare_data.py."
+            ".txt files, .bin token files or the output of scripts/prepare_data.py, which may also be at an address "
+            "(s3://, gs://, https://): its shards are then fetched into the cache folder when they are needed."
         },
     )
     tokenizer: Literal["bytes", "gpt2"] = "gpt2"
