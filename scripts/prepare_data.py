@@ -44,8 +44,9 @@ def _cores() -> int:
 @dataclasses.dataclass(frozen=True)
 class Args:
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[SOURCE ...]")] = ()
-    """Files to tokenize (.txt, .jsonl, .ndjson, these also as .gz, .json, .parquet) and folders of them. In .txt files,
-    <|endoftext|> ends a document."""
+    """Files to tokenize (.txt, .jsonl, .ndjson, these also as .gz, .json, .parquet) and folders of them, by path or by
+    address (s3://, gs://, hf://datasets/..., https:// for single files). In .txt files, <|endoftext|> ends a
+    document."""
     out: Path | None = None
     """Folder for the shards and index.json, required unless --verify is given; pass it to a training script as
     --corpus."""

@@ -20,8 +20,9 @@ from parity.storage.json import LINE, LISTING, parse
 _JSON_LINES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 SUFFIXES = (".txt", ".txt.gz", *_JSON_LINES, ".json", ".parquet")
 """Ends of the names of the files that are read in folders."""
+NOT_SUPPORTED = "this kind of file is not supported; convert it to .txt, .jsonl or .parquet"
 # Files of text that is not running text: read as such, its syntax would become part of the corpus.
-_REFUSED = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".json.gz", ".xml", ".html", ".htm", ".ipynb", ".bin")
+REFUSED = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".json.gz", ".xml", ".html", ".htm", ".ipynb", ".bin")
 
 _Part = tuple[str, bool, str]
 """Text, whether it ends its document, and where it is."""
@@ -49,14 +50,14 @@ def find_files(sources: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for source in sources:
         if source.is_dir():
-            inside = sorted(path for path in source.rglob("*") if _ends_with(path, SUFFIXES) and path.is_file())
+            inside = sorted(path for path in source.rglob("*") if ends_with(path.name, SUFFIXES) and path.is_file())
             if not inside:
                 raise InputError(f"folder {source} holds no file that ends with {', '.join(SUFFIXES)}")
             files += inside
         elif not source.exists():
             raise InputError(f"{source} is neither a file nor a folder")
-        elif _ends_with(source, _REFUSED):
-            raise InputError(f"{source}: this kind of file is not supported; convert it to .txt, .jsonl or .parquet")
+        elif ends_with(source.name, REFUSED):
+            raise InputError(f"{source}: {NOT_SUPPORTED}")
         else:
             files.append(source)
     return files
@@ -100,9 +101,9 @@ def encode(piece: Piece, tokenizer: Tokenizer) -> np.ndarray:
 
 def _read(file: Path, text_field: str, cut_anywhere: bool) -> Iterator[_Part]:
     try:
-        if _ends_with(file, (".parquet",)):
+        if ends_with(file.name, (".parquet",)):
             rows = parquet.rows(file, text_field)
-        elif _ends_with(file, (*_JSON_LINES, ".json")):
+        elif ends_with(file.name, (*_JSON_LINES, ".json")):
             rows = _json(file, text_field)
         else:
             yield from _text(file, text_field, cut_anywhere)
@@ -153,7 +154,7 @@ def _check_beginning(text: str, text_field: str) -> None:
 def _json(file: Path, text_field: str) -> Iterator[tuple[str, str]]:
     """Yield the documents of JSON lines, or of a file with one list, with the line or item of each."""
     with _open(file) as stream:
-        if _ends_with(file, (".json",)):
+        if ends_with(file.name, (".json",)):
             beginning = stream.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()
             stream.seek(0)
             if beginning.startswith(b"["):
@@ -194,9 +195,10 @@ def _field(entry: Any, name: str, origin: str) -> str:
     return replace_surrogates(text)  # JSON may contain unpaired ones
 
 
-def _ends_with(file: Path, suffixes: tuple[str, ...]) -> bool:
-    return file.name.lower().endswith(suffixes)
+def ends_with(name: str, suffixes: tuple[str, ...]) -> bool:
+    """Return whether a file is of one of some kinds, by the end of its name."""
+    return name.lower().endswith(suffixes)
 
 
 def _open(file: Path) -> IO[bytes]:
-    return gzip.open(file, "rb") if _ends_with(file, (".gz",)) else file.open("rb")  # type: ignore[return-value]
+    return gzip.open(file, "rb") if ends_with(file.name, (".gz",)) else file.open("rb")  # type: ignore[return-value]

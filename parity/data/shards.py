@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from parity.data import documents
 from parity.data.engines import Engine, Processes, ThisProcess
 from parity.data.passes import (
     OnProgress,
@@ -27,6 +26,7 @@ from parity.data.passes import (
 )
 from parity.data.preparation import Preparation, Unit, begin
 from parity.data.shard_index import INDEX, load_index, read_index, write_unfinished
+from parity.data.sources import find_sources
 from parity.data.splits import find_starts, shard_list
 from parity.data.tokenizer import Tokenizer
 from parity.errors import InputError
@@ -42,7 +42,7 @@ class Request:
     """What to prepare.
 
     Args:
-        sources: Text, JSON and Parquet files, or folders of them.
+        sources: Text, JSON and Parquet files, or folders of them; paths or addresses (s3, gs, hf, https).
         out: The folder for the shards.
         tokenizer: Encodes the documents.
         text_field: Field of JSON and column of Parquet that holds the text.
@@ -68,10 +68,9 @@ class Request:
 
     def entries(self) -> dict[str, Any]:
         """Find the sources, and return the first entries of index.json."""
-        files = documents.find_files([Path(source) for source in self.sources])
         return {
             "tokenizer": self.tokenizer.name,
-            "sources": [{"path": str(file), "bytes": file.stat().st_size} for file in files],
+            "sources": find_sources(self.sources),
             "text_field": self.text_field,
             "validation_fraction": self.validation_fraction,
             "shard_tokens": self.shard_tokens,
@@ -96,7 +95,7 @@ def prepare_shards(
     room on the disk as the shard will.
 
     Args:
-        sources: Text, JSON and Parquet files, or folders of them.
+        sources: Text, JSON and Parquet files, or folders of them; paths or addresses (s3, gs, hf, https).
         out: The folder for the shards.
         tokenizer: Encodes the documents.
         text_field: Field of JSON and column of Parquet that holds the text.

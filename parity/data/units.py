@@ -18,6 +18,7 @@ from parity.data import documents
 from parity.data.documents import Piece
 from parity.data.prefetch import prefetch
 from parity.data.preparation import Preparation, Unit
+from parity.data.sources import change_time, current_entry, local_copy
 from parity.data.tokenizer import ByteTokenizer
 from parity.errors import InputError, printable
 from parity.storage.atomic import named_errors, replace_text
@@ -53,7 +54,8 @@ def tokenize_unit(
     preparation.check_worker()
     error_file = preparation.unit_file(number, "error")
     try:
-        current = {"sources": [_current(source) for source in sources], "times": [_time(source) for source in sources]}
+        paths = [source["path"] for source in sources]
+        current = {"sources": list(map(current_entry, paths)), "times": list(map(change_time, paths))}
         entries = _load(preparation, number, current)
         if entries is None:
             counts = _tokenize(preparation, number, sources, current, threads, on_progress)
@@ -63,16 +65,6 @@ def tokenize_unit(
         raise
     error_file.unlink(missing_ok=True)
     return {key: entries[key] for key in ("documents", "tokens")}
-
-
-def _current(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entry of index.json for a source as it is now."""
-    return {"path": source["path"], "bytes": Path(source["path"]).stat().st_size}
-
-
-def _time(source: Mapping[str, Any]) -> int:
-    """Return when a source was changed, in nanoseconds."""
-    return Path(source["path"]).stat().st_mtime_ns
 
 
 def read_sources(preparation: Preparation, number: int) -> list[dict[str, Any]]:
@@ -87,7 +79,9 @@ def _pieces(preparation: Preparation, sources: Unit) -> Iterator[Piece]:
     """Yield the pieces of all documents of a unit."""
     cut_anywhere = isinstance(preparation.tokenizer, ByteTokenizer)
     for source in sources:
-        yield from documents.pieces([Path(source["path"])], preparation.text_field, cut_anywhere)
+        with local_copy(source["path"], preparation.work) as path:
+            for piece in documents.pieces([path], preparation.text_field, cut_anywhere):
+                yield piece._replace(origin=piece.origin.replace(str(path), source["path"]))
 
 
 def _load(preparation: Preparation, number: int, current: Mapping[str, Any]) -> dict[str, Any] | None:
