@@ -205,8 +205,7 @@ def _tensors(path: Path) -> dict[str, LazyTensor]:
 
     if path.suffix == ".safetensors":
         return read_tensors(path, parameters)[0]
-    stored = read_pickle(path)
-    return {name: dataclasses.replace(stored[old], name=name) for name, old in parameters(stored).items()}
+    return read_pickle(path, parameters)
 
 
 def read_tensors(

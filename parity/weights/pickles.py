@@ -2,6 +2,7 @@
 
 import functools
 import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,19 @@ _DTYPES: dict[str, np.dtype] = {
 }
 
 
-def read_pickle(path: Path) -> dict[str, LazyTensor]:
+def read_pickle(path: Path, rename: Callable[[Iterable[str]], dict[str, str]]) -> dict[str, LazyTensor]:
     """Read the state dict in a file of torch.save, which may be nested beside an optimizer's state.
 
     Args:
         path: The file.
+        rename: Returns {name: name in the file} of the tensors to read, given the names in the file.
 
     Returns:
-        {stored name: tensor}. A tensor is read when it is used; 16-bit floats become float32.
+        {name: tensor}. A tensor is read when it is used; 16-bit floats become float32.
 
     Raises:
         InputError: If PyTorch is not installed, the file is damaged or holds anything but tensors and plain values, or
-            a tensor does not hold floating-point numbers.
+            one of these tensors does not hold floating-point numbers.
     """
     try:
         import torch
@@ -48,7 +50,8 @@ def read_pickle(path: Path) -> dict[str, LazyTensor]:
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise InputError(f"{path} holds no state_dict; save the model's with torch.save(model.state_dict(), PATH)")
-    return {str(name): _lazy(str(name), tensor, path) for name, tensor in content.items()}
+    tensors = {str(name): tensor for name, tensor in content.items()}
+    return {name: _lazy(name, tensors[stored], path) for name, stored in rename(tensors).items()}
 
 
 def _lazy(name: str, tensor: Any, path: Path) -> LazyTensor:
