@@ -1,5 +1,6 @@
 """Command lines of the scripts: dataclass fields become options, and their docstrings become the help text."""
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -75,6 +76,17 @@ def parse_known(cls: type[Options], args: Sequence[str] | None = None) -> Option
     with _input_errors():
         options, _ = tyro.cli(cls, args=arguments, return_unknown_args=True, add_help=False)
     return _with_home_folder(options)
+
+
+def argument_parser(cls: type, default: Any = None) -> argparse.ArgumentParser:
+    """Return the parser whose options, help texts and defaults are those of `parse`, to list them elsewhere.
+
+    Args:
+        cls: Dataclass of the options.
+        default: Values that replace the class's own defaults.
+    """
+    _add_help(cls)
+    return tyro.extras.get_parser(cls, **({} if default is None else {"default": default}))
 
 
 def _with_home_folder(options: Any) -> Any:

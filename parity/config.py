@@ -141,7 +141,7 @@ class GPTConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return {field: value}, which GPTConfig(**...) accepts; without eos_id if it is None."""
+        """Return {field: value}, which `GPTConfig(**fields)` accepts; without eos_id if it is None."""
         fields = dataclasses.asdict(self)
         return {name: value for name, value in fields.items() if name != "eos_id" or value is not None}
 

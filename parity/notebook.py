@@ -252,7 +252,7 @@ def train_loop(
 
 
 def encode_text(text: str, tokenizer: Any) -> np.ndarray:
-    """Return the token ids of a text, int64 [1, T]; <|endoftext|> in it is the special token."""
+    """Return the token ids of a text, int64 [1, T]; `<|endoftext|>` in it is the special token."""
     return np.array([tokenizer.encode(text, allowed_special={END_OF_TEXT})], np.int64)
 
 

@@ -21,7 +21,7 @@ from lm_eval._cli import HarnessCLI
 from support.runs import ROOT
 
 from parity import taps, weights
-from parity.cli import DEPRECATED
+from parity.cli import DEPRECATED, argument_parser
 from parity.config import GPTConfig
 from parity.data import shards
 from parity.data.token_files import read_bin
@@ -270,8 +270,8 @@ def options_of(script):
     """Return the options of a script, without the --no- forms of its switches."""
     module = importlib.import_module(script.stem)
     default = module.Args() if "train" in script.stem else None
-    parser = tyro.extras.get_parser(module.Args, **({"default": default} if default else {}))
-    names = {option.replace("_", "-") for action in parser._actions for option in action.option_strings}
+    actions = argument_parser(module.Args, default)._actions
+    names = {option.replace("_", "-") for action in actions for option in action.option_strings}
     return {name for name in names if re.fullmatch(r"--(?!no-)[a-z][a-z0-9-]*", name)} - {"--help"}
 
 
