@@ -25,7 +25,7 @@ FOR_DOCS := $(VENV)/.extras-jax,torch,test,docs
 # One worker per core; each takes up to 5 GB of memory.
 PARALLEL ?= --numprocesses logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
-.PHONY: setup train test test-slow test-pretrained test-package test-gpu test-gpu-program test-page test-clusters test-docs notebook check bench clean
+.PHONY: setup train test test-slow test-pretrained test-package test-gpu test-gpu-program test-page test-clusters test-docs notebook docs check bench clean
 
 setup: $(FOR_TRAINING)
 
@@ -72,6 +72,10 @@ test-clusters: $(FOR_CLUSTERS)
 # Executes docs/notebook.py and docs/notebooks/*.py, and writes a notebook with outputs beside each.
 notebook: $(FOR_DOCS)
 	$(RUN) docs/execute.py $(ARGS)
+
+# The site, with all notebooks executed: build/docs/index.html.
+docs: $(FOR_DOCS)
+	$(RUN) -m sphinx --fail-on-warning --keep-going docs build/docs
 
 # Executes the notebooks, and builds the site.
 test-docs: $(FOR_DOCS)

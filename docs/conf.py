@@ -23,6 +23,7 @@ extensions = [
     "sphinx_copybutton",
     "name_directive",
     "program_directive",
+    "site_check",
 ]
 # The percent scripts are the source of the notebooks; their copies with outputs are for the code host.
 exclude_patterns = ["*.ipynb", "conf.py", "execute.py", "extension/*", "notebooks/*.ipynb"]

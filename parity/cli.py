@@ -1,6 +1,5 @@
 """Command lines of the scripts: dataclass fields become options, and their docstrings become the help text."""
 
-import argparse
 import contextlib
 import dataclasses
 import io
@@ -78,8 +77,8 @@ def parse_known(cls: type[Options], args: Sequence[str] | None = None) -> Option
     return _with_home_folder(options)
 
 
-def argument_parser(cls: type, default: Any = None) -> argparse.ArgumentParser:
-    """Return the parser whose options, help texts and defaults are those of `parse`, to list them elsewhere.
+def argument_parser(cls: type, default: Any = None) -> Any:
+    """Return an argparse.ArgumentParser with the options, help texts and defaults of `parse`, to list them elsewhere.
 
     Args:
         cls: Dataclass of the options.

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import sys
+import tomllib
 import typing
 import zlib
 from pathlib import Path
@@ -34,6 +35,7 @@ from parity.weights import huggingface, initial_weights, openai, openai_files, p
 from parity.weights.adapters import initial_adapter
 
 PAGES = [ROOT / "README.md", *ROOT.glob("CONTRIBUTING.md"), *sorted((ROOT / "docs").rglob("*.md"))]
+EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if path.stem != "parity_hf")
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 PROGRAMS = "python|make|srun|torchrun|pip|git|sbatch|kubectl|pre-commit|[A-Z][A-Z_]+=\\S+ python"
@@ -128,6 +130,9 @@ def check_command(line, monkeypatch, parse_only=True):
             for options in (target.removeprefix("ARGS=") for target in targets if target.startswith("ARGS=")):
                 assert targets[0] == "train", line
                 run_main("scripts/train_jax.py", shlex.split(options), monkeypatch, parse_only=True)
+        case ["pip", "install", package]:
+            [extras] = re.findall(r"^\.\[([\w,]+)\]$", package)
+            assert set(extras.split(",")) <= EXTRAS, line
         case ["python", "-m", "build"] | ["pip", "install", "pre-commit", *_]:
             pass
         case ["sbatch", file] | ["kubectl", "apply", "-f", file]:
@@ -288,8 +293,14 @@ def test_options_page_is_complete():
     assert tables["Server"] == options_of(ROOT / "scripts/serve.py")
 
 
+def test_every_extra_is_explained():
+    table = "".join(re.findall(r"^\|(.*?)\|", TEXT[ROOT / "docs/install.md"], re.MULTILINE))
+    assert set(re.findall(r"`([^`]+)`", table)) == EXTRAS
+
+
 def test_options_in_the_text_exist():
     known = {"--help", "--version", *DEPRECATED}.union(*map(options_of, SCRIPTS))
+    known.add("--constraint")  # of pip
     harness = HarnessCLI()._subparsers.choices["run"]
     known.update(option for action in harness._actions for option in action.option_strings)
     for page in PAGES:

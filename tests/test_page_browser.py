@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
+from support.browser import launch, needs_browser
 from support.models import TINY, probing_weights
 from support.sampling_rules import RULES, check_rules, rule_cases
 from support.served import run_engine, serving
@@ -16,21 +17,12 @@ import gpt_torch.serving
 from parity.data.tokenizer import load_tokenizer
 from parity.serving.engine import Engine
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-EXECUTABLE = next(filter(None, map(shutil.which, BROWSERS)), None)
-ARGUMENTS = [
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--no-first-run",
-]  # fmt: skip
 SECONDS = 120  # for one step under load; nothing waits that long
 TEXT = "Speak,\nho"  # the context of the model has 24 bytes
 
 expect.set_options(timeout=1000 * SECONDS)
 
-pytestmark = [
-    pytest.mark.page,
-    pytest.mark.skipif(EXECUTABLE is None, reason=f"there is no browser: none of {', '.join(BROWSERS)} is on the path"),
-]
+pytestmark = [pytest.mark.page, needs_browser]
 
 
 def new_engine(name, run, *change):
@@ -60,7 +52,7 @@ def served(run_folder, runs):
 @pytest.fixture(scope="module")
 def browser():
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=EXECUTABLE, args=ARGUMENTS, headless=False)
+        browser = launch(playwright)
         yield browser
         browser.close()
 

@@ -58,6 +58,10 @@ def test_the_page_is_tested_in_a_browser():
     assert commands(workflow("page.yml")) == ["make test-page"]
 
 
+def test_the_site_is_built_and_the_notebooks_are_executed():
+    assert commands(workflow("docs.yml")) == ["make docs", "make test-docs"]
+
+
 def test_clusters_are_tested():
     assert commands(workflow("clusters.yml")) == ["make test-clusters"]
 

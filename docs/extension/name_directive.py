@@ -6,10 +6,9 @@ import re
 from typing import Any, ClassVar
 
 from docutils import nodes
+from public_names import MODULES, docstring, public_names
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
-
-from public_names import MODULES, docstring, public_names
 
 
 class PublicNames(SphinxDirective):

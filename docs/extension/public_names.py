@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import itertools
 import sys
 from types import ModuleType
 from typing import Any
@@ -64,7 +65,7 @@ def value_docstrings(module: ModuleType) -> dict[str, str]:
     """Return {name: docstring} of the values of a module below which there is one."""
     body = _tree(module).body
     docstrings = {}
-    for node, below in zip(body, body[1:], strict=False):
+    for node, below in itertools.pairwise(body):
         if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
             docstrings.update(dict.fromkeys(_assigned(node), inspect.cleandoc(str(below.value.value))))
     return docstrings
