@@ -27,13 +27,15 @@ def run_with_cache(
 
     Args:
         model: A `GPTModel`. Dropout is not applied.
-        tokens: int [B, T].
+        tokens: Integer ids [B, T].
         names: Activations to record; `*` matches any text, as in "blocks.*.attn.pattern". All by default. Scores and
             patterns exist in the explicit attention only, which then runs in place of a fused one, with a warning.
         patches: For each name or pattern a function of the activation, or an array that broadcasts to its shape.
 
     Returns:
-        (logits float32 [B, T, V], {name: activation}); a replaced activation is recorded as its replacement.
+        (logits, cache): logits [B, T, V], float32 (float64 if the parameters are), and {name: activation}. A replaced
+        activation is recorded as its replacement. `parity.taps.AXES` has the axes of each activation; its dtype is
+        that of the parameters, and float32 at least for scores and logits.
 
     Raises:
         InputError: For names that the model does not have, for two patches of one activation, for a patch of the
@@ -44,10 +46,19 @@ def run_with_cache(
 
 
 def run_with_patches(model: GPTModel, tokens: Array, patches: Mapping[str, taps.Patch]) -> Array:
-    """Run a model with some activations replaced; the arguments and errors are those of `run_with_cache`.
+    """Run a model with some activations replaced.
+
+    Args:
+        model: A `GPTModel`.
+        tokens: Integer ids [B, T].
+        patches: For each name or pattern a function of the activation, or an array that broadcasts to its shape.
 
     Returns:
-        Logits float32 [B, T, V].
+        Logits [B, T, V], float32 (float64 if the parameters are).
+
+    Raises:
+        InputError: For names that the model does not have, for two patches of one activation, and for a patch of
+            the wrong shape.
     """
     return run_with_cache(model, tokens, (), patches)[0]
 

@@ -121,7 +121,7 @@ def classify(model: GPTModel, texts: Sequence[Sequence[int]]) -> np.ndarray:
         texts: Token ids of the texts, at most n_ctx each.
 
     Returns:
-        Probabilities [texts, Y], float32 or float64.
+        Probabilities [B, Y], float32 or float64: a row for each text, with one number in [0, 1] per label.
 
     Raises:
         InputError: If the model has no classification head, or a text is too long.
@@ -148,7 +148,8 @@ def save_classifier(
         base_sha256: Hash of its weights.
 
     Raises:
-        InputError: If the model has no classification head.
+        InputError: If the model has no classification head, or the folder holds a model in another format.
+        OSError: If the folder cannot be written.
     """
     config, classifier, path = config_of(model), require_classifier(model), user_path(folder)
     values = {name: parameter.get_value() for name, parameter in parameters(model).items()}
@@ -173,6 +174,9 @@ def load_classifier(folder: str | Path, device: jax.Device | None = None, **opti
         folder: The folder. Adapters are merged into their base, which is found by the name that they record.
         device: Device of the parameters; by default JAX's default device.
         options: Further arguments of `GPTModel`, for example `attention`.
+
+    Returns:
+        A `GPTModel` with a classification head, for `classify`.
 
     Raises:
         InputError: If files are missing or damaged, or do not fit each other.

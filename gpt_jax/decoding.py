@@ -33,10 +33,13 @@ class DecodingModel(nnx.Module):
 
     It shares the embedding tables of the GPTModel and copies the other weights. It offers decode() and new_cache()
     only: logits of whole sequences, gradients, activations and files need the GPTModel.
+
+    Args:
+        model: The model, without adapters.
+        groups: Number of groups of outputs into which each matrix is split.
     """
 
     def __init__(self, model: GPTModel, groups: int):
-        """`groups`: the number of groups into which each matrix is split."""
         model = jax.tree.map(lambda a: a, model)  # copies the modules, not the arrays: the caller's must not change
         self.config = config = model.config
         self.attention = "explicit"
@@ -61,13 +64,14 @@ class DecodingModel(nnx.Module):
 
         Args:
             tokens: Integer ids [B, T], for the cache slots slot..slot+T-1.
-            cache: The result of new_cache() or of the previous call.
+            cache: The result of new_cache() or of the previous call: keys and values of each layer [B * N, S, H],
+                in the dtype of the parameters.
             slot: The first slot to write.
             pad_lengths: int [B]. The first pad_lengths[b] slots of row b are padding: they are not attended to,
                 and positions count from the slot after them.
 
         Returns:
-            (logits [B, V] in float32 at least, the new cache).
+            (logits [B, V] with dtype float32 at least, the new cache).
         """
         slots = jnp.arange(cache[0][0].shape[1], dtype=jnp.int32)[None, None]  # [1, 1, S]
         queries = slot + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]  # [1, T]
@@ -82,12 +86,29 @@ class DecodingModel(nnx.Module):
         return head_logits(self, x), updated
 
     def new_cache(self, batch_size: int, length: int) -> Cache:
-        """Return zero-filled keys and values for each layer, with room for `length` tokens."""
+        """Return an empty key/value cache for decode().
+
+        Args:
+            batch_size: Number of rows, B.
+            length: Number of tokens that it has room for, S.
+
+        Returns:
+            For each layer a pair of zero-filled keys and values, both [B * N, S, H] in the dtype of the parameters.
+        """
         dtype = self.tok_emb.embedding[...].dtype
         shape = (batch_size * self.config.n_head, length, self.config.head_width)  # [BN, S, H]
         return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.config.n_layer)]
 
     def hidden(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse a call, because the model can only decode.
+
+        Args:
+            args: Arguments of GPTModel's method.
+            kwargs: The same by name.
+
+        Raises:
+            InputError: Always.
+        """
         raise InputError("a model from for_decoding() can only generate; use the GPTModel that it was made from")
 
     __call__ = hidden

@@ -141,6 +141,7 @@ def save_adapter(model: GPTModel, folder: str | Path, base: str | None = None, b
 
     Raises:
         InputError: If the model has no adapters.
+        OSError: If the folder cannot be written.
     """
     lora = _require_lora(model)
     adapter = peft_files.Adapter(lora, export_adapter(model), base, base_sha256, str(folder))
@@ -169,6 +170,9 @@ def merge(model: GPTModel) -> GPTModel:
 
     The sum is computed in float32 (float64 if the model has it) and then rounded to the dtype of the parameters, where
     a small adapter can be lost in 16 bits: merge before cast(). The model itself keeps its weights and its adapters.
+
+    Args:
+        model: A model with adapters.
 
     Raises:
         InputError: If the model has no adapters.

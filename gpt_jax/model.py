@@ -174,7 +174,7 @@ class TransformerBlock(nnx.Module):
 
 
 class GPTModel(nnx.Module):
-    """OpenAI's `model`: tokens [B, T] -> logits [B, T, V].
+    """GPT-2: tokens [B, T] -> logits [B, T, V] (Radford et al. 2019; `model` in openai/gpt-2 src/model.py).
 
     The weights of all layers are stacked, [L, ...], and the forward pass scans over them. Dropout is applied only
     in calls that are given a key. To generate text, use gpt_jax.generate.
@@ -222,7 +222,7 @@ class GPTModel(nnx.Module):
 
         Args:
             tokens: Integer ids [B, T].
-            key: A jax.random key, which turns dropout on.
+            key: A jax.random key, a scalar of a key dtype, which turns dropout on.
 
         Returns:
             Logits [B, T, V], float32 (float64 if the parameters are).
@@ -234,7 +234,18 @@ class GPTModel(nnx.Module):
         return head_logits(self, self.hidden(tokens, key))
 
     def hidden(self, tokens: Array, key: Array | None = None) -> Array:
-        """Return the input of the output head, [B, T, D]. Arguments and errors are those of __call__()."""
+        """Return the input of the output head.
+
+        Args:
+            tokens: Integer ids [B, T].
+            key: A jax.random key, a scalar of a key dtype, which turns dropout on.
+
+        Returns:
+            The normalized residual stream [B, T, D], in the dtype of the parameters.
+
+        Raises:
+            InputError: If T exceeds n_ctx or, outside of jit, an id is outside the vocabulary.
+        """
         self.config.check_tokens(tokens.shape)
         check_ids(tokens, self.config)
         embed_key, layers_key = split_key(key, 2)

@@ -38,17 +38,37 @@ _jitted_loss = jax.jit(calc_loss)
 
 
 def create_dataloader_v1(txt: str, *args: Any, **options: Any) -> notebook.DataLoader:
-    """Return batches of windows over a text, int32 arrays [B, T].
+    """Return batches of windows over a text (LLMs-from-scratch, chapter 2).
 
-    The further arguments are those of `parity.notebook.create_dataloader`.
+    Args:
+        txt: The text.
+        args: Further arguments of `parity.notebook.create_dataloader`, by position: batch_size, max_length, stride, ...
+        options: The same by name.
+
+    Returns:
+        An iterable of pairs (inputs, targets), both int32 arrays [B, T].
+
+    Raises:
+        InputError: For a text that is shorter than one window, for sizes below 1, and if the default tokenizer's
+            vocabulary is missing.
     """
     return notebook.create_dataloader(_as_ids, txt, *args, **options)
 
 
 def calc_loss_batch(input_batch: Array, target_batch: Array, model: GPTModel, device: Any = None) -> Array:
-    """Return the mean cross-entropy of a batch [B, T] in nats per token, without dropout.
+    """Return the mean cross-entropy of a batch (LLMs-from-scratch, chapter 5).
 
-    `device` has no effect, because JAX computes where the model's arrays are.
+    Args:
+        input_batch: Integer ids [B, T].
+        target_batch: Integer ids [B, T]: the next token of each position, or -1 or -100 where none counts.
+        model: A GPTModel, which runs without dropout.
+        device: Has no effect, because JAX computes where the model's arrays are.
+
+    Returns:
+        The loss in nats per token, a scalar of dtype float32 (float64 if the parameters are).
+
+    Raises:
+        InputError: For ids or targets outside the vocabulary, and for more tokens than the model's context.
     """
     model.config.check_targets(np.asarray(target_batch))  # a compiled function cannot raise
     return _jitted_loss(model, input_batch, target_batch)
@@ -57,7 +77,20 @@ def calc_loss_batch(input_batch: Array, target_batch: Array, model: GPTModel, de
 def calc_loss_loader(
     data_loader: notebook.DataLoader, model: GPTModel, device: Any = None, num_batches: int | None = None
 ) -> float:
-    """Return the mean of the losses of the first `num_batches` batches, or of all; NaN for an empty loader."""
+    """Return the mean of the losses of several batches (LLMs-from-scratch, chapter 5).
+
+    Args:
+        data_loader: The batches.
+        model: A GPTModel.
+        device: Has no effect, because JAX computes where the model's arrays are.
+        num_batches: Number of batches, from the first one; by default all.
+
+    Returns:
+        The mean over batches in nats per token; NaN for an empty loader.
+
+    Raises:
+        InputError: For ids or targets outside the vocabulary, and for more tokens than the model's context.
+    """
 
     def loss_of_batch(inputs: Any, targets: Any) -> float:
         return float(calc_loss_batch(inputs, targets, model, device))
@@ -72,7 +105,21 @@ def evaluate_model(
     device: Any = None,
     eval_iter: int | None = None,
 ) -> tuple[float, float]:
-    """Return (training loss, validation loss), over `eval_iter` batches of each or all, without dropout."""
+    """Return the losses on training and validation text, without dropout (LLMs-from-scratch, chapter 5).
+
+    Args:
+        model: A GPTModel.
+        train_loader: Batches of the training text.
+        val_loader: Batches of the validation text.
+        device: Has no effect, because JAX computes where the model's arrays are.
+        eval_iter: Number of batches of each loader; by default all.
+
+    Returns:
+        (training loss, validation loss), in nats per token.
+
+    Raises:
+        InputError: For ids or targets outside the vocabulary, and for more tokens than the model's context.
+    """
     losses = [calc_loss_loader(loader, model, device, eval_iter) for loader in (train_loader, val_loader)]
     return losses[0], losses[1]
 
@@ -90,7 +137,7 @@ def train_model_simple(
     tokenizer: Any,
     seed: int = 0,
 ) -> tuple[list[float], list[float], list[int]]:
-    """Train a model in place, printing the losses and, after each epoch, a sample.
+    """Train a model in place, printing the losses and, after each epoch, a sample (LLMs-from-scratch, chapter 5).
 
     Args:
         model: The model.
@@ -106,7 +153,11 @@ def train_model_simple(
         seed: Seed of dropout.
 
     Returns:
-        (training losses, validation losses, tokens seen), one entry per evaluation.
+        (training losses, validation losses, tokens seen), one entry per evaluation; losses in nats per token.
+
+    Raises:
+        InputError: For ids or targets outside the vocabulary, more tokens than the model's context, and an `eval_freq`
+            below 1.
     """
 
     @jax.jit
@@ -136,12 +187,30 @@ def train_model_simple(
 
 
 def generate_and_print_sample(model: GPTModel, tokenizer: Any, device: Any, start_context: str) -> None:
-    """Print a text and 50 tokens that continue it, chosen greedily and without dropout, on one line."""
+    """Print a text and 50 tokens that continue it, chosen greedily and without dropout, on one line.
+
+    Args:
+        model: A GPTModel.
+        tokenizer: The tokenizer of the text.
+        device: Has no effect, because JAX computes where the model's arrays are.
+        start_context: The text.
+
+    Raises:
+        InputError: For an empty text, and for ids outside the model's vocabulary.
+    """
     ids = text_to_token_ids(start_context, tokenizer)
     ids = generate_text_simple(model, ids, max_new_tokens=50, context_size=model.config.n_ctx)
     notebook.print_on_one_line(ids, tokenizer)
 
 
 def text_to_token_ids(text: str, tokenizer: Any) -> Array:
-    """Return the token ids of a text, int32 [1, T]."""
+    """Return the token ids of a text.
+
+    Args:
+        text: The text, in which `<|endoftext|>` is the special token.
+        tokenizer: The tokenizer.
+
+    Returns:
+        Ids int32 [1, T].
+    """
     return _as_ids(notebook.encode_text(text, tokenizer))

@@ -39,7 +39,10 @@ def token_logprobs(
         top: Number of the most likely tokens to return for each position.
 
     Returns:
-        Arrays [B, last - first]; see TokenLogprobs for each.
+        A named tuple of arrays, each [B, last - first]: `logprobs`, the log-probabilities of the tokens in nats,
+        float32 (float64 if the parameters are); `is_greedy`, whether the token is the most likely one, bool; `margins`,
+        its logit minus the largest logit of any other token; and `top_ids` and `top_logprobs`, the most likely tokens
+        in descending order and their log-probabilities, [B, last - first, top].
 
     Raises:
         InputError: If T exceeds n_ctx + 1, an id is outside the vocabulary, or first, last or top is out of range.

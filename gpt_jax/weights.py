@@ -73,7 +73,14 @@ def _like(array: np.ndarray, current: Any) -> Any:
 
 
 def export_weights(model: nnx.Module, format: str = "huggingface") -> dict[str, np.ndarray]:
-    """Return the parameters of a `GPTModel` as NumPy arrays, in the naming and layout of `format`.
+    """Return the parameters of a model as NumPy arrays, which load_weights() of either backend takes.
+
+    Args:
+        model: A `GPTModel`.
+        format: The naming and layout, one of `parity.weights.FORMATS`.
+
+    Returns:
+        {name: array} in the dtype of the parameters; `parity.weights.shapes` has the names and shapes.
 
     Raises:
         InputError: If the model has adapters or a classification head, which would be lost.

@@ -111,7 +111,7 @@ def classify(model: nn.Module, texts: Sequence[Sequence[int]]) -> np.ndarray:
         texts: Token ids of the texts, at most n_ctx each.
 
     Returns:
-        Probabilities [texts, Y], float32 or float64.
+        Probabilities [B, Y], float32 or float64: a row for each text, with one number in [0, 1] per label.
 
     Raises:
         InputError: If the model has no classification head, or a text is too long.
@@ -141,7 +141,8 @@ def save_classifier(
         base_sha256: Hash of its weights.
 
     Raises:
-        InputError: If the model has no classification head.
+        InputError: If the model has no classification head, or the folder holds a model in another format.
+        OSError: If the folder cannot be written.
     """
     gpt, classifier, path = unwrap(model), require_classifier(model), user_path(folder)
     parameters = {name: to_numpy(parameter) for name, parameter in gpt.named_parameters()}
@@ -165,6 +166,9 @@ def load_classifier(folder: str | Path, device: torch.device | str | None = None
         folder: The folder. Adapters are merged into their base, which is found by the name that they record.
         device: Device of the parameters; by default the CPU.
         options: Further arguments of `GPTModel`, for example `attention`.
+
+    Returns:
+        A `GPTModel` with a classification head, for `classify`.
 
     Raises:
         InputError: If files are missing or damaged, or do not fit each other.

@@ -64,11 +64,11 @@ def generate(
         model: A GPTModel, which torch.compile or DataParallel may have wrapped. It runs in eval mode, and the mode of
             each of its modules is restored after each token.
         prompts: A list of prompts, each a list of token ids; their lengths may differ. Or, as in the notebook, an
-            array of ids [B, T]: decoding is then greedy unless `temperature` says otherwise, and rows are returned
-            as an array.
+            array of integer ids [B, T]: decoding is then greedy unless `temperature` says otherwise, and rows are
+            returned as an array.
         max_new_tokens: Maximum number of new tokens per prompt.
         notebook_options: `context_size`, `temperature`, `top_k` and `eos_id` may be given by position, in this order.
-        idx: The notebook's name for `prompts`.
+        idx: The notebook's name for `prompts`, an array of integer ids [B, T].
         return_logprobs: Whether to return the log-probabilities of the new tokens as well. They are those of the model
             itself, in nats, before the temperature and all filters. Requires prompts as lists.
         options: See parity.sampling.GenerateOptions for each option, its range and its default.
@@ -98,7 +98,20 @@ def generate(
 
 
 def generate_text_simple(model: GPTModel, idx: Tensor, max_new_tokens: int, context_size: int) -> Tensor:
-    """The notebook's greedy generation: ids [B, T] -> [B, T + max_new_tokens]."""
+    """Continue token ids greedily; the notebook's function of this name (Raschka's LLMs-from-scratch, chapter 4).
+
+    Args:
+        model: A GPTModel.
+        idx: Integer ids [B, T].
+        max_new_tokens: Number of new tokens per row.
+        context_size: Largest number of tokens that the model attends to, in 1..n_ctx; earlier ones are left out.
+
+    Returns:
+        Ids [B, T + max_new_tokens] of the dtype of `idx`: the given ones, and in each step the most likely one.
+
+    Raises:
+        InputError: For an id outside the vocabulary, options out of range, and logits that are not finite.
+    """
     return generate(model, idx, max_new_tokens, context_size)
 
 
@@ -111,16 +124,17 @@ def stream(
     """Yield the tokens of generate() as they are generated.
 
     Args:
-        model: As in generate().
-        prompts: As in generate().
-        max_new_tokens: As in generate().
-        options: As in generate().
+        model: A GPTModel; it runs in eval mode.
+        prompts: A list of prompts, each a list of token ids, or an array of integer ids [B, T].
+        max_new_tokens: Maximum number of new tokens per prompt.
+        options: See parity.sampling.GenerateOptions for each option, its range and its default.
 
     Yields:
         For each step a list with the new token of each row, or None for a row that has ended.
 
     Raises:
-        InputError: As in generate(). Bad prompts and options raise in the call itself, before the first token.
+        InputError: For the same reasons as in generate(). Bad prompts and options raise in the call itself, before the
+            first token.
     """
     request = prepare(unwrap(model).config, prompts, max_new_tokens, options, as_array=isinstance(prompts, Tensor))
     return _stream(model, request)  # a separate generator, so that bad options raise here

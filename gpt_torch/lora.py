@@ -108,6 +108,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None, 
 
     Raises:
         InputError: If the model has no adapters.
+        OSError: If the folder cannot be written.
     """
     gpt, lora = unwrap(model), _require_lora(model)
     adapter = peft_files.Adapter(lora, export_adapter(gpt), base, base_sha256, str(folder))
@@ -137,6 +138,9 @@ def merge(model: nn.Module) -> GPTModel:
 
     The sum is computed in float32 (float64 if the model has it) and then rounded to the dtype of the parameters, where
     a small adapter can be lost in 16 bits: merge before cast(). The model itself keeps its weights and its adapters.
+
+    Args:
+        model: A model with adapters.
 
     Raises:
         InputError: If the model has no adapters.

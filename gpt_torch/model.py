@@ -136,7 +136,7 @@ class TransformerBlock(nn.Module):
 
 
 class GPTModel(nn.Module):
-    """OpenAI's `model`: tokens [B, T] -> logits [B, T, V].
+    """GPT-2: tokens [B, T] -> logits [B, T, V] (Radford et al. 2019; `model` in openai/gpt-2 src/model.py).
 
     Dropout is applied in train mode only; a new model is in eval mode. To generate text, use gpt_torch.generate.
 
@@ -181,7 +181,17 @@ class GPTModel(nn.Module):
         return head_logits(self, self.hidden(tokens))
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """Return the input of the output head, [B, T, D]. Arguments and errors are those of forward()."""
+        """Return the input of the output head.
+
+        Args:
+            tokens: Integer ids [B, T].
+
+        Returns:
+            The normalized residual stream [B, T, D], in the dtype of the parameters.
+
+        Raises:
+            InputError: If T exceeds n_ctx or an id is outside the vocabulary.
+        """
         self.config.check_tokens(tokens.shape)
         check_ids(tokens, self.config)
         slots = torch.arange(tokens.shape[1], device=tokens.device)  # [T]
@@ -199,7 +209,8 @@ class GPTModel(nn.Module):
 
         Args:
             tokens: Integer ids [B, T], for the cache slots slot..slot+T-1.
-            cache: The result of new_cache(); it is changed in place.
+            cache: The result of new_cache(), keys and values [B, S, N, H] in the dtype of the parameters; it is
+                changed in place.
             slot: The first slot to write.
             pad_lengths: int [B]. The first pad_lengths[b] slots of row b are padding: they are not attended to,
                 and positions count from the slot after them.
@@ -218,7 +229,15 @@ class GPTModel(nn.Module):
         return head_logits(self, x)
 
     def new_cache(self, batch_size: int, length: int) -> Cache:
-        """Return zero-filled keys and values for each layer, with room for `length` tokens."""
+        """Return an empty key/value cache for decode().
+
+        Args:
+            batch_size: Number of rows, B.
+            length: Number of tokens that it has room for, S.
+
+        Returns:
+            For each layer a pair of zero-filled keys and values, both [B, S, N, H] in the dtype of the parameters.
+        """
         weight = self.tok_emb.weight
         shape = (batch_size, length, self.config.n_head, self.config.head_width)  # [B, S, N, H]
         return [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.trf_blocks]

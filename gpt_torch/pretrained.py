@@ -17,7 +17,7 @@ from parity.weights.load import read_folder
 
 
 def load_weights_into_gpt(model: GPTModel, params: dict[str, Any]) -> None:
-    """Load OpenAI's weights into a model; the notebook's function of this name.
+    """Load OpenAI's weights into a model; the notebook's function of this name (LLMs-from-scratch, chapter 5).
 
     Args:
         model: A model of the same shape; it is changed in place. An untied head becomes a copy of the embedding.
@@ -44,6 +44,10 @@ def save_pretrained(model: GPTModel, folder: str | Path, tokenizer: Tokenizer | 
         folder: The folder, which is made if it does not exist. It must not hold a model in another format.
         tokenizer: The model's tokenizer, whose files are written as well. Its end-of-text id is written to config.json
             unless the files that the model was loaded from state another one.
+
+    Raises:
+        InputError: If the folder holds a model in another format, or the tokenizer does not fit the model.
+        OSError: If the folder cannot be written.
     """
     save_model(user_path(folder), unwrap(model).config, export_weights(model), tokenizer)
 

@@ -160,6 +160,8 @@ def is_counted(targets: Any) -> Any:
 
 
 Size = Literal["124M", "355M", "774M", "1558M"]
+"""Type of a name in SIZES."""
+
 SIZES: tuple[Size, ...] = get_args(Size)
 """The models that OpenAI published, by their number of parameters."""
 
@@ -204,5 +206,9 @@ def as_config(config: "GPTConfig | Mapping[str, Any] | str") -> GPTConfig:
 
 
 def as_tied(config: GPTConfig) -> GPTConfig:
-    """Return the same configuration with the head tied to the token embedding."""
+    """Return the same configuration with the head tied to the token embedding.
+
+    Args:
+        config: Configuration of the model.
+    """
     return dataclasses.replace(config, tied_head=True)

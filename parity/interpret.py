@@ -17,10 +17,15 @@ from parity.figures import new_figure
 from parity.reference import Weights, as_float64, layer_norm, output_head
 
 Activations = Mapping[str, Any]
+"""{name: array of any framework}, as `run_with_cache` returns them."""
 
 
 def residual_names(config: GPTConfig) -> list[str]:
-    """Return the names of the residual stream before the first layer and after each layer."""
+    """Return the names of the residual stream before the first layer and after each layer.
+
+    Args:
+        config: Configuration of the model.
+    """
     return ["embed", *(f"blocks.{i}.resid_post" for i in range(config.n_layer))]
 
 
@@ -33,7 +38,8 @@ def logit_lens(config: GPTConfig, weights: Weights, cache: Activations) -> dict[
         cache: Activations that include those of `residual_names`.
 
     Returns:
-        {name of the residual stream: logits [B, T, V] if the model ended there}; the last ones are the model's logits.
+        {name of the residual stream: logits float64 [B, T, V] if the model ended there}; the last ones are the
+        model's logits.
 
     Raises:
         InputError: If activations are missing.
@@ -60,8 +66,8 @@ def direct_logit_attribution(
         minus: If given, the difference of the logits of `token` and of this token is split.
 
     Returns:
-        {component: contribution [B, T]}. The components are "embed", "blocks.i.attn.out" and "blocks.i.mlp.out" of each
-        layer i, and "ln_f.bias". The contributions add up to the logit.
+        {component: contribution float64 [B, T]}. The components are "embed", "blocks.i.attn.out" and "blocks.i.mlp.out"
+        of each layer i, and "ln_f.bias". The contributions add up to the logit.
 
     Raises:
         InputError: If activations are missing, or a token is outside the vocabulary.
@@ -103,7 +109,8 @@ def patching_sweep(
         metric: logits [B, T, V] -> score.
 
     Returns:
-        {name: scores [T]}; entry t is the score when the clean activation replaces the corrupted one at position t.
+        {name: scores float64 [T]}; entry t is the score when the clean activation replaces the corrupted one at
+        position t.
 
     Raises:
         InputError: If activations are missing, or those of both runs differ in shape.
@@ -137,7 +144,8 @@ def induction_scores(config: GPTConfig, cache: Activations, period: int) -> np.n
         period: Number of positions after which the input repeats itself.
 
     Returns:
-        Scores [L, N]: the mean of the pattern from each position of a repetition to the one `period` - 1 before it.
+        Scores float64 [L, N]: the mean of the pattern from each position of a repetition to the one `period` - 1
+        before it.
 
     Raises:
         InputError: If activations are missing, or the period leaves no repetition.
@@ -155,7 +163,7 @@ def plot_attention(path: str | Path, pattern: np.ndarray, labels: Sequence[str] 
 
     Args:
         path: File to write; its suffix selects the format.
-        pattern: Attention pattern [N, T, S].
+        pattern: Attention pattern [N, T, S] of any floating-point dtype.
         labels: Labels of the positions, such as their tokens; none by default.
         title: Title of the figure.
 

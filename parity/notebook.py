@@ -44,7 +44,15 @@ def download_and_load_gpt2(model_size: str, models_dir: str | Path) -> tuple[dic
 
 
 def nest(config: GPTConfig, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Convert {OpenAI's name: tensor} to the notebook's nesting."""
+    """Return weights in the notebook's nesting.
+
+    Args:
+        config: Configuration of the model.
+        tensors: {OpenAI's name: tensor}; matrices are [1, in, out].
+
+    Returns:
+        The params of `download_and_load_gpt2`.
+    """
     params: dict[str, Any] = {"blocks": [{} for _ in range(config.n_layer)]}
     for name, tensor in tensors.items():
         array = np.squeeze(np.asarray(tensor), axis=0) if name.endswith("/w") else np.asarray(tensor)
@@ -62,7 +70,14 @@ def nest(config: GPTConfig, tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten(params: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Convert the notebook's nesting to {OpenAI's name: array}; the inverse of `nest`."""
+    """Return weights in the openai format; the inverse of `nest`.
+
+    Args:
+        params: Weights nested as `download_and_load_gpt2` returns them.
+
+    Returns:
+        {OpenAI's name: array} in the openai format.
+    """
     flat = {f"model/{name}": params[name] for name in ("wte", "wpe") if name in params}
     flat |= {f"model/ln_f/{name}": params[name] for name in ("g", "b") if name in params}
 
@@ -79,11 +94,14 @@ def flatten(params: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def as_huggingface(params: dict[str, Any], config: GPTConfig) -> dict[str, np.ndarray]:
-    """Convert weights in the notebook's nesting to the huggingface format.
+    """Return weights in the huggingface format.
 
     Args:
         params: Weights nested as `download_and_load_gpt2` returns them.
         config: Configuration of the model to load them into; an untied head becomes a copy of the embedding.
+
+    Returns:
+        {name: array} in the huggingface format.
 
     Raises:
         InputError: If the weights do not fit the configuration; the message lists the names.
@@ -142,6 +160,9 @@ class DataLoader:
         drop_last: Whether the last batch of an epoch is left out if it is smaller than the others.
         seed: Seed of the order.
         convert: Turns an int64 NumPy array into an array of a framework.
+
+    Raises:
+        InputError: For a batch size below 1.
     """
 
     def __init__(
@@ -206,7 +227,16 @@ def create_dataloader(
 def mean_loss(
     calc_loss_batch: Callable[[Any, Any], float], data_loader: DataLoader, num_batches: int | None = None
 ) -> float:
-    """Return the mean of the losses of the first `num_batches` batches, or of all; NaN for an empty loader."""
+    """Return the mean of the losses of several batches.
+
+    Args:
+        calc_loss_batch: (inputs, targets) -> the mean loss of a batch, in nats per token.
+        data_loader: The batches.
+        num_batches: Number of batches, from the first one; by default all.
+
+    Returns:
+        The mean over batches in nats per token; NaN for an empty loader.
+    """
     count = len(data_loader) if num_batches is None else min(num_batches, len(data_loader))
     losses = [calc_loss_batch(*batch) for batch in itertools.islice(data_loader, count)]
     return sum(losses) / count if count else float("nan")
@@ -231,7 +261,10 @@ def train_loop(
         eval_freq: Steps between evaluations.
 
     Returns:
-        (training losses, validation losses, tokens seen), one entry per evaluation.
+        (training losses, validation losses, tokens seen), one entry per evaluation; losses in nats per token.
+
+    Raises:
+        InputError: For an `eval_freq` below 1.
     """
     _check_positive(eval_freq=eval_freq)
     train_losses, val_losses, track_tokens_seen = [], [], []
@@ -252,18 +285,36 @@ def train_loop(
 
 
 def encode_text(text: str, tokenizer: Any) -> np.ndarray:
-    """Return the token ids of a text, int64 [1, T]; `<|endoftext|>` in it is the special token."""
+    """Return the token ids of a text.
+
+    Args:
+        text: The text, in which `<|endoftext|>` is the special token.
+        tokenizer: The tokenizer.
+
+    Returns:
+        Ids int64 [1, T].
+    """
     return np.array([tokenizer.encode(text, allowed_special={END_OF_TEXT})], np.int64)
 
 
 def token_ids_to_text(token_ids: Any, tokenizer: Any) -> str:
-    """Return the text of token ids [1, T], in an array of any framework."""
+    """Return the text of token ids.
+
+    Args:
+        token_ids: Integer ids [1, T], an array of any framework.
+        tokenizer: The tokenizer.
+    """
     [row] = token_ids
     return tokenizer.decode(row.tolist())
 
 
 def print_on_one_line(token_ids: Any, tokenizer: Any) -> None:
-    """Print the text of token ids [1, T] with spaces in place of line breaks."""
+    """Print the text of token ids with spaces in place of line breaks.
+
+    Args:
+        token_ids: Integer ids [1, T], an array of any framework.
+        tokenizer: The tokenizer.
+    """
     print(token_ids_to_text(token_ids, tokenizer).replace("\n", " "))
 
 

@@ -27,6 +27,8 @@ from parity.errors import InputError
 
 _SMALLEST = 2.0**-126  # the smallest normal float32: smaller numbers can become 0 in float32 arithmetic
 MOST_SAMPLES = 2**16
+"""Largest number of continuations of a prompt in one call."""
+
 _NUMBERS_PER_BLOCK = 8  # 32-bit numbers that Philox produces per value of its counter
 
 
@@ -100,10 +102,15 @@ class ActiveRules(NamedTuple):
     """Which rules at least one row uses. A compiled program contains only these; their values are inputs."""
 
     sampled: bool
+    """Whether a row is not greedy."""
     top_k: bool
+    """Whether a row limits the number of tokens."""
     top_p: bool
+    """Whether a row limits the sum of the probabilities."""
     min_p: bool
+    """Whether a row limits the relative probability."""
     repetition_penalty: bool
+    """Whether a row changes the logits of tokens that it contains."""
 
 
 def check_options(options: Mapping[str, Any], n_vocab: int, where: str = "") -> dict[str, Any]:
@@ -144,7 +151,12 @@ def check_options(options: Mapping[str, Any], n_vocab: int, where: str = "") -> 
 
 
 def row_options(checked: Sequence[Mapping[str, Any]], n_vocab: int) -> tuple[RowOptions, ActiveRules]:
-    """Convert the results of check_options() for each row to arrays, and return them with the rules that they need."""
+    """Return the options of all rows as arrays, with the rules that they need.
+
+    Args:
+        checked: The result of check_options() for each row.
+        n_vocab: Size of the vocabulary.
+    """
     dtypes = {"greedy": bool, "top_k": np.int32}
     rows = RowOptions(
         *(np.array([row[name] for row in checked], dtypes.get(name, np.float64)) for name in RowOptions._fields)
@@ -159,7 +171,16 @@ def row_options(checked: Sequence[Mapping[str, Any]], n_vocab: int) -> tuple[Row
 
 
 def refuse_unknown(options: Mapping[str, Any], known: Any, where: str = "") -> None:
-    """Raise InputError for an option that the TypedDict `known` does not declare."""
+    """Check that all options are known.
+
+    Args:
+        options: {name: value}.
+        known: The TypedDict that declares the options, such as GenerateOptions.
+        where: Beginning of the error message.
+
+    Raises:
+        InputError: For an option that `known` does not declare.
+    """
     if unknown := sorted(options.keys() - known.__optional_keys__):
         raise InputError(
             f"{where}unknown option {', '.join(unknown)}; the options are {', '.join(sorted(known.__optional_keys__))}"
@@ -169,7 +190,20 @@ def refuse_unknown(options: Mapping[str, Any], known: Any, where: str = "") -> N
 def integer(
     options: Mapping[str, Any], name: str, default: int, low: int, high: int, hint: str = "", where: str = ""
 ) -> int:
-    """Return options[name] as an int. Raise InputError, ending in `hint`, unless it is an integer in low..high."""
+    """Return an option as an int.
+
+    Args:
+        options: {name: value}.
+        name: Name of the option.
+        default: The result if the option is not given.
+        low: Smallest value.
+        high: Largest value.
+        hint: End of the error message.
+        where: Beginning of the error message.
+
+    Raises:
+        InputError: If the value is not an integer in low..high.
+    """
     if name not in options:
         return default
     try:
@@ -184,7 +218,20 @@ def integer(
 def number(
     options: Mapping[str, Any], name: str, default: float, low: float, high: float, text: str, where: str = ""
 ) -> float:
-    """Return options[name] as a float. Raise InputError unless it is in low..high, a range that `text` describes."""
+    """Return an option as a float.
+
+    Args:
+        options: {name: value}.
+        name: Name of the option.
+        default: The result if the option is not given.
+        low: Smallest value.
+        high: Largest value.
+        text: The range in words, for the error message.
+        where: Beginning of the error message.
+
+    Raises:
+        InputError: If the value is not a number in low..high.
+    """
     try:
         value = float(options.get(name, default))
     except (TypeError, ValueError, OverflowError):
@@ -205,10 +252,19 @@ def _check_stop(sequence: Sequence[int], n_vocab: int, where: str) -> list[int]:
 
 
 def uniforms(seeds: Sequence[int], rows: Sequence[int], starts: Sequence[int], count: int) -> np.ndarray:
-    """Draw uniform random numbers float32 [len(rows), count] in [0, 1), starting at position starts[i] of row rows[i].
+    """Return the uniform random numbers with which tokens are drawn.
 
-    They are multiples of 2**-24, so that float32 and float64 models compare with the same numbers. The number at
-    (seed, row, position) does not depend on which other numbers are drawn (Philox; Salmon et al. 2011).
+    The number at (seed, row, position) does not depend on which other numbers are drawn (Philox; Salmon et al. 2011).
+
+    Args:
+        seeds: Seed of each row, in 0..2**64-1.
+        rows: Row of the random numbers for each row of the batch, in 0..2**64-1.
+        starts: Position of the first number of each row.
+        count: How many numbers each row gets.
+
+    Returns:
+        Numbers [B, count] in [0, 1), float32. They are multiples of 2**-24, so that float32 and float64 models compare
+        with the same numbers.
     """
     drawn = np.empty((len(rows), count), np.float32)
     for out, seed, row, start in zip(drawn, seeds, rows, starts, strict=True):

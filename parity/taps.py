@@ -57,14 +57,25 @@ ONLY_EXPLICIT = ("attn.scores", "attn.pattern")
 
 
 def activation_names(config: GPTConfig) -> list[str]:
-    """All activation names of a model, in the order of a forward pass."""
+    """Return all activation names of a model, in the order of a forward pass.
+
+    Args:
+        config: The model's configuration.
+    """
     per_layer = [name for name in AXES if "{}" in name]
     layers = [name.format(number) for number in range(config.n_layer) for name in per_layer]
     return ["embed", *layers, "ln_f", "logits"]
 
 
 def axes(name: str) -> str:
-    """The axes of an activation, for example "B T D" of "blocks.3.ln_1"."""
+    """Return the axes of an activation.
+
+    Args:
+        name: Name of the activation, for example "blocks.3.ln_1".
+
+    Returns:
+        The axis letters, for example "B T D".
+    """
     parts = name.split(".")
     return AXES[".".join(["blocks", "{}", *parts[2:]]) if parts[0] == "blocks" else name]
 
@@ -101,7 +112,18 @@ Patch = Any
 
 
 def expand_patches(patches: Mapping[str, Patch], config: GPTConfig) -> dict[str, Patch]:
-    """Expand patterns in the keys; raise InputError for one without a match, and for an activation with two patches."""
+    """Return patches with the patterns in their names expanded.
+
+    Args:
+        patches: {name or pattern: patch}.
+        config: The model's configuration.
+
+    Returns:
+        {name: patch}.
+
+    Raises:
+        InputError: For a name that matches nothing, and for an activation with two patches.
+    """
     expanded: dict[str, Patch] = {}
     key_of: dict[str, str] = {}
     for key, patch in patches.items():
@@ -153,7 +175,19 @@ class Probe:
     )
 
     def visit(self, name: str, x: Any) -> Any:
-        """Record or replace the activation x, and return the value with which the model continues."""
+        """Record or replace an activation.
+
+        Args:
+            name: Name of the activation, without the prefix of its layer.
+            x: Its value.
+
+        Returns:
+            The value with which the model continues.
+
+        Raises:
+            InputError: If the value is traced by a function that is compiled under the probe, or a patch does not
+                fit it.
+        """
         if self.layer is not None:
             name = f"blocks.{self.layer}.{name}"
         if name not in self.names and name not in self.patches:
@@ -173,7 +207,11 @@ class Probe:
         return x
 
     def check_all_visited(self) -> None:
-        """Raise InputError if a requested activation was never computed."""
+        """Check that the models have computed every requested activation.
+
+        Raises:
+            InputError: If one was never computed.
+        """
         if never := sorted((self.names | self.patches.keys()) - self.visited):
             raise InputError(
                 f"no model computed {', '.join(never)} under the probe: either no model ran, or it ran in a "
@@ -211,10 +249,17 @@ _active = _Active()
 
 
 def tap(name: str, x: Any) -> Any:
-    """Mark x as the activation `name`, without the prefix of its layer.
+    """Mark a value as a named activation.
+
+    Args:
+        name: Name of the activation, without the prefix of its layer.
+        x: Its value, with the axes in AXES.
 
     Returns:
         x; under a probe, x or its replacement; otherwise, in `constraining`, x with a sharding.
+
+    Raises:
+        InputError: Under a probe, for the reasons of `Probe.visit`.
     """
     if _active.probe is not None:
         return _active.probe.visit(name, x)
@@ -225,7 +270,14 @@ def tap(name: str, x: Any) -> Any:
 
 @contextlib.contextmanager
 def constraining(constrain: Constrain) -> Iterator[None]:
-    """Within this context, on this thread, `tap` returns constrain(axes, x): the same values with a sharding."""
+    """Let `tap` return constrain(axes, x), the same values with a sharding, within this context and on this thread.
+
+    Args:
+        constrain: (axes, x) -> x with a sharding.
+
+    Yields:
+        Nothing.
+    """
     outer, _active.constrain = _active.constrain, constrain
     try:
         yield
@@ -234,17 +286,25 @@ def constraining(constrain: Constrain) -> Iterator[None]:
 
 
 def probing() -> bool:
-    """Whether a probe is open on this thread. If so, a model runs its layers one by one, not in a scan."""
+    """Return whether a probe is open on this thread. If so, a model runs its layers one by one, not in a scan."""
     return _active.probe is not None
 
 
 def attention(kind: str) -> str:
-    """The attention to run: "explicit" if a probe requests scores or patterns, otherwise `kind`."""
+    """Return the attention to run: "explicit" if a probe requests scores or patterns, otherwise `kind`.
+
+    Args:
+        kind: The attention that the model has been given.
+    """
     return "explicit" if _active.probe is not None and _active.probe.needs_explicit_attention else kind
 
 
 def layer(number: int | None) -> None:
-    """Set the layer that runs next, whose number completes the names of its activations; None after the last one."""
+    """Set the layer that runs next, whose number completes the names of its activations.
+
+    Args:
+        number: Number of the layer; None after the last one.
+    """
     if _active.probe is not None:
         _active.probe.layer = number
 
@@ -291,7 +351,21 @@ def run(
     patches: Mapping[str, Patch] | None,
     convert: Callable[[Any, Any], Any],
 ) -> tuple[Any, dict[str, Any]]:
-    """Return (logits, recorded activations) of model(tokens) under a probe: `run_with_cache` of both backends."""
+    """Run a model under a probe: `run_with_cache` of both backends.
+
+    Args:
+        model: A model of either backend.
+        tokens: Integer ids [B, T].
+        names: Activations to record, with patterns as in `select`.
+        patches: Replacements by name or pattern.
+        convert: (value of a patch, activation) -> the value as an array like the activation.
+
+    Returns:
+        (logits [B, T, V], {name: activation}).
+
+    Raises:
+        InputError: For the reasons of `probe`.
+    """
     with probe(model.config, names, patches, convert) as cache:
         if attention(fused := model.attention) != fused:
             warnings.warn(f"explicit attention runs instead of {fused}, which has no scores or patterns", stacklevel=3)

@@ -31,7 +31,7 @@ def _reference(module: str, name: str) -> list[str]:
     home = getattr(value, "__module__", module)
     if home != module and home in MODULES and "." in module:
         directive = "class" if inspect.isclass(value) else "function"
-        return [f".. py:{directive}:: {module}.{name}", "", f"   This is `{home}.{name}`.", ""]
+        return [f".. py:{directive}:: {name}", "", f"   This is `{home}.{name}`.", ""]
     if inspect.isclass(value):
         directive = "autoexception" if issubclass(value, BaseException) else "autoclass"
         return [f".. {directive}:: {module}.{name}", "   :members:", "   :special-members: __call__", ""]
@@ -39,7 +39,7 @@ def _reference(module: str, name: str) -> list[str]:
         return [f".. autofunction:: {module}.{name}", ""]
     text = [f"   {line}" for line in docstring(module, name).splitlines()]
     short = [f"   :value: {value!r}"] if isinstance(value, str | int | float | tuple) and len(repr(value)) < 80 else []
-    return [f".. py:data:: {module}.{name}", *short, "", *text, ""]
+    return [f".. py:data:: {name}", *short, "", *text, ""]
 
 
 def keep_tables(app: Sphinx, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:
@@ -48,6 +48,12 @@ def keep_tables(app: Sphinx, what: str, name: str, obj: object, options: Any, li
         return
     text = "\n".join(lines)
     lines[:] = re.sub(r"(?m)^(\S.*)\n\n(?= {4})", r"\1\n\n::\n\n", text).splitlines()
+
+
+def keep_colons(app: Sphinx, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:
+    """Write the empty type before what is returned; napoleon would take words before a colon for a type."""
+    text = "\n".join(lines)
+    lines[:] = re.sub(r"(?m)^(Returns|Yields):\n( +)(?=\S)", r"\1:\n\2: ", text).splitlines()
 
 
 _attributes: dict[str, list[str]] = {}
@@ -70,6 +76,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.setup_extension("sphinx.ext.autodoc")
     app.add_directive("public-names", PublicNames)
     app.connect("autodoc-process-docstring", keep_tables)
-    app.connect("autodoc-process-docstring", save_attribute, priority=400)  # napoleon has 500
+    app.connect("autodoc-process-docstring", keep_colons, priority=400)  # napoleon has 500
+    app.connect("autodoc-process-docstring", save_attribute, priority=400)
     app.connect("autodoc-process-docstring", restore_attribute, priority=600)
     return {"parallel_read_safe": True}

@@ -41,7 +41,7 @@ _LARGEST_RANK = 2**16
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Options of an adapter; their names are peft's where it has them.
+    """Options of a LoRA adapter (Hu et al. 2021); their names are peft's where it has them.
 
     Raises:
         InputError: For a value out of range, and for targets that are unknown or adapt a matrix twice.

@@ -39,7 +39,8 @@ def convert(
         table: The rows to convert, if they are not all of the model's: a part of it, or its adapters.
 
     Yields:
-        (name, array) of each tensor; without `copy`, arrays may be views of the given ones.
+        (name, array) of each tensor, with the names and shapes of `shapes` and the dtype of `dtype`; without `copy`,
+        arrays may be views of the given ones.
 
     Raises:
         InputError: If names or shapes do not fit the model (see `check`), a tensor does not hold floating-point
@@ -100,7 +101,13 @@ def _copied(array: np.ndarray) -> np.ndarray:
 
 
 def warn_if_not_finite(name: str, array: np.ndarray, origin: str) -> None:
-    """Warn of a tensor that has NaN or infinite values, and name it."""
+    """Warn of a tensor that has NaN or infinite values.
+
+    Args:
+        name: Name of the tensor, for the warning.
+        array: The tensor: floating-point numbers of any dtype and any shape.
+        origin: Where it comes from, for the warning.
+    """
     if array.flags.f_contiguous:
         array = array.T  # of which slices are contiguous
     # A sum of finite numbers may overflow; one with NaN or infinity is never finite.

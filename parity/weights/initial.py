@@ -13,17 +13,20 @@ from parity.weights.table import OUT_HEAD, rows, shapes
 def initial_weights(
     config: GPTConfig, seed: int, dtype: Any = np.float32, scheme: Literal["gpt2", "torch"] = "gpt2"
 ) -> dict[str, np.ndarray]:
-    """Draw initial weights in the huggingface format; a tensor's numbers depend only on the seed and its name.
+    """Return random initial weights; the numbers of a tensor depend only on the seed and on its name.
 
     Args:
         config: Configuration of the model.
-        seed: Seed of the random generator.
+        seed: Seed of the random generator (Philox; Salmon et al. 2011).
         dtype: Dtype of the result; numbers are drawn in float32.
         scheme: "gpt2", as in openai/gpt-2 src/model.py: normal with standard deviation 0.02, and 0.01 for
             position embeddings; biases 0, LayerNorm scale 1 and shift 0; projections onto the residual stream
             are scaled by 1/sqrt(2 L) (Radford et al. 2019, section 2.3). "torch", the defaults of torch.nn and
             so of the notebook's model: embeddings normal with standard deviation 1, matrices and biases uniform
             in +-1/sqrt(fan_in).
+
+    Returns:
+        {name: array} in the huggingface format; `shapes` has the shapes.
     """
     scale = {"normal": 0.02, "position": 0.01, "residual": 0.02 / math.sqrt(2 * config.n_layer)}
     sizes = shapes(config, "huggingface")

@@ -29,6 +29,7 @@ class Format:
     """How a format lays out the tensors of a model."""
 
     name: str
+    """Name of the format."""
     stacked: bool = False
     """Whether the tensors of all layers are stacked in one, with the layer axis L in front."""
 
@@ -43,14 +44,17 @@ FORMATS = {format.name: format for format in (
 class Row:
     """One parameter of the model, or the same parameter of every layer.
 
-    The fields openai, huggingface, torch and flax are its names; `{}` stands for the number of the layer, and
-    None means that the format cannot hold the parameter.
+    In a name, `{}` stands for the number of the layer; None means that the format cannot hold the parameter.
     """
 
     openai: str | None
+    """Name in OpenAI's checkpoints."""
     huggingface: str
+    """Name in the files of transformers, without the prefix `transformer.`."""
     torch: str
+    """Name in the state dict of gpt_torch.GPTModel."""
     flax: str
+    """Path in gpt_jax.GPTModel."""
     axes: Mapping[str, str]
     """{format: einops pattern of one layer's tensor}."""
     init: str
@@ -62,13 +66,25 @@ class Row:
     """The layers that a part of a model has this parameter of; None stands for all."""
 
     def name(self, format: str) -> str | None:
-        """The name in a format, with `{}` for the layer."""
+        """Return the name in a format, with `{}` for the layer.
+
+        Args:
+            format: The format, one of FORMATS.
+
+        Returns:
+            The name, or None if the format cannot hold the parameter.
+        """
         return getattr(self, format)
 
     def names(self, format: str, config: GPTConfig) -> list[str]:
-        """The names of all tensors of this row in a format.
+        """Return the names of all tensors of this row in a format.
 
-        Raises InputError if the format cannot hold the parameter: OpenAI's has no untied head.
+        Args:
+            format: The format, one of FORMATS.
+            config: Configuration of the model.
+
+        Raises:
+            InputError: If the format cannot hold the parameter: OpenAI's has no untied head.
         """
         name = self.name(format)
         if name is None:
@@ -78,21 +94,38 @@ class Row:
         return [name.format(layer) for layer in self.layer_numbers(config)]
 
     def layer_numbers(self, config: GPTConfig) -> Sequence[int]:
-        """The layers that have this parameter."""
+        """Return the numbers of the layers that have this parameter.
+
+        Args:
+            config: Configuration of the model.
+        """
         return range(config.n_layer) if self.layers is None else self.layers
 
     def shape(self, format: str, config: GPTConfig) -> tuple[int, ...]:
-        """The shape of a tensor as the format stores it."""
+        """Return the shape of a tensor as the format stores it.
+
+        Args:
+            format: The format, one of FORMATS.
+            config: Configuration of the model.
+        """
         sizes = {**config.axes, **self.sizes, "1": 1, "L": len(self.layer_numbers(config))}
         groups = re.findall(r"\(([^)]*)\)|(\S+)", self.pattern(format))
         return tuple(math.prod(sizes[letter] for letter in (merged or single).split()) for merged, single in groups)
 
     def pattern(self, format: str) -> str:
-        """The einops pattern of a tensor as the format stores it: with L in front if layers are stacked."""
+        """Return the einops pattern of a tensor as the format stores it: with L in front if layers are stacked.
+
+        Args:
+            format: The format, one of FORMATS.
+        """
         return f"L {self.axes[format]}" if self.stacked(format) else self.axes[format]
 
     def stacked(self, format: str) -> bool:
-        """Whether one tensor of the format holds this parameter of all layers."""
+        """Return whether one tensor of the format holds this parameter of all layers.
+
+        Args:
+            format: The format, one of FORMATS.
+        """
         return self.per_layer and FORMATS[format].stacked
 
     @property
@@ -145,22 +178,31 @@ ROWS: tuple[Row, ...] = (
     _row(None, "lm_head.weight", "out_head.weight", "out_head.kernel", "V D | V D | V D | D V", "normal"),
 )
 # fmt: on
+"""All parameters that a model can have, in the order of a forward pass."""
+
 QKV_BIAS = "h.{}.attn.c_attn.bias"
+"""Name, in the huggingface format, of the parameter that a model without `qkv_bias` lacks."""
+
 OUT_HEAD = "lm_head.weight"
+"""Name, in the huggingface format, of the parameter that a model with `tied_head` lacks."""
 
 
 def rows(config: GPTConfig) -> list[Row]:
-    """The rows of the table that a model of this configuration has."""
+    """Return the rows of the table that a model has.
+
+    Args:
+        config: Configuration of the model.
+    """
     absent = ({OUT_HEAD} if config.tied_head else set()) | (set() if config.qkv_bias else {QKV_BIAS})
     return [row for row in ROWS if row.huggingface not in absent]
 
 
 def shapes(config: GPTConfig, format: str, table: Sequence[Row] | None = None) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of every tensor in one format, in the table's order.
+    """Return {name: shape} of every tensor in one format, in the table's order.
 
     Args:
         config: Configuration of the model.
-        format: The format.
+        format: The format, one of FORMATS.
         table: The rows of the tensors, if they are not all of the model's: a part of it, or its adapters.
 
     Raises:
@@ -171,7 +213,11 @@ def shapes(config: GPTConfig, format: str, table: Sequence[Row] | None = None) -
 
 
 def n_params(config: GPTConfig) -> int:
-    """Number of parameters; a tied head is counted once."""
+    """Return the number of parameters of a model; a tied head is counted once.
+
+    Args:
+        config: Configuration of the model.
+    """
     return sum(math.prod(shape) for shape in shapes(config, "huggingface").values())
 
 
