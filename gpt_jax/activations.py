@@ -1,4 +1,4 @@
-"""Reading and replacing named activations. Their names are listed in parity/taps.py."""
+"""Reading and replacing named activations. Their names are listed in parity/taps."""
 
 from collections.abc import Iterable, Mapping
 

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from parity.config import GPTConfig
+
 
 def widened(dtype: Any) -> Any:
     """The dtype, or float32 if the dtype has fewer bits. jnp.promote_types raises in JAX's strict mode."""
@@ -40,3 +42,10 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
 def split_key(key: Array | None, num: int) -> Any:
     """Split a key into `num` keys; None is split into `num` times None."""
     return (None,) * num if key is None else jax.random.split(key, num)
+
+
+def check_ids(tokens: Array, config: GPTConfig) -> None:
+    """Raise InputError for an id outside the vocabulary, unless the ids have no values because they are traced."""
+    if not isinstance(tokens, jax.core.Tracer):
+        ids = np.asarray(tokens)
+        config.check_tokens(ids.shape, int(ids.min(initial=0)), int(ids.max(initial=0)))

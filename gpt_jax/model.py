@@ -12,11 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
-from gpt_jax.arrays import add_axes, at_least_float32, dropout, merge_heads, split_key, widened
+from gpt_jax.arrays import add_axes, at_least_float32, check_ids, dropout, merge_heads, split_key, widened
 from gpt_jax.weights import load_weights
 from parity import taps
 from parity.config import LAYER_NORM_EPS, GPTConfig, as_config
@@ -234,14 +233,11 @@ class GPTModel(nnx.Module):
         return head_logits(self, self.hidden(tokens, key))
 
     def hidden(self, tokens: Array, key: Array | None = None) -> Array:
-        """Return the input of the output head.
+        """Return the input of the output head: the normalized residual stream [B, T, D], in the parameters' dtype.
 
         Args:
             tokens: Integer ids [B, T].
             key: A jax.random key, a scalar of a key dtype, which turns dropout on.
-
-        Returns:
-            The normalized residual stream [B, T, D], in the dtype of the parameters.
 
         Raises:
             InputError: If T exceeds n_ctx or, outside of jit, an id is outside the vocabulary.
@@ -302,10 +298,3 @@ def cast(model: GPTModel, dtype: Any) -> GPTModel:
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise InputError(f"dtype {dtype} needs jax_enable_x64; without it JAX would compute in float32")
     return jax.tree.map(lambda a: a.astype(dtype), model)
-
-
-def check_ids(tokens: Array, config: GPTConfig) -> None:
-    """Raise InputError for an id outside the vocabulary, unless the ids have no values because they are traced."""
-    if not isinstance(tokens, jax.core.Tracer):
-        ids = np.asarray(tokens)
-        config.check_tokens(ids.shape, int(ids.min(initial=0)), int(ids.max(initial=0)))

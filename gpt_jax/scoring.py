@@ -16,8 +16,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt_jax import sharding
+from gpt_jax.arrays import check_ids
 from gpt_jax.loss import tiling_for
-from gpt_jax.model import GPTModel, check_ids, head_logits
+from gpt_jax.model import GPTModel, head_logits
 from gpt_jax.weights import config_of, parameters
 from parity.errors import InputError
 from parity.evaluation.batches import Layout, TokenLogprobs, check_scoring, chunk_sizes

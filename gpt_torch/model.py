@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt_torch.modes import unwrap, values
+from gpt_torch.modes import check_ids, unwrap, values
 from gpt_torch.weights import load_weights
 from parity import taps
 from parity.config import LAYER_NORM_EPS, GPTConfig, as_config
@@ -181,13 +181,10 @@ class GPTModel(nn.Module):
         return head_logits(self, self.hidden(tokens))
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """Return the input of the output head.
+        """Return the input of the output head: the normalized residual stream [B, T, D], in the parameters' dtype.
 
         Args:
             tokens: Integer ids [B, T].
-
-        Returns:
-            The normalized residual stream [B, T, D], in the dtype of the parameters.
 
         Raises:
             InputError: If T exceeds n_ctx or an id is outside the vocabulary.
@@ -283,11 +280,3 @@ def update_cache(cache: LayerCache, k: Tensor, v: Tensor, slot: int) -> LayerCac
     keys[:, slot : slot + k.shape[1]] = k
     values[:, slot : slot + v.shape[1]] = v
     return cache
-
-
-def check_ids(tokens: Tensor, config: GPTConfig) -> None:
-    """Raise InputError for an id outside the vocabulary, unless the ids have no values (see `values`)."""
-    ids = values(tokens)
-    if ids is not None:
-        low, high = ids.aminmax()
-        config.check_tokens(tokens.shape, int(low), int(high))

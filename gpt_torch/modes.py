@@ -61,3 +61,11 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def check_ids(tokens: Tensor, config: GPTConfig) -> None:
+    """Raise InputError for an id outside the vocabulary, unless the ids have no values (see `values`)."""
+    ids = values(tokens)
+    if ids is not None:
+        low, high = ids.aminmax()
+        config.check_tokens(tokens.shape, int(low), int(high))

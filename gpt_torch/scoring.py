@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from gpt_torch.model import GPTModel, check_ids, head_logits
-from gpt_torch.modes import eval_mode, unwrap
+from gpt_torch.model import GPTModel, head_logits
+from gpt_torch.modes import check_ids, eval_mode, unwrap
 from parity.errors import InputError
 from parity.evaluation.batches import Layout, TokenLogprobs, check_scoring, chunk_sizes
 
@@ -30,10 +30,10 @@ def token_logprobs(
         top: Number of the most likely tokens to return for each position.
 
     Returns:
-        A named tuple of tensors on the model's device, each [B, last - first]: `logprobs`, the log-probabilities of the tokens in nats,
-        float32 (float64 if the parameters are); `is_greedy`, whether the token is the most likely one, bool; `margins`,
-        its logit minus the largest logit of any other token; and `top_ids` and `top_logprobs`, the most likely tokens
-        in descending order and their log-probabilities, [B, last - first, top].
+        A named tuple of tensors on the model's device, each [B, last - first]: `logprobs`, the log-probabilities of the
+        tokens in nats, float32 (float64 if the parameters are); `is_greedy`, whether the token is the most likely one,
+        bool; `margins`, its logit minus the largest logit of any other token; and `top_ids` and `top_logprobs`, the
+        most likely tokens in descending order and their log-probabilities, [B, last - first, top].
 
     Raises:
         InputError: If T exceeds n_ctx + 1, an id is outside the vocabulary, or first, last or top is out of range.

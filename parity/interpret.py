@@ -1,6 +1,6 @@
 """Interpretability methods for the activations that `run_with_cache` of either backend returns.
 
-Activations are {name: array} with the names of parity/taps.py; weights are in the huggingface format, as
+Activations are {name: array} with the names of parity/taps; weights are in the huggingface format, as
 `export_weights` returns them. Everything is computed in NumPy and float64.
 """
 

@@ -60,7 +60,7 @@ def activations(
         config: Configuration of the model.
         weights: Weights in the huggingface format.
         tokens: Token ids, int [B, T].
-        names: Names or patterns of parity/taps.py; by default all.
+        names: Names or patterns of parity/taps; by default all.
         compute: Has no effect, as in `logits`.
 
     Returns:
