@@ -75,7 +75,7 @@ notebook: $(FOR_DOCS)
 
 # The site, with all notebooks executed: build/docs/index.html.
 docs: $(FOR_DOCS)
-	$(RUN) -m sphinx --fail-on-warning --keep-going docs build/docs
+	$(RUN) -m sphinx --fresh-env --fail-on-warning --keep-going docs build/docs
 
 # Executes the notebooks, and builds the site.
 test-docs: $(FOR_DOCS)
