@@ -1,6 +1,7 @@
 """Weights: the table of parameters, the converter between formats, and the readers and writers of files."""
 
 from parity.weights.adapters import LoraConfig
+from parity.weights.classifier import ClassifierConfig
 from parity.weights.conversion import convert, warn_if_not_finite
 from parity.weights.initial import initial_weights
 from parity.weights.table import (
@@ -21,6 +22,7 @@ __all__ = [
     "OUT_HEAD",
     "QKV_BIAS",
     "ROWS",
+    "ClassifierConfig",
     "Format",
     "LoraConfig",
     "Row",

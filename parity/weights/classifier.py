@@ -59,14 +59,29 @@ class ClassifierConfig:
             raise InputError(f"a classifier that reads position {self.position} has length {self.length!r:.60}")
 
     def check(self, config: GPTConfig) -> None:
-        """Raise InputError unless a model of this configuration can have the head."""
+        """Check that a model can have the head.
+
+        Args:
+            config: Configuration of the model.
+
+        Raises:
+            InputError: If the padding or the length does not fit the model.
+        """
         if self.pad_id >= config.n_vocab:
             raise InputError(f"the padding of a classifier is token {self.pad_id}; the model has {config.n_vocab}")
         if self.length is not None and self.length > config.n_ctx:
             raise InputError(f"a classifier that pads to {self.length} tokens; the model's context is {config.n_ctx}")
 
     def check_targets(self, config: GPTConfig, targets: np.ndarray) -> None:
-        """Raise InputError for a target that is not ignored and not the number of a label."""
+        """Check the targets of a loss.
+
+        Args:
+            config: Configuration of the model; it is not used.
+            targets: Integers of any shape: the numbers of labels, or -1 or -100 where none counts.
+
+        Raises:
+            InputError: For a target that is neither ignored nor the number of a label.
+        """
         counted = np.asarray(targets)[is_counted(targets)]
         if counted.size and not 0 <= counted.min() <= counted.max() < len(self.labels):
             raise InputError(f"targets: {len(self.labels)} labels have the numbers 0..{len(self.labels) - 1}")
