@@ -28,8 +28,9 @@ class PublicNames(SphinxDirective):
 def _reference(module: str, name: str) -> list[str]:
     """Return the reference of a name as reStructuredText."""
     value = getattr(importlib.import_module(module), name)
-    home = getattr(value, "__module__", module)
-    if home != module and home in MODULES and "." in module:
+    defined_in = f"{getattr(value, '__module__', module)}."
+    home = max((public for public in MODULES if defined_in.startswith(f"{public}.")), key=len, default=module)
+    if home != module and "." in home and "." in module:
         directive = "class" if inspect.isclass(value) else "function"
         return [f".. py:{directive}:: {name}", "", f"   This is `{home}.{name}`.", ""]
     if inspect.isclass(value):
