@@ -13,12 +13,13 @@ import numpy as np
 from rich.progress import track
 from rich.table import Table
 
-from parity.cli import parse, read_text
+from parity.cli import parse
 from parity.console import PlainConsole
 from parity.data.tokenizer import encode_prompt, stream_text
-from parity.errors import InputError, exit_with_message
+from parity.errors import exit_with_message
 from parity.figures import new_figure
 from parity.loading import ModelArgs
+from parity.prompt_files.prompts import Prompt, PromptFile
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -42,7 +43,8 @@ MEASURES = {
 @dataclasses.dataclass(frozen=True)
 class Args(ModelArgs):
     prompts: Path | None = None
-    """A UTF-8 file with one prompt per line. By default a few short prompts."""
+    """A file with a prompt per line, as for generate.py: texts or, in a .jsonl file, JSON objects, perhaps with seeds.
+    By default a few short prompts."""
     max_new_tokens: int = 100
     """Largest number of tokens per continuation."""
     samples: int = 4
@@ -74,13 +76,14 @@ def measure(new: list[list[int]], logprobs: list[list[float]]) -> dict[str, floa
 
 def main() -> None:
     args = parse(Args, __doc__)
-    texts = PROMPTS
-    if args.prompts is not None:
-        texts = tuple(line for line in read_text(args.prompts, "--prompts").splitlines() if line.strip())
-        if not texts:
-            raise InputError(f"--prompts {args.prompts} has no line with text")
+    file = None if args.prompts is None else PromptFile(args.prompts)
     backend, device_info, model, tokenizer, folder = args.load()
-    ids = [list(encode_prompt(tokenizer, text)) for text in texts]
+    prompts = [Prompt(0, np.array(encode_prompt(tokenizer, text), np.int32)) for text in PROMPTS]
+    if file is not None:
+        lines = file.encode(range(file.n_prompts), tokenizer, model.config)
+        prompts = [line for line in lines if isinstance(line, Prompt)]  # all of them: a bad line is an error
+    ids = [prompt.tokens.tolist() for prompt in prompts]
+    texts = tuple(tokenizer.decode(tokens) for tokens in ids)
     figures, examples = {}, {}
     for name, options in track(
         STRATEGIES.items(), "generating", transient=True, console=PlainConsole(stderr=True, lossy=True)
@@ -93,6 +96,7 @@ def main() -> None:
             samples=samples,
             seed=args.seed,
             eos_id=tokenizer.eos_id,
+            per_prompt=[{"seed": prompt.seed} for prompt in prompts],
             return_logprobs=True,
             **options,
         )

@@ -4,9 +4,13 @@ python scripts/generate.py --run runs/NAME "The "
 python scripts/generate.py --model 124M --backend torch "The meaning of life is"
 python scripts/generate.py --model path/to/folder --file prompt.txt --samples 3
 python scripts/generate.py --model 124M          # asks for prompts; from a pipe, the whole text is one
+python scripts/generate.py --model 124M --prompts prompts.jsonl --out out.jsonl   # many prompts, in batches
+python scripts/generate.py --model 124M --prompts prompts.jsonl --out out.jsonl --part 0/4
 """
 
+import contextlib
 import dataclasses
+import functools
 import io
 import sys
 import time
@@ -17,10 +21,16 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from parity.cli import parse, read_text
+from parity.console import PlainConsole, TaskProgress
 from parity.data.tokenizer import Tokenizer, encode_prompt, stream_text
 from parity.errors import InputError, exit_with_message, report_error
+from parity.evaluation.weights import model_sha256
 from parity.generation import prepare
-from parity.loading import ModelArgs
+from parity.loading import Loaded, ModelArgs
+from parity.parts import Part, parse_part
+from parity.prompt_files.output import Output, output_path
+from parity.prompt_files.prompts import BadLine, PromptFile
+from parity.prompt_files.run import Plan, continuations
 from parity.sampling import GenerateOptions
 from parity.streams import for_display
 
@@ -32,6 +42,20 @@ class Args(ModelArgs):
     file, reads one prompt from it."""
     file: Path | None = None
     """A UTF-8 file whose whole text is the prompt."""
+    prompts: Path | None = None
+    """A file with a prompt per line. If its name ends in .jsonl or .ndjson, each line is a JSON object with a prompt (a
+    text) or tokens (a list of ids), and an id and a seed if desired; otherwise each line is a text. Needs --out."""
+    out: Path | None = None
+    """With --prompts, the .jsonl file for the continuations, one line per prompt, in the order of the prompts. Started
+    again with the same options, the script goes on where it was stopped."""
+    part: str | None = None
+    """With --prompts, k/n generates only part k of n parts, where k counts from 0, and writes OUT-k-of-n.jsonl. Parts
+    may run at the same time; concatenated in order, they are the file that one process writes. By default all."""
+    batch_size: int = 32
+    """With --prompts, the number of continuations that are generated at once."""
+    skip_bad: bool = False
+    """With --prompts, go on if a line holds no prompt for the model; its line in --out then says why. By default the
+    first such line is an error, before anything is generated."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights and of the computation."""
     max_new_tokens: int = 200
@@ -60,9 +84,23 @@ class Args(ModelArgs):
     """What to do when the context is full: crop continues from its last tokens (slower), stop ends the text."""
 
 
-def prompts(args: Args) -> Iterator[str]:
+def check(args: Args) -> Part:
+    """Return the part of the work to do; raise InputError for options that exclude each other."""
     if args.prompt is not None and args.file is not None:
         raise InputError("give the prompt or --file, not both")
+    if args.prompts is None:
+        given = {"--out": args.out, "--part": args.part, "--skip-bad": args.skip_bad or None}
+        if unused := [name for name, value in given.items() if value is not None]:
+            raise InputError(f"{unused[0]} needs --prompts, a file with a prompt per line")
+    else:
+        if args.prompt is not None or args.file is not None:
+            raise InputError("--prompts replaces the prompt and --file; give one of them")
+        if args.out is None:
+            raise InputError("--prompts needs --out, the .jsonl file for the continuations")
+    return Part(0, 1) if args.part is None else parse_part(args.part)
+
+
+def prompts(args: Args) -> Iterator[str]:
     if args.prompt is not None:
         yield args.prompt
     elif args.file is not None:
@@ -134,16 +172,75 @@ def continue_prompt(args: Args, backend: Any, model: Any, tokenizer: Tokenizer, 
     sys.stderr.write(f"[{n_new} tokens in {seconds:.1f} s, {n_new / seconds:.1f} tokens/s including compilation]\n")
 
 
+def continue_prompts(args: Args, file: PromptFile, part: Part, loaded: Loaded, sha256: str) -> None:
+    """Write the continuations of the prompts of a file into --out.
+
+    Args:
+        args: The options of the script.
+        file: The file.
+        part: Which part of its prompts.
+        loaded: The model, and what belongs to it.
+        sha256: The sha256 of the model's weights.
+    """
+    assert args.out is not None
+    path = output_path(args.out, part if args.part is not None else None)
+    plan = Plan.of(file.n_prompts, args.batch_size, args.samples)
+    tokenizer = loaded.tokenizer
+    prompts = file.encode(plan.prompts_of(part), tokenizer, loaded.model.config, args.context_size)
+    options = generate_options(args, tokenizer)
+    settings = {
+        "prompts_sha256": file.sha256,
+        "weights_sha256": sha256,
+        "tokenizer": tokenizer.name,
+        "backend": args.backend,
+        "dtype": args.dtype,
+        "batch_size": args.batch_size,
+        "part": str(part),
+        "max_new_tokens": args.max_new_tokens,
+        **options,
+    }
+    bad = [line for line in prompts if isinstance(line, BadLine)]
+    for line in bad[:10]:
+        sys.stderr.write(f"warning: --prompts {file.path}, line {line.id} {line.reason}\n")
+    start = time.perf_counter()
+    n_prompts = n_new = 0
+    with contextlib.closing(Output(path, settings, [prompt.id for prompt in prompts])) as out:
+        n_before = out.n_done - out.n_done % plan.block_size  # an incomplete block is generated again
+        if out.n_done:
+            sys.stderr.write(f"[{out.n_done:,} of {len(prompts):,} prompts are in {path} already]\n")
+        with TaskProgress(PlainConsole(stderr=True, lossy=True), "generating", "prompts") as progress:
+
+            def show(more_prompts: int, more_tokens: int) -> None:
+                nonlocal n_prompts, n_new
+                n_prompts, n_new = n_prompts + more_prompts, n_new + more_tokens
+                progress.show(n_before + n_prompts, len(prompts), n_prompts, n_new)
+
+            generate = functools.partial(loaded.backend.generate, loaded.model)
+            n_most = args.max_new_tokens
+            for records in continuations(generate, tokenizer, prompts, plan, out.n_done, n_most, options, show):
+                out.add(records)
+    seconds = time.perf_counter() - start
+    sys.stderr.write(f"[{n_prompts:,} prompts, {n_new:,} tokens in {seconds:.1f} s, {n_new / seconds:.1f} tokens/s ")
+    sys.stderr.write(f"including compilation{f'; {len(bad):,} bad lines' if bad else ''}]\n")
+
+
 def main() -> None:
     args = parse(Args, __doc__)
-    backend, device_info, model, tokenizer, _ = args.load()
+    part = check(args)
+    file = None if args.prompts is None else PromptFile(args.prompts, args.skip_bad)
+    loaded = args.load()
+    backend, device_info, model, tokenizer, folder = loaded
     sys.stderr.write(f"[{device_info}, {args.dtype}]\n")
+    sha256 = "" if file is None else model_sha256(backend, model, folder, args.adapter)
     model = backend.cast(model, args.dtype)
     if args.backend == "jax":
         model = backend.for_decoding(model)
     # Bad options are refused before anybody types a prompt.
     options: Any = generate_options(args, tokenizer)
     prepare(model.config, [[tokenizer.eos_id]], args.max_new_tokens, options)
+    if file is not None:
+        continue_prompts(args, file, part, loaded._replace(model=model), sha256)
+        return
     for prompt in prompts(args):
         try:
             continue_prompt(args, backend, model, tokenizer, prompt)

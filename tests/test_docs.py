@@ -161,6 +161,7 @@ def small_files(finished_runs, shared_run, vocab_bpe, tmp_path_factory):
     lora = weights.LoraConfig(rank=2)
     peft_files.write(folder / "my-adapter", config, peft_files.Adapter(lora, initial_adapter(config, lora, 0), "124M"))
     (folder / "prompt.txt").write_text("The dog")
+    (folder / "prompts.jsonl").write_text('{"prompt": "The dog", "id": "dog"}\n{"tokens": [464, 3290], "seed": 1}\n')
     (folder / "fineweb").mkdir()
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pytest.importorskip("pyarrow").table({"text": [f"Document {i} is a dog." for i in range(40)]})

@@ -282,5 +282,7 @@ def test_prompt_files_that_are_not_utf8_are_named(content, tmp_path, monkeypatch
     with pytest.raises(InputError, match=r"^--file .*prompts.txt is not UTF-8 text$"):
         list(generate.prompts(generate.Args(file=file)))
     monkeypatch.setattr(sys, "argv", ["compare_decoding.py", "--model", "124M", "--prompts", str(file)])
-    with pytest.raises(InputError, match=r"^--prompts .*prompts.txt is not UTF-8 text$"):  # before a model is loaded
+    with pytest.raises(
+        InputError, match=r"^--prompts .*prompts.txt, line 1 is not UTF-8 text; correct or"
+    ):  # before a model is loaded
         compare_decoding.main()

@@ -9,7 +9,7 @@ from filelock import BaseFileLock
 
 from parity.errors import InputError
 from parity.storage.atomic import replace_text
-from parity.storage.json import LINE, SETTINGS, as_object, get_entry, parse, read_object
+from parity.storage.json import LINE, SETTINGS, as_object, changed_settings, get_entry, parse, read_object
 from parity.storage.locks import LOCK, lock_folder
 
 RESULTS, ITEMS = "results.json", "items.jsonl"
@@ -78,15 +78,9 @@ class Records:
     def _read(self, settings: Mapping[str, Any], repair: bool = False) -> None:
         path = self.folder / RESULTS
         old = get_entry(read_object(path, SETTINGS), "settings", dict, str(path))
-        new = json.loads(json.dumps(settings))
-        changed = [
-            f"{name} was {old.get(name)!r:.200} and is now {new.get(name)!r:.200}"
-            for name in sorted({*old, *new})
-            if old.get(name) != new.get(name)
-        ]
-        if changed:
+        if changed := changed_settings(old, settings):
             raise InputError(
-                f"--out {self.folder} belongs to an evaluation with other options: {'; '.join(changed)}. Name another "
+                f"--out {self.folder} belongs to an evaluation with other options: {changed}. Name another "
                 "folder, or repeat the options to go on with this one"
             )
         items = self.folder / ITEMS

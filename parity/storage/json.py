@@ -94,6 +94,16 @@ def get_entry(entries: Mapping[str, Any], key: str, kind: type[T], origin: str) 
     return value
 
 
+def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Return the entries in which two settings differ, for a message; empty if they are equal."""
+    new = json.loads(json.dumps(dict(new)))
+    return "; ".join(
+        f"{name} was {old.get(name)!r:.200} and is now {new.get(name)!r:.200}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    )
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) < len(pairs):

@@ -1,4 +1,4 @@
-"""Locks of folders that only one process may write."""
+"""Locks of folders and files that only one process may write."""
 
 import warnings
 from collections.abc import Callable
@@ -13,24 +13,29 @@ LOCK = ".lock"
 
 
 def lock_folder(folder: Path, in_use: Callable[[], str]) -> filelock.BaseFileLock | None:
-    """Lock a folder until the returned lock is released or the process ends.
+    """Lock a folder until the returned lock is released or the process ends; see lock_file()."""
+    return lock_file(folder / LOCK, in_use)
+
+
+def lock_file(path: Path, in_use: Callable[[], str]) -> filelock.BaseFileLock | None:
+    """Take the lock that a file stands for, until it is released or the process ends.
 
     Args:
-        folder: The folder.
-        in_use: Called if another process has locked the folder; returns the message for the user.
+        path: The file, which is empty and stays.
+        in_use: Called if another process has the lock; returns the message for the user.
 
     Returns:
         The lock; None, after a warning, on a file system without locks.
 
     Raises:
-        InputError: If another process has locked the folder.
+        InputError: If another process has the lock.
     """
-    lock = filelock.FileLock(folder / LOCK)
+    lock = filelock.FileLock(path)
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
         raise InputError(in_use()) from None
     except NotImplementedError:
-        warnings.warn(f"{folder} cannot be locked; let no second process write it", stacklevel=3)
+        warnings.warn(f"{path.parent} cannot be locked; let no second process write it", stacklevel=4)
         return None
     return lock
