@@ -5,7 +5,7 @@ those. The costly two have few shapes each, because lengths and numbers of posit
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -86,21 +86,27 @@ class BatchScorer:
         """Whether several continuations of a context can be in one row; cuDNN's kernel has no such mask."""
         self.model = model
         self._mesh = mesh
+        self.n_batches = 1
+        """Number of batches that are computed at the same time."""
         self.n_shards = 1 if mesh is None else mesh.size
         """The number of rows of a batch must be a multiple of this."""
         self.tokens_per_batch = 2**10 if _platform(model) == "cpu" else 2**15
         """Number of tokens per batch, with padding, with which this device is fast."""
 
-    def __call__(self, layout: Layout, top: int = 0) -> TokenLogprobs:
-        """Score the positions of a batch; all processes must call this with the same arguments.
+    def __call__(self, layouts: Sequence[Layout], top: int = 0) -> list[TokenLogprobs]:
+        """Score the positions of batches; all processes must call this with the same arguments.
 
         Args:
-            layout: The batch.
+            layouts: The batches.
             top: See token_logprobs().
 
         Returns:
-            NumPy arrays [R].
+            For each batch NumPy arrays [R].
         """
+        return [self._score(layout, top) for layout in layouts]
+
+    def _score(self, layout: Layout, top: int) -> TokenLogprobs:
+        """Score a batch."""
         check_ids(jnp.asarray(layout.tokens), self.config)
         n_rows = len(layout.tokens) // self.n_shards
         counts = np.bincount(layout.rows // n_rows, minlength=self.n_shards)  # positions of each device

@@ -1,5 +1,7 @@
 """Log-probabilities of given tokens in PyTorch; gpt_jax/scoring.py has the same functions."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor, distributed
@@ -51,7 +53,7 @@ def token_logprobs(
 
 class BatchScorer:
     """Scores the batches of parity.evaluation.scorer.Scorer. If torchrun started several processes, each of them
-    computes its share of the rows, and all of them get all results.
+    computes whole batches, so that the results are those of one process, and all of them get all results.
 
     Args:
         model: The model, the same in all processes.
@@ -67,7 +69,9 @@ class BatchScorer:
         self.model = model
         self.config = unwrap(model).config
         is_shared = distributed.is_available() and distributed.is_initialized()
-        self.n_shards = distributed.get_world_size() if is_shared else 1
+        self.n_batches = distributed.get_world_size() if is_shared else 1
+        """Number of batches that are computed at the same time."""
+        self.n_shards = 1
         """The number of rows of a batch must be a multiple of this."""
         self.can_share = unwrap(model).attention == "explicit"
         """Whether several continuations of a context can be in one row; the fused kernel has no such mask."""
@@ -75,42 +79,42 @@ class BatchScorer:
         self.tokens_per_batch = 2**10 if self._device.type == "cpu" else 2**15
         """Number of tokens per batch, with padding, that this device is fast with."""
 
-    def __call__(self, layout: Layout, top: int = 0) -> TokenLogprobs:
-        """Score the positions of a batch; all processes must call this with the same arguments.
+    def __call__(self, layouts: Sequence[Layout], top: int = 0) -> list[TokenLogprobs]:
+        """Score the positions of batches; all processes must call this with the same arguments.
 
         Args:
-            layout: The batch.
+            layouts: The batches, at least one and at most n_batches.
             top: See token_logprobs().
 
         Returns:
-            NumPy arrays [R].
+            For each batch NumPy arrays [R].
         """
-        n_rows = len(layout.tokens) // self.n_shards
-        counts = np.bincount(layout.rows // n_rows, minlength=self.n_shards)
-        rank = distributed.get_rank() if self.n_shards > 1 else 0
-        own_rows = slice(rank * n_rows, (rank + 1) * n_rows)
-        own = slice(counts[:rank].sum(), counts[: rank + 1].sum())
+        if self.n_batches == 1:
+            return [TokenLogprobs(*(array.cpu().numpy() for array in self._score(layout, top))) for layout in layouts]
+        # A process for which there is no batch computes the last one as well.
+        batches = [layouts[min(rank, len(layouts) - 1)] for rank in range(self.n_batches)]
+        own = self._score(batches[distributed.get_rank()], top)
+        counts = [len(batch.rows) for batch in batches]
+        gathered = zip(*(_gather(array, counts) for array in own), strict=True)  # of each process
+        return [TokenLogprobs(*arrays) for arrays in gathered][: len(layouts)]
+
+    def _score(self, layout: Layout, top: int) -> TokenLogprobs:
+        """Score a batch in this process."""
         tokens, positions, segments, rows, columns, targets = (
             torch.as_tensor(array, device=self._device)
-            for array in (
-                *(array[own_rows] for array in (layout.tokens, layout.positions, layout.segments)),
-                *(array[own] for array in (layout.rows - own_rows.start, layout.columns, layout.targets)),
-            )
+            for array in (layout.tokens, layout.positions, layout.segments, layout.rows, layout.columns, layout.targets)
         )
         x = _hidden(self.model, tokens, *((positions, segments) if layout.is_shared else ()))  # [B, T, D]
-        flat = _flat_logprobs(self.model, x[rows, columns], targets, top)
-        if self.n_shards == 1:
-            return TokenLogprobs(*(array.cpu().numpy() for array in flat))
-        return TokenLogprobs(*(_gather(array, counts) for array in flat))
+        return _flat_logprobs(self.model, x[rows, columns], targets, top)
 
 
-def _gather(array: Tensor, counts: np.ndarray) -> np.ndarray:
-    """Concatenate an array [R, ...] of all processes, which have `counts` elements each."""
-    padded = array.new_zeros((int(counts.max()), *array.shape[1:]))
+def _gather(array: Tensor, counts: Sequence[int]) -> list[np.ndarray]:
+    """Return the array [R, ...] of each process, which have `counts` elements."""
+    padded = array.new_zeros((max(counts), *array.shape[1:]))
     padded[: len(array)] = array
     parts = [torch.empty_like(padded) for _ in counts]
     distributed.all_gather(parts, padded)
-    return np.concatenate([part[:count].cpu().numpy() for part, count in zip(parts, counts, strict=True)])
+    return [part[:count].cpu().numpy() for part, count in zip(parts, counts, strict=True)]
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@
     python scripts/evaluate.py --model 124M --protocol lambada-openai/last-word hellaswag/completion
     python scripts/evaluate.py --run runs/NAME --protocol loss --corpus my.txt --compare 124M
     python scripts/evaluate.py --model 124M --protocol wikitext-2/hf-1024 --data wiki.test.raw --backend torch
+    python scripts/evaluate.py --model 124M --protocol core --data eval_bundle.zip --out evaluations/core --part 0/4
+    python scripts/evaluate.py --out evaluations/core --finish
     torchrun --nproc-per-node 2 -- scripts/evaluate.py --model 124M --protocol lambada-core --backend torch
 
 Writes results.json, and items.jsonl with a line per item, into --out; started again, it goes on where it was stopped.
@@ -12,9 +14,7 @@ Writes results.json, and items.jsonl with a line per item, into --out; started a
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import importlib
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,16 +23,17 @@ from typing import Any, Literal, NamedTuple
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from parity.cli import parse, read_text
-from parity.console import PlainConsole
+from parity.console import PlainConsole, TaskProgress
 from parity.errors import InputError, exit_with_message
-from parity.evaluation import data, report
+from parity.evaluation import data, parts, report
 from parity.evaluation.catalog import find
 from parity.evaluation.protocol import Item, Protocol, Task
-from parity.evaluation.records import Records
+from parity.evaluation.records import Records, default_folder, open_records
 from parity.evaluation.run import Record, items_of, records_of, results_of
 from parity.evaluation.scorer import Scorer
 from parity.evaluation.weights import model_sha256
 from parity.loading import Loaded, ModelArgs
+from parity.parts import Part, parse_part
 from parity.training.processes import JoinArgs, Processes
 from parity.training.runs import RunFolder
 
@@ -72,6 +73,11 @@ class Args(JoinArgs, ModelArgs):
     all processes."""
     out: Path | None = None
     """Folder for results.json and items.jsonl. By default evaluations/NAME, with a name made of the options."""
+    part: str | None = None
+    """Evaluate only part k/n of the items, where k counts from 0, into the folder OUT/k-of-n. Parts may run at the same
+    time on several machines; --finish adds them up. By default all items."""
+    finish: bool = False
+    """Write the results of the evaluation in --out, all of whose parts are computed. Only --out is needed as well."""
 
 
 class Model(NamedTuple):
@@ -89,9 +95,23 @@ def main() -> None:
     if args.list:
         report.show_list(console)
         return
+    if args.finish:
+        for result in finish(args):
+            report.show(console, result)
+        console.print(f"{args.out}", soft_wrap=True)
+        return
     protocols = check(args)
     with processes(args) as these:
         evaluate(args, protocols, these, PlainConsole(width=console.width, quiet=not these.first))
+
+
+def finish(args: Args) -> list[dict[str, Any]]:
+    """Add up the parts of an evaluation, and return the result of each protocol."""
+    if args.out is None:
+        raise InputError("--finish needs --out, the folder with the parts")
+    if dataclasses.replace(args, out=None, finish=False) != Args():
+        raise InputError("--finish takes no options but --out; the parts have those of the evaluation")
+    return parts.finish(args.out)
 
 
 def check(args: Args) -> list[Protocol]:
@@ -99,6 +119,8 @@ def check(args: Args) -> list[Protocol]:
     if not args.protocol:
         raise InputError("give --protocol NAME; --list shows all names")
     protocols = [find(name) for name in dict.fromkeys(args.protocol)]
+    if args.part is not None:
+        parse_part(args.part)
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit must be at least 1, got {args.limit}")
     for protocol in protocols:
@@ -153,7 +175,10 @@ def evaluate(args: Args, protocols: list[Protocol], these: Processes, console: P
             for protocol in protocols
         },
     }
-    folder = args.out or default_folder(models, settings)
+    folder = args.out or default_folder([model.name for model in models], settings)
+    part = None if args.part is None else parse_part(args.part)
+    if part is not None:
+        folder, settings = parts.part_folder(folder, part), {**settings, "part": str(part)}
     items = {protocol.name: items_of(protocol, tasks[protocol.name][0]) for protocol in protocols}
     with contextlib.closing(open_records(folder, settings, these)) as records:
         results: list[dict[str, Any]] = []
@@ -162,22 +187,26 @@ def evaluate(args: Args, protocols: list[Protocol], these: Processes, console: P
         for protocol in protocols:
             task, source = tasks[protocol.name]
             of_protocol = items[protocol.name]
-            rows = [score(protocol, task, of_protocol, model, records, label, stderr) for label, model in labelled]
+            rows = [
+                score(protocol, task, of_protocol, model, records, label, part, stderr) for label, model in labelled
+            ]
             is_comparable = source["is_published"] and args.limit is None and not args.control
-            results.append(
-                {
-                    "protocol": protocol.name,
-                    "version": protocol.version,
-                    "description": protocol.description,
-                    "data": source,
-                    **common,
-                    "items": len(of_protocol),
-                    "truncated_items": sum(n_cut > 0 for _, n_cut in of_protocol),
-                    **results_of(protocol, identities, rows, is_comparable),
-                }
-            )
+            facts = {
+                "protocol": protocol.name,
+                "version": protocol.version,
+                "description": protocol.description,
+                "data": source,
+                **common,
+                "items": len(of_protocol),
+                "truncated_items": sum(n_cut > 0 for _, n_cut in of_protocol),
+            }
+            if part is None:
+                results.append({**facts, **results_of(protocol, identities, rows, is_comparable)})
+                report.show(console, results[-1])
+            else:
+                results.append({**facts, **parts.unfinished_results(identities, is_comparable)})
+                console.print(f"{protocol.name}: {len(rows[0]):,} of {len(of_protocol):,} items, part {part}")
             records.finish(results)
-            report.show(console, results[-1])
     console.print(f"{folder}", soft_wrap=True)
 
 
@@ -241,20 +270,6 @@ def prepared(protocol: Protocol, task: Task, console: PlainConsole) -> tuple[Tas
     return task, {"name": name, "sha256": sha256, "is_published": False}
 
 
-def default_folder(models: list[Model], settings: dict[str, Any]) -> Path:
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    return Path("evaluations") / "-".join([*(Path(model.name).name for model in models), settings["backend"], digest])
-
-
-def open_records(folder: Path, settings: dict[str, Any], these: Processes) -> Records:
-    """Open the folder in the first process, and then, before anything is added, in the others."""
-    records = Records(folder, settings) if these.first else None
-    these.barrier()
-    records = records or Records(folder, settings, writes=False)
-    these.barrier()
-    return records
-
-
 def score(
     protocol: Protocol,
     task: Task,
@@ -262,17 +277,17 @@ def score(
     model: Model,
     records: Records,
     label: str,
+    part: Part | None,
     console: PlainConsole,
 ) -> list[Record]:
     """Score the items of a protocol, and show the progress on standard error."""
     done, add = records.done(protocol.name, label), functools.partial(records.add, protocol.name, label)
-    with Progress(*_COLUMNS, console=console, transient=True) as progress:
-        bar = progress.add_task(f"{protocol.name}, {model.name}", total=None)
+    with TaskProgress(console, f"{protocol.name}, {model.name}", "tokens") as progress:
 
         def show(n: int, total: int) -> None:
-            progress.update(bar, completed=n, total=total)
+            progress.show(n, total, n, n)
 
-        return records_of(protocol, task, items, model.scorer, done, add, show)
+        return records_of(protocol, task, items, model.scorer, done, add, show, part)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ from parity.evaluation.data import Content, DataFile
 from parity.evaluation.estimates import Metric, difference, estimate
 from parity.evaluation.protocol import Task
 from parity.evaluation.records import Records
-from parity.evaluation.run import items_of, records_of
+from parity.evaluation.run import items_of, items_of_part, records_of
 from parity.evaluation.scorer import Scorer
 from parity.evaluation.weights import files_sha256, model_sha256
+from parity.parts import Part
 from parity.storage.download import RemoteFile
 from parity.weights import huggingface, openai
 
@@ -265,6 +266,44 @@ def test_an_interrupted_evaluation_gives_the_same_bits(scorers, backend):
         assert rest == whole
         assert sorted(record["index"] for record in added) == list(range(n_done, len(items)))
         added.clear()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["lambada-openai/last-word", "hellaswag/completion"])
+def test_parts_give_the_same_bits(scorers, backend, name):
+    protocol, task = PROTOCOLS[name], lambada_task(23)
+    if "hellaswag" in name:
+        lines = [{**line, "endings": ["p", "qq", "r" * 5, f"s {n}"]} for n, line in enumerate(SWAG)]
+        task = task._replace(content=Content("\n".join(map(json.dumps, lines)).encode(), "file", "0", True))
+    items = items_of(protocol, task)
+    whole = records_of(protocol, task, items, scorers[backend], {})
+    for count in (2, 3, 7):
+        parts = []
+        for index in reversed(range(count)):
+            added = []
+            parts.append(
+                records_of(protocol, task, items, scorers[backend], {}, added.append, None, Part(index, count))
+            )
+            assert sorted(record["index"] for record in added) == [record["index"] for record in parts[-1]]
+        assert sorted((record for part in parts for record in part), key=lambda record: record["index"]) == whole
+        if count == 3:
+            assert all(parts)
+
+
+def test_parts_have_about_as_many_tokens(scorers):
+    """Windows of several articles: each is an item with requests in many batches."""
+    texts = [f" = A{n} =\n" + "word " * (5 + 17 * n % 60) + "\n" for n in range(30)]
+    task = Task(Content("".join(texts).encode(), "file", "0", True), ByteTokenizer(), 8)
+    protocol = PROTOCOLS["wikitext/lm-eval"]
+    items = items_of(protocol, task)
+    assert len(items) == 30
+    n_tokens = [sum(len(r.context) + len(r.continuation) for r in item.requests) for item, _ in items]
+    parts = [items_of_part(items, scorers["torch"], Part(index, 3)) for index in range(3)]
+    assert sorted(index for part in parts for index in part) == list(range(30))
+    loads = [sum(n_tokens[index] for index in part) for part in parts]
+    assert max(loads) < 1.3 * sum(loads) / 3, loads
+    empty = [(items[0][0]._replace(requests=()), 0)] * 2
+    assert [len(items_of_part(empty, scorers["torch"], Part(index, 2))) for index in range(2)] == [2, 0]
 
 
 def test_texts_of_no_tokens_and_options_of_several_requests(scorers):

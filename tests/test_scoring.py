@@ -215,7 +215,7 @@ def test_a_context_is_computed_once(scored, monkeypatch):
     [batch] = plan(scorer, requests)
     assert [(group.indices, group.n_inputs) for group in batch.groups] == [([0, 1, 2, 3, 4], 9 + 0 + 1 + 2 + 3 + 4)]
     shared = dict(scorer.score(requests))
-    monkeypatch.setattr(scorer._score_batch, "can_share", False)
+    monkeypatch.setattr(scorer._score_batches, "can_share", False)
     assert [len(group.indices) for batch in plan(scorer, requests) for group in batch.groups] == [1] * 5
     apart = dict(scorer.score(requests))
     for index, request in enumerate(requests):

@@ -1,7 +1,8 @@
 """The folder of an evaluation: results.json, and items.jsonl, to which it adds each item as soon as it is computed."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,6 +12,7 @@ from parity.errors import InputError
 from parity.storage.atomic import replace_text
 from parity.storage.json import LINE, SETTINGS, as_object, changed_settings, get_entry, parse, read_object
 from parity.storage.locks import LOCK, lock_folder
+from parity.training.processes import Processes
 
 RESULTS, ITEMS = "results.json", "items.jsonl"
 
@@ -31,7 +33,7 @@ class Records:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], writes: bool = True):
         self.folder = folder
-        self._items: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
+        self._items: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
         self._results: dict[str, Any] = {"settings": dict(settings), "results": []}
         self._file: IO[str] | None = None
         self._lock: BaseFileLock | None = None
@@ -56,7 +58,7 @@ class Records:
         """Add the record of an item."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"protocol": protocol, "model": model, **record}, ensure_ascii=False) + "\n")
+        self._file.write(line_of(protocol, model, record))
         self._file.flush()
 
     def finish(self, results: list[dict[str, Any]]) -> None:
@@ -76,27 +78,67 @@ class Records:
         replace_text(self.folder / RESULTS, json.dumps(self._results, indent=1, ensure_ascii=False) + "\n")
 
     def _read(self, settings: Mapping[str, Any], repair: bool = False) -> None:
-        path = self.folder / RESULTS
-        old = get_entry(read_object(path, SETTINGS), "settings", dict, str(path))
-        if changed := changed_settings(old, settings):
+        if changed := changed_settings(read_results(self.folder)[0], settings):
             raise InputError(
                 f"--out {self.folder} belongs to an evaluation with other options: {changed}. Name another "
                 "folder, or repeat the options to go on with this one"
             )
-        items = self.folder / ITEMS
-        if not items.exists():
-            return
-        with items.open("r+b" if repair else "rb") as file:
-            complete = 0
-            for number, line in enumerate(iter(lambda: file.readline(LINE), b""), 1):
-                if not line.endswith(b"\n"):  # the process was killed while it wrote this one
-                    if repair:
-                        file.truncate(complete)
-                    break
-                complete += len(line)
-                origin = f"{items}, line {number}"
-                record = as_object(parse(line, origin), origin)
-                key = tuple(get_entry(record, name, str, origin) for name in ("protocol", "model"))
-                index = get_entry(record, "index", int, origin)
-                del record["protocol"], record["model"]
-                self._items.setdefault(key, {})[index] = record
+        self._items = read_records(self.folder / ITEMS, repair)
+
+
+def default_folder(models: Sequence[str], settings: Mapping[str, Any]) -> Path:
+    """Return the folder of an evaluation without --out, given the names of the models."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return Path("evaluations") / "-".join([*(Path(name).name for name in models), settings["backend"], digest])
+
+
+def open_records(folder: Path, settings: dict[str, Any], these: Processes) -> Records:
+    """Open the folder in the first process, and then, before anything is added, in the others."""
+    records = Records(folder, settings) if these.first else None
+    these.barrier()
+    records = records or Records(folder, settings, writes=False)
+    these.barrier()
+    return records
+
+
+def read_results(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the settings and the results in results.json; raises InputError if they are missing or damaged."""
+    path = folder / RESULTS
+    entries = read_object(path, SETTINGS)
+    results = [as_object(entry, f"{path}, results") for entry in get_entry(entries, "results", list, str(path))]
+    return get_entry(entries, "settings", dict, str(path)), results
+
+
+def read_records(path: Path, repair: bool = False) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
+    """Return {(protocol, model): {index: record}} of items.jsonl, which need not exist.
+
+    Args:
+        path: The file.
+        repair: Whether to remove a last line that is not complete.
+
+    Raises:
+        InputError: If a line is damaged.
+    """
+    items: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    if not path.exists():
+        return items
+    with path.open("r+b" if repair else "rb") as file:
+        complete = 0
+        for number, line in enumerate(iter(lambda: file.readline(LINE), b""), 1):
+            if not line.endswith(b"\n"):  # the process was killed while it wrote this one
+                if repair:
+                    file.truncate(complete)
+                break
+            complete += len(line)
+            origin = f"{path}, line {number}"
+            record = as_object(parse(line, origin), origin)
+            protocol, model = (get_entry(record, name, str, origin) for name in ("protocol", "model"))
+            index = get_entry(record, "index", int, origin)
+            del record["protocol"], record["model"]
+            items.setdefault((protocol, model), {})[index] = record
+    return items
+
+
+def line_of(protocol: str, model: str, record: Mapping[str, Any]) -> str:
+    """Return the line of an item in items.jsonl."""
+    return json.dumps({"protocol": protocol, "model": model, **record}, ensure_ascii=False) + "\n"

@@ -1,5 +1,6 @@
 """Apply a protocol to a model: items to scores to records, and records to results."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from parity.evaluation.estimates import Estimate, Metric, difference, estimate
 from parity.evaluation.protocol import Item, Protocol, Task, fitted, limited
 from parity.evaluation.scorer import Request, Score, Scorer
 from parity.evaluation.weights import OPENAI_WEIGHTS
+from parity.parts import Part
 
 Record = dict[str, Any]
 """The record of an item: its index, its facts, and what the judge says."""
@@ -40,8 +42,9 @@ def records_of(
     done: Mapping[int, Record],
     add: Callable[[Record], None] = lambda record: None,
     progress: Callable[[int, int], None] | None = None,
+    part: Part | None = None,
 ) -> list[Record]:
-    """Score the items of a protocol.
+    """Score the items of a protocol, or a part of them.
 
     Args:
         protocol: The protocol.
@@ -52,17 +55,17 @@ def records_of(
             as they would be without them, so the results are the same.
         add: Called with each new record as soon as it is complete.
         progress: See Scorer.score.
+        part: The part; by default all items. The items of a part are in the same batches as without it, so the results
+            are the same; see items_of_part().
 
     Returns:
-        The records of all items, in the order of the items.
+        The records of these items, in the order of the items.
     """
-    requests: list[Request] = []
-    owners: list[int] = []
-    for index, (item, _) in enumerate(items):
-        requests += item.requests
-        owners += [index] * len(item.requests)
+    requests, owners = _requests(items)
+    own = range(len(items)) if part is None else items_of_part(items, scorer, part)
+    chosen = frozenset(own)
     starts = {index: request for request, index in reversed(list(enumerate(owners)))}
-    records = {index: dict(record) for index, record in done.items() if index < len(items)}
+    records = {index: dict(record) for index, record in done.items() if index in chosen}
     waiting: dict[int, dict[int, Score]] = {}
 
     def complete(index: int, scores: Sequence[Score]) -> None:
@@ -71,17 +74,47 @@ def records_of(
         records[index] = {"index": index, **item.facts, **protocol.judge(task, item, scores), **cut}
         add(records[index])
 
-    for index, (item, _) in enumerate(items):
-        if not item.requests and index not in records:
+    for index in own:
+        if not items[index][0].requests and index not in records:
             complete(index, ())
-    skip = {request for request, index in enumerate(owners) if index in records}
+    skip = {request for request, index in enumerate(owners) if index in records or index not in chosen}
     for request, score in scorer.score(requests, progress, skip, protocol.top):
         index = owners[request]
         scores = waiting.setdefault(index, {})
         scores[request - starts[index]] = score
         if len(scores) == len(items[index][0].requests):
             complete(index, [score for _, score in sorted(waiting.pop(index).items())])
-    return [records[index] for index in range(len(items))]
+    return [records[index] for index in own]
+
+
+def items_of_part(items: Sequence[tuple[Item, int]], scorer: Scorer, part: Part) -> Sequence[int]:
+    """Return the indices of the items of a part, in ascending order.
+
+    The batches follow those of Scorer.score(). An item belongs to the part that its first batch belongs to, and a part
+    has batches that follow each other, so that few of them are computed by other parts as well. All parts have about as
+    many tokens.
+    """
+    requests, owners = _requests(items)
+    first = dict.fromkeys(range(len(items)), 0)  # {item: the number of its first batch}
+    batches = scorer.batches(requests)
+    for number, batch in reversed(list(enumerate(batches))):
+        for group in batch.groups:
+            first.update((owners[request], number) for request in group.indices)
+    sizes = [0] * max(1, len(batches))  # tokens of the items whose first batch it is
+    for request, owner in zip(requests, owners, strict=True):
+        sizes[first[owner]] += len(request.context) + len(request.continuation)
+    before = list(itertools.accumulate(sizes, initial=0))
+    return [item for item, number in first.items() if before[number] * part.count // max(1, before[-1]) == part.index]
+
+
+def _requests(items: Sequence[tuple[Item, int]]) -> tuple[list[Request], list[int]]:
+    """Return the requests of all items, and the index of the item that each belongs to."""
+    requests: list[Request] = []
+    owners: list[int] = []
+    for index, (item, _) in enumerate(items):
+        requests += item.requests
+        owners += [index] * len(item.requests)
+    return requests, owners
 
 
 def results_of(

@@ -52,7 +52,7 @@ class Scorer:
         batch_size: Number of rows per batch, where a row has one context with its continuations. By default, as many as
             together have a number of tokens with which the device is fast.
         mesh: Devices that share each batch (gpt_jax only); see gpt_jax.sharding.make_mesh. If torchrun started several
-            processes, they share each batch without a mesh.
+            processes, they share the batches without a mesh.
 
     Raises:
         InputError: For a batch_size below 1, and for a mesh that the backend does not support.
@@ -62,8 +62,8 @@ class Scorer:
         if batch_size is not None and batch_size < 1:
             raise InputError(f"--batch-size {batch_size}: at least one row per batch is needed")
         self._batch_size = batch_size
-        self._score_batch = backend.scoring.BatchScorer(model, mesh)
-        self.config = self._score_batch.config
+        self._score_batches = backend.scoring.BatchScorer(model, mesh)
+        self.config = self._score_batches.config
 
     def score(
         self,
@@ -96,15 +96,20 @@ class Scorer:
         counts = [len(request.continuation) for request in requests]
         return self._scores(cut, counts, progress, skip, top)
 
+    def batches(self, requests: Sequence[Request]) -> list[Batch]:
+        """Return the batches of score() for the same requests, in its order; see there for errors."""
+        cut = [truncate(request, self.config.n_ctx, f"request {index}") for index, request in enumerate(requests)]
+        return self.plan([sequence for sequence, _ in cut], [len(request.continuation) for request in requests])
+
     def plan(self, sequences: Sequence[np.ndarray], counts: Sequence[int]) -> list[Batch]:
         """Return the batches of sequences (see truncate()) whose last `counts[index]` tokens are scored."""
-        groups = group_sequences(sequences, counts, self.config.n_ctx, self._score_batch.can_share)
-        return plan_batches(groups, self.config.n_ctx, self._n_rows, self._score_batch.n_shards)
+        groups = group_sequences(sequences, counts, self.config.n_ctx, self._score_batches.can_share)
+        return plan_batches(groups, self.config.n_ctx, self._n_rows, self._score_batches.n_shards)
 
     def _n_rows(self, n_inputs: int) -> int:
         """The number of rows of a batch, given its padded length: a multiple of the number of devices."""
-        n_shards = self._score_batch.n_shards
-        wanted = self._batch_size or self._score_batch.tokens_per_batch // n_inputs
+        n_shards = self._score_batches.n_shards
+        wanted = self._batch_size or self._score_batches.tokens_per_batch // n_inputs
         return max(1, -(-wanted // n_shards)) * n_shards
 
     def _check_ids(self, sequence: np.ndarray, name: str) -> None:
@@ -129,15 +134,16 @@ class Scorer:
         batches = [b for b in batches if any(index not in skip for group in b.groups for index in group.indices)]
         total = sum(batch.n_rows * batch.n_inputs for batch in batches)
         done = 0
-        for batch in batches:
-            layout = lay_out(batch, sequences, counts)
-            flat = self._score_batch(layout, top)
-            ends = np.cumsum(list(layout.counts.values()))
-            parts = zip(*(np.split(array, ends[:-1]) for array in flat), strict=True)
-            for index, arrays in zip(layout.counts, parts, strict=True):
-                if index not in skip:
-                    yield index, _score(TokenLogprobs(*arrays), cut[index][1], f"request {index}")
-            done += batch.n_rows * batch.n_inputs
+        for first in range(0, len(batches), self._score_batches.n_batches):
+            together = batches[first : first + self._score_batches.n_batches]
+            layouts = [lay_out(batch, sequences, counts) for batch in together]
+            for layout, flat in zip(layouts, self._score_batches(layouts, top), strict=True):
+                ends = np.cumsum(list(layout.counts.values()))
+                parts = zip(*(np.split(array, ends[:-1]) for array in flat), strict=True)
+                for index, arrays in zip(layout.counts, parts, strict=True):
+                    if index not in skip:
+                        yield index, _score(TokenLogprobs(*arrays), cut[index][1], f"request {index}")
+            done += sum(batch.n_rows * batch.n_inputs for batch in together)
             if progress is not None:
                 progress(done, total)
 
