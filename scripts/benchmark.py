@@ -5,7 +5,7 @@
     python scripts/benchmark.py run         # nanoGPT's training run for a CPU, by parts; peer: nanoGPT's step
     python scripts/benchmark.py run --whole # the same, and then both runs from their start to their end
     python scripts/benchmark.py generate    # greedy decoding at 124M; peers: transformers, gpt_torch,
-                                            # CTranslate2
+                                            # CTranslate2; and a file of prompts
     python scripts/benchmark.py load        # weights from files into a model; peers: gpt_torch, transformers
     python scripts/benchmark.py compile     # start to first step, without and with a filled compilation cache
     python scripts/benchmark.py start       # whole processes of train_jax.py and generate.py, cold and warm

@@ -10,7 +10,7 @@ from pydoc_data.topics import topics
 
 import numpy as np
 
-from measure import adapters, batching, ct2, operations, peers, scoring, serving, starting
+from measure import adapters, batching, ct2, operations, peers, prompt_files, scoring, serving, starting
 from measure.args import Args
 from measure.report import Measurement
 from measure.timing import Spec, Timings, first_calls, interleave
@@ -91,7 +91,7 @@ def profile(args: Args) -> list[Measurement]:
 
 
 def generate(args: Args) -> list[Measurement]:
-    """Measure greedy decoding of one row and of several rows, and the first token after a long prompt."""
+    """Measure greedy decoding of one row and of several rows, the first token after a long prompt, and files of prompts."""
     config = PRESETS[args.size]
     dtype = "bfloat16" if args.gpu else "float32"
     measurements = []
@@ -116,7 +116,7 @@ def generate(args: Args) -> list[Measurement]:
         title = f"Greedy decoding: {args.size}, {dtype}, {B} prompts of {P} tokens, {n_new} new tokens"
         notes = [note] if n_new > 1 and of_reads.seconds else []
         measurements.append(Measurement(title, "call", B * n_new, "tokens", timings, notes))
-    return measurements
+    return [*measurements, prompt_files.prompt_files(args, config, dtype, 32 if args.gpu else 8, 16, 64)]
 
 
 def load(args: Args) -> list[Measurement]:
