@@ -286,13 +286,15 @@ def test_parts_give_the_same_bits(scorers, backend, name):
             )
             assert sorted(record["index"] for record in added) == [record["index"] for record in parts[-1]]
         assert sorted((record for part in parts for record in part), key=lambda record: record["index"]) == whole
-        if count == 3:
+        if count == 3 and "lambada" in name:
             assert all(parts)
 
 
 def test_parts_have_about_as_many_tokens(scorers):
     """Windows of several articles: each is an item with requests in many batches."""
-    texts = [f" = A{n} =\n" + "word " * (5 + 17 * n % 60) + "\n" for n in range(30)]
+    generator = np.random.default_rng(0)
+    letters = ["".join(chr(c) for c in generator.integers(97, 123, 25 + 85 * n % 300)) for n in range(30)]
+    texts = [f" = A{n} =\n{text}\n" for n, text in enumerate(letters)]
     task = Task(Content("".join(texts).encode(), "file", "0", True), ByteTokenizer(), 8)
     protocol = PROTOCOLS["wikitext/lm-eval"]
     items = items_of(protocol, task)

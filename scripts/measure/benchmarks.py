@@ -91,7 +91,7 @@ def profile(args: Args) -> list[Measurement]:
 
 
 def generate(args: Args) -> list[Measurement]:
-    """Measure greedy decoding of one row and of several rows, the first token after a long prompt, and files of prompts."""
+    """Measure greedy decoding of one row and of several, the first token after a long prompt, and a file of prompts."""
     config = PRESETS[args.size]
     dtype = "bfloat16" if args.gpu else "float32"
     measurements = []

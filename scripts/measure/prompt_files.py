@@ -56,7 +56,7 @@ def batches(config: GPTConfig, prompts: list[list[int]], batch_size: int, n_new:
 
 
 def file(config: GPTConfig, prompts: list[list[int]], batch_size: int, n_new: int, dtype: str) -> Workload:
-    """What generate.py --prompts does once the model is loaded: read the file, generate, and write the continuations."""
+    """What generate.py --prompts does once the model is loaded: read the file, generate, write the continuations."""
     generate, tokenizer = _generator(config, dtype), load_tokenizer("bytes")
     folder = tempfile.TemporaryDirectory()
     source = Path(folder.name) / "prompts.jsonl"
