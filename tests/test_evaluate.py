@@ -366,6 +366,7 @@ def test_devices_and_processes_give_the_same_records(workplace, models):
     assert found["mesh"] == found["processes"]
     for alone, shared in zip(found["jax"], found["mesh"], strict=True):
         # The products of a device have fewer rows, which may round in another order.
-        assert shared.pop("logprob") == pytest.approx(alone.pop("logprob"), rel=2e-5)
+        for name in ("logprob", "margin"):
+            assert shared.pop(name) == pytest.approx(alone.pop(name), rel=2e-5)
         assert shared == alone
     assert len(found["jax"]) == len(LINES)
