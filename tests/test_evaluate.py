@@ -367,6 +367,6 @@ def test_devices_and_processes_give_the_same_records(workplace, models):
     for alone, shared in zip(found["jax"], found["mesh"], strict=True):
         # The products of a device have fewer rows, which may round in another order.
         for name in ("logprob", "margin"):
-            assert shared.pop(name) == pytest.approx(alone.pop(name), rel=2e-5)
+            assert shared.pop(name) == pytest.approx(alone.pop(name), rel=2e-5, abs=1e-6)
         assert shared == alone
     assert len(found["jax"]) == len(LINES)
