@@ -53,6 +53,7 @@ def vocab_bpe():
 # Modules that take longest, in the order in which workers should start them. The tests of a module run on one worker,
 # where they share fixtures and compiled programs (--dist loadscope).
 SLOWEST = (
+    "test_executed_notebook",
     "test_processes",
     "test_sharding",
     "test_generate",
