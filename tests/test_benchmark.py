@@ -6,6 +6,7 @@ import os
 import threading
 
 import pytest
+from measure import prompt_files
 from measure.report import Measurement, write
 from measure.scoring import WORKS, draw_pairs, jax_scores, torch_scores
 from measure.timing import Peer, Spec, Timings, first_calls, interleave
@@ -151,3 +152,21 @@ def test_whole_processes_are_measured_with_and_without_a_cache(tmp_path):
     assert [measurement["title"].split()[0] for measurement in measurements] == ["train_jax.py", "generate.py"]
     for measurement in measurements:
         assert list(measurement["peers"]) == ["cold", "warm", "no cache"]
+
+
+def test_a_file_of_prompts_is_continued_in_the_batches_it_is_compared_with(monkeypatch):
+    monkeypatch.setenv("MEASURE_ON", "cpu")
+    calls = []
+
+    def generate(prompts, max_new_tokens, **options):
+        calls.append((prompts, max_new_tokens, options["temperature"]))
+        return [prompt + [1] * max_new_tokens for prompt in prompts]
+
+    monkeypatch.setattr(prompt_files, "_generator", lambda *arguments: generate)
+    prompts = [[number, 2, 3] for number in range(8)]
+    for make in (prompt_files.batches, prompt_files.file):
+        workload = make(GPTConfig(n_vocab=97, n_ctx=16, n_embd=8, n_head=2, n_layer=1), prompts, 2, 5, "float32")
+        workload.call()
+        workload.call()
+    assert calls[:4] == calls[4:8] == calls[8:12] == calls[12:]
+    assert calls[0] == (prompts[:2], 5, 0)

@@ -1,7 +1,6 @@
 """The benchmark of generate.py --prompts: from a file of prompts to the file of their continuations."""
 
 import functools
-import itertools
 import json
 import tempfile
 from collections.abc import Callable
@@ -58,19 +57,19 @@ def batches(config: GPTConfig, prompts: list[list[int]], batch_size: int, n_new:
 def file(config: GPTConfig, prompts: list[list[int]], batch_size: int, n_new: int, dtype: str) -> Workload:
     """What generate.py --prompts does once the model is loaded: read the file, generate, write the continuations."""
     generate, tokenizer = _generator(config, dtype), load_tokenizer("bytes")
-    folder = tempfile.TemporaryDirectory()
-    source = Path(folder.name) / "prompts.jsonl"
-    source.write_text("".join(json.dumps({"tokens": ids}) + "\n" for ids in prompts))
-    numbers = itertools.count()
+    text = "".join(json.dumps({"tokens": ids}) + "\n" for ids in prompts)
     options: dict[str, Any] = {"temperature": 0}
 
     def call() -> None:
-        lines = PromptFile(source)
-        plan = Plan.of(lines.n_prompts, batch_size, 1)
-        chosen = lines.encode(plan.prompts_of(Part(0, 1)), tokenizer, config)
-        out = Output(Path(folder.name) / f"{next(numbers)}.jsonl", options, [prompt.id for prompt in chosen])
-        for records in continuations(generate, tokenizer, chosen, plan, out.n_done, n_new, options):
-            out.add(records)
-        out.close()
+        with tempfile.TemporaryDirectory() as name:
+            source = Path(name) / "prompts.jsonl"
+            source.write_text(text)
+            lines = PromptFile(source)
+            plan = Plan.of(lines.n_prompts, batch_size, 1)
+            chosen = lines.encode(plan.prompts_of(Part(0, 1)), tokenizer, config)
+            out = Output(Path(name) / "out.jsonl", options, [prompt.id for prompt in chosen])
+            for records in continuations(generate, tokenizer, chosen, plan, out.n_done, n_new, options):
+                out.add(records)
+            out.close()
 
     return peers.in_jax(call)
