@@ -8,7 +8,9 @@ from typing import Any, Literal, NamedTuple
 from parity.data.tokenizer import Tokenizer, load_tokenizer
 from parity.data.tokenizer_files import own_vocabulary
 from parity.errors import InputError
+from parity.storage.remote import is_address
 from parity.training.initial import weights_folder
+from parity.training.remote_runs import choose_step, pull_checkpoint
 from parity.training.runs import RunFolder, read_run
 from parity.weights.load import base_folder, find_folder
 
@@ -31,13 +33,14 @@ class Loaded(NamedTuple):
 class ModelArgs:
     """Options of the scripts that run a trained model."""
 
-    run: Path | None = None
-    """Run folder of a training script, which has the model and its tokenizer. Give either --run or --model."""
+    run: str | None = None
+    """Run folder of a training script, which has the model and its tokenizer, or the address to which --mirror copied
+    it (its checkpoint is then copied into the cache folder). Give either --run or --model."""
     checkpoint: str = "newest"
     """Checkpoint of the run: newest (the newest intact one), best (lowest validation loss), or a step number."""
     model: str | None = None
-    """Size of one of OpenAI's models, such as 124M (downloaded if necessary), or a folder or file with weights. The
-    tokenizer is GPT-2's; a model of bytes needs --run."""
+    """Size of one of OpenAI's models, such as 124M (downloaded if necessary), a folder or file with weights, or the
+    address of a mirrored run. The tokenizer is GPT-2's; a model of bytes needs --run."""
     adapter: Path | None = None
     """Folder with a LoRA adapter for the model, in the form of peft or of a checkpoint, or a run folder with adapters,
     which stands for its newest intact checkpoint. It is merged into the weights in float32. By default none."""
@@ -84,9 +87,9 @@ def load_model_and_tokenizer(
 
     Args:
         backend: The package gpt_torch or gpt_jax.
-        run: Run folder of a training script. Give either `run` or `model`.
-        model: Size of one of OpenAI's models ("124M"), which is downloaded into the cache once, or a folder or file
-            with weights.
+        run: Run folder of a training script, or the address to which it is mirrored. Give either `run` or `model`.
+        model: Size of one of OpenAI's models ("124M"), which is downloaded into the cache once, a folder or file with
+            weights, or the address of a mirrored run, which stands for its newest checkpoint.
         vocab_bpe: OpenAI's vocab.bpe, for the gpt2 tokenizer. By default the vocabulary in the model's folder, or that
             in the cache. A tokenizer in the model's folder must be GPT-2's in any case.
         checkpoint: Which checkpoint of the run: "newest" (the newest intact one), "best" (lowest validation loss), or
@@ -105,14 +108,10 @@ def load_model_and_tokenizer(
     if (run is None) == (model is None):
         raise InputError("give either a run folder (--run), or a size or a folder with weights (--model)")
     if run is not None:
-        run_folder = RunFolder(Path(run))
-        config = run_folder.config()
-        if "train" not in config:
-            raise InputError(f"--run {run} is not a run of a training script; for a folder with weights use --model")
+        run_folder, folder = _checkpoint(run, checkpoint)
         tokenizer = load_tokenizer(read_run(run_folder).settings.tokenizer, vocab_bpe)
-        folder = _checkpoint(run_folder, checkpoint)
     else:
-        folder = find_folder(model or "")
+        folder = pull_checkpoint(str(model))[1] if is_address(model) else find_folder(model or "")
         own = own_vocabulary(base_folder(folder))
         tokenizer = load_tokenizer("gpt2", vocab_bpe or own)
     if adapter is not None:
@@ -129,13 +128,11 @@ def load_model_and_tokenizer(
     return loaded, tokenizer, folder
 
 
-def _checkpoint(run: RunFolder, which: str) -> Path:
-    if which == "newest":
-        return run.newest_intact()
-    if which == "best" and (best := run.metrics.best_step()) is not None:
-        return run.intact(best)
-    if which.isascii() and which.isdecimal() and len(which) < 10:
-        return run.intact(int(which))
-    raise InputError(
-        f"--checkpoint {which:.40}: give newest, best (for a run with evaluations), or the number of a step"
-    )
+def _checkpoint(path: str | Path, which: str) -> tuple[RunFolder, Path]:
+    """Return a run, here or at an address, and the folder of one of its checkpoints."""
+    if is_address(path):
+        return pull_checkpoint(str(path), which)
+    run = RunFolder(Path(path))
+    if "train" not in run.config():
+        raise InputError(f"--run {path} is not a run of a training script; for a folder with weights use --model")
+    return run, run.newest_intact() if which == "newest" else run.intact(choose_step(run, which))

@@ -23,11 +23,12 @@ from parity.data.corpora import DOWNLOADS
 from parity.data.shard_cache import corpora_folder
 from parity.errors import InputError, exit_with_message
 from parity.storage.paths import cache_folder
+from parity.training.remote_runs import runs_folder
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    clear: Literal["models", "vocabulary", "corpora", "evaluation", "compiled", "all"] | None = None
+    clear: Literal["models", "vocabulary", "corpora", "evaluation", "runs", "compiled", "all"] | None = None
     """Delete this kind of cache, or all of them; by default nothing is deleted."""
     yes: bool = False
     """Delete without asking."""
@@ -72,6 +73,7 @@ def cached_paths() -> dict[str, list[Path]]:
             *(path for _, file in DOWNLOADS.values() for path in sorted(cache.glob(f"{file.name}*"))),
         ],
         "evaluation": [cache / "evaluation"],
+        "runs": [runs_folder()],
         "compiled": [cache / "compiled", *([Path(compiled)] if compiled else [])],
     }
     return {kind: [path for path in paths if path.exists() or path.is_symlink()] for kind, paths in kinds.items()}

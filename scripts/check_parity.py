@@ -45,14 +45,15 @@ _MAX_PRINTED = 24  # rows of a section that are all printed; of a longer one, th
 class Args:
     a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[A]")] = "torch"
     """First implementation: torch, jax, numpy (the float64 reference), hf (Hugging Face transformers) or the path
-    of a Python file. Append :WEIGHTS (a size, a run, a folder or a file) to give it weights of its own; both models
-    must have the same shape."""
+    of a Python file. Append :WEIGHTS (a size, a run, the address of a mirrored run, a folder or a file) to give it
+    weights of its own; both models must have the same shape."""
     b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[B]")] = "jax"
     """Second implementation, in the same form as the first."""
     weights: str | None = None
     """Weights of the implementations that have none of their own: initial (freshly initialized), sharp (the same with
-    matrices five times as large and random biases, so that attention is sharp), a size such as 124M, a run, a folder
-    or a file. By default those after the name of the other implementation, otherwise sharp."""
+    matrices five times as large and random biases, so that attention is sharp), a size such as 124M, a run, the
+    address of a mirrored run, a folder or a file. By default those after the name of the other implementation,
+    otherwise sharp."""
     preset: str = "tiny"
     """Preset that gives the shape of initial and sharp weights; all others have a shape of their own."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"

@@ -34,7 +34,9 @@ from parity.storage.atomic import staged_folder
 from parity.storage.json import read_object
 from parity.storage.manifest import MANIFEST, Manifest, file_hashes
 from parity.storage.manifest import write as write_hashes
+from parity.storage.remote import is_address
 from parity.training.initial import weights_folder
+from parity.training.remote_runs import pull_checkpoint
 from parity.training.runs import RunFolder
 from parity.weights import classifier_files, huggingface, openai, peft_files
 from parity.weights.adapters import n_adapter_params
@@ -49,8 +51,8 @@ _TRANSFORMERS_ONLY = ("tokenizer.json", "tokenizer_config.json", "special_tokens
 @dataclasses.dataclass(frozen=True)
 class Args:
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """What to convert: a size such as 124M, a run folder (its newest intact checkpoint), a folder with OpenAI's files,
-    Hugging Face's files or one checkpoint, or a single file with weights."""
+    """What to convert: a size such as 124M, a run folder or the address to which a run is mirrored (its newest intact
+    checkpoint), a folder with OpenAI's files, Hugging Face's files or one checkpoint, or a single file with weights."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write, which must not exist yet or be empty. It appears when it is complete."""
     to: Literal["openai", "huggingface", "torch", "flax", "peft"] = "huggingface"
@@ -84,7 +86,7 @@ def main() -> None:
     for name, array in arrays.items():
         weights.warn_if_not_finite(name, array, args.source)
     converted = dict(weights.convert(arrays, "huggingface", args.to, config))
-    tokenizer = run_tokenizer(Path(args.source))
+    tokenizer = run_tokenizer(args.source)
     with staged_folder(args.out) as folder:
         if args.to == "openai":
             openai.write(folder, config, converted)
@@ -122,7 +124,7 @@ def write_classifier(args: Args, source: Path) -> None:
     classifier_files.refuse_for_transformers(stored.classifier, str(source))
     arrays = dict(weights.convert(stored.arrays, stored.format, "huggingface", stored.config, np.float32))
     config, arrays = add_bias(stored.config, arrays)
-    tokenizer = run_tokenizer(Path(args.source))
+    tokenizer = run_tokenizer(args.source)
     with staged_folder(args.out) as folder:
         classifier_files.write(folder, config, {**arrays, **stored.head}, stored.classifier)
         if tokenizer is not None:
@@ -174,9 +176,9 @@ def copy_vocabulary(source: Path, from_format: str, out: Path, to_format: str) -
             shutil.copyfile(source / from_name, out / to_name)
 
 
-def run_tokenizer(source: Path) -> Tokenizer | None:
+def run_tokenizer(source: str) -> Tokenizer | None:
     """The tokenizer of a run; None for other sources, and if GPT-2's vocabulary is not at hand."""
-    run = RunFolder(source)
+    run = pull_checkpoint(source)[0] if is_address(source) else RunFolder(Path(source))
     if not run.checkpoints.is_dir():
         return None
     try:

@@ -152,7 +152,7 @@ def answer_file(args: Args) -> int:
         raise InputError("--predict FILE --out FILE needs --run, the run that answers; give all three")
     saved = read_tuning(RunFolder(args.run))
     options = ModelArgs(
-        run=args.run,
+        run=str(args.run),
         checkpoint=args.checkpoint,
         backend=args.backend,
         device=args.device,

@@ -86,7 +86,7 @@ def main() -> None:
             max_batch=args.max_batch,
             max_waiting=args.max_waiting,
             description=f"{loaded.device_info}, {args.dtype}",
-            template=None if args.run is None else chat_template(args.run),
+            template=None if args.run is None else chat_template(loaded.folder.parents[1]),
         )
         shown = printable(model_name, 200)
         sys.stderr.write(f"[{shown}: {engine.description}]\n")
@@ -94,9 +94,8 @@ def main() -> None:
             for rows, length in engine.shapes():
                 sys.stderr.write(f"[{shown}: preparing batches of {rows} with prompts of up to {length} tokens]\n")
                 engine.warm_up(rows, length)
-    app = make_app(
-        engines, Options(args.api_key, own_names(args.host), [*([args.run] if args.run else []), *args.runs])
-    )
+    runs = [*([] if args.run is None else [loaded.folder.parents[1]]), *args.runs]
+    app = make_app(engines, Options(args.api_key, own_names(args.host), runs))
 
     def announce(address: str) -> None:
         sys.stdout.write(f"serving {printable(', '.join(engines), 400)} at {address}\n")

@@ -35,8 +35,9 @@ class JobArgs:
         default=None,
         metadata={
             "help": f"Weights to start from: one of OpenAI's sizes ({', '.join(SIZES)}), a folder or file with "
-            "weights, or a run folder, which stands for its newest intact checkpoint. They determine the shape of the "
-            "model and, unless --tokenizer is given, the tokenizer. By default the weights are random."
+            "weights, or a run folder or the address of a mirrored run, which stand for the newest intact checkpoint. "
+            "They determine the shape of the model and, unless --tokenizer is given, the tokenizer. By default the "
+            "weights are random."
         },
     )
     run: Path | None = None

@@ -8,7 +8,9 @@ from parity.config import SIZES, GPTConfig
 from parity.data import tokenizer_files
 from parity.errors import InputError
 from parity.storage.paths import user_path
+from parity.storage.remote import is_address
 from parity.training import checkpoints
+from parity.training.remote_runs import pull_checkpoint
 from parity.training.runs import RunFolder, read_run
 from parity.training.settings import TrainSettings
 from parity.weights import initial_weights, peft_files
@@ -41,11 +43,13 @@ def weights_folder(init_from: str | Path) -> Path:
 
     Args:
         init_from: One of OpenAI's sizes ("124M", downloaded if necessary), a folder with weights in any known format,
-            or a run folder, which stands for its newest intact checkpoint.
+            or a run folder, or the address to which a run is mirrored, which stand for the newest intact checkpoint.
 
     Raises:
         InputError: If there is no such folder, or the run has no intact checkpoint.
     """
+    if is_address(init_from):
+        return pull_checkpoint(str(init_from))[1]
     init_from = user_path(init_from)
     run = RunFolder(init_from)
     if not run.checkpoints.is_dir():
@@ -59,7 +63,7 @@ def own_tokenizer(init_from: str | Path) -> Literal["bytes", "gpt2"] | None:
     Raises:
         InputError: If it is neither the bytes tokenizer nor GPT-2's.
     """
-    run = RunFolder(Path(init_from))
+    run = pull_checkpoint(str(init_from))[0] if is_address(init_from) else RunFolder(Path(init_from))
     if run.config_file.is_file() and run.checkpoints.is_dir():
         return read_run(run).settings.tokenizer
     return tokenizer_files.own_tokenizer(weights_folder(init_from))
