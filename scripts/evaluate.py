@@ -34,6 +34,7 @@ from parity.evaluation.scorer import Scorer
 from parity.evaluation.weights import model_sha256
 from parity.loading import Loaded, ModelArgs
 from parity.parts import Part, parse_part
+from parity.storage.remote import is_address
 from parity.training.processes import JoinArgs, Processes
 from parity.training.runs import RunFolder
 
@@ -214,8 +215,8 @@ def load_models(args: Args) -> list[Model]:
     """Load --model or --run, and --compare."""
     chosen = [args]
     if args.compare is not None:
-        is_run = RunFolder(Path(args.compare)).checkpoints.is_dir()
-        other = {"run": Path(args.compare), "model": None} if is_run else {"run": None, "model": args.compare}
+        is_run = is_address(args.compare) or RunFolder(Path(args.compare)).checkpoints.is_dir()
+        other = {"run": args.compare, "model": None} if is_run else {"run": None, "model": args.compare}
         chosen.append(dataclasses.replace(args, checkpoint="newest", adapter=None, **other))  # type: ignore[arg-type]
     models = []
     for options in chosen:

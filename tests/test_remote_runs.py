@@ -116,24 +116,15 @@ def test_the_scripts_take_an_address(run, tmp_path):
         generated = run_script("generate.py", "--run", place, "--backend", "torch", "--max-new-tokens", 5, "The ")
         assert generated.returncode == 0, generated.stderr
         out = tmp_path / f"out-{len(outputs)}"
-        evaluated = run_script(
-            "evaluate.py",
-            "--protocol",
-            "loss",
-            "--run",
-            place,
-            "--backend",
-            "torch",
-            "--corpus",
-            text,
-            "--out",
-            f"{out}-eval",
-        )
+        options = ("--protocol", "loss", "--corpus", text, "--backend", "torch", "--out", f"{out}-eval")
+        evaluated = run_script("evaluate.py", "--run", place, *options)
         assert evaluated.returncode == 0, evaluated.stderr
         converted = run_script("convert.py", place, out)
         assert converted.returncode == 0, converted.stderr
         weights = (out / "model.safetensors").read_bytes()
-        metrics = json.loads((tmp_path / f"{out}-eval" / "results.json").read_text())
+        results = json.loads((tmp_path / f"{out}-eval" / "results.json").read_text())["results"]
+        metrics = [model["metrics"] for result in results for model in result["models"]]
+        assert metrics
         outputs[place] = (generated.stdout, metrics, weights)
         shutil.rmtree(out)
     assert outputs[run] == outputs[address]
