@@ -59,7 +59,7 @@ def test_the_page_is_tested_in_a_browser():
 
 
 def test_the_site_is_built_and_the_notebooks_are_executed():
-    assert commands(workflow("docs.yml")) == ["make docs", "make test-docs"]
+    assert commands(workflow("docs.yml")) == ["make notebook", "make docs", "make test-docs"]
 
 
 def test_clusters_are_tested():
