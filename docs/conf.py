@@ -21,6 +21,7 @@ extensions = [
     "myst_nb",
     "sphinx_design",
     "sphinx_copybutton",
+    "framework_tabs",
     "name_directive",
     "program_directive",
     "site_check",
