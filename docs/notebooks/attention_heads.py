@@ -84,8 +84,8 @@ print("targets", *targets[0, :20])
 """
 ## Training
 
-`Trainer` is the one that `scripts/train_jax.py` uses; that of `gpt_torch` has the same arguments and takes the same steps.
-Every 25 steps we note the loss on rows that were never trained on, and how much each head attends to
+`Trainer` is the one that `scripts/train_jax.py` uses; that of `gpt_torch` has the same arguments and takes the same
+steps. Every 25 steps we note the loss on rows that were never trained on, and how much each head attends to
 
 - the token after the previous occurrence of its own token (`induction_scores`), and
 - the token before its own.
@@ -128,12 +128,13 @@ def scores_of(patches):
 STEPS, LR = 1000, 4e-3
 history = []
 for step in range(STEPS + 1):
+    if step > 0:
+        batch = [rows[None] for rows in repeated_rows(generator, settings.batch_size)]  # [A, B, T], one micro-batch
+        trainer.train_step(trainer.to_device(*batch), LR * min(1, step / 50), step)
     if step % 25 == 0:
         history.append((step, loss_of({}), *scores_of({})))
         if step % 100 == 0:
             print(f"step {step:4d}: loss {history[-1][1]:.3f}, largest induction score {history[-1][2].max():.2f}")
-    batch = [array[None] for array in repeated_rows(generator, settings.batch_size)]  # [A, B, T], one micro-batch
-    trainer.train_step(trainer.to_device(*batch), LR * min(1, (step + 1) / 50), step)
 
 steps, losses, induction, previous = map(np.array, zip(*history, strict=True))
 chance = math.log(config.n_vocab)
@@ -212,7 +213,7 @@ without_induction, without_others = loss_of(without(1, heads)), loss_of(without(
 print(f"all heads:                        {intact:.3f} nats per token")
 print(f"without the induction heads:      {without_induction:.3f}")
 print(f"without the others of that layer: {without_others:.3f}")
-assert without_induction > intact + 1, "without the induction heads the model hardly does better than before"
+assert without_induction > intact + 2, "without the induction heads the model fails"
 assert without_others - intact < 0.5 * (without_induction - intact), "the others matter less"
 
 # %% [markdown]

@@ -100,7 +100,8 @@ assert reference[-1] < reference[0], "and the model learns"
 ## What each device holds
 
 The rules name the axes of a parameter by their letters (`parity/weights/table.py`) and the mesh axis along which each
-letter is sharded; a vocabulary of 257 cannot be divided. Here is one matrix, the projection to queries, keys and values with axes D, C, N and H:
+letter is sharded; a vocabulary of 257 cannot be divided. Here is one matrix, the projection to queries, keys and
+values with axes D, C, N and H, of both layers:
 """
 
 # %%

@@ -62,7 +62,7 @@ below does what these scripts do.
 # %%
 folder = Path(tempfile.mkdtemp())
 model = GPTConfig(n_vocab=257, n_ctx=64, n_embd=96, n_head=4, n_layer=2)
-settings = dataclasses.replace(recipe("small").settings, steps=400, warmup=40, lr=4e-3, eval_every=100, keep=5)
+settings = dataclasses.replace(recipe("small").settings, steps=300, warmup=30, lr=4e-3, eval_every=100, keep=5)
 
 
 def train(backend, name, settings=settings, resume=False):
@@ -111,7 +111,7 @@ One line per step, and one more per evaluation. Losses are in nats per token, wh
 lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 print(*(json.dumps(line) for line in lines[:3]), sep="\n")
 steps = {line["step"]: line for line in lines if "loss" in line}
-validation = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+validation = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
 
 assert sorted(steps) == list(range(1, settings.steps + 1)), "every step has its line"
 expected = [
@@ -204,7 +204,7 @@ print(messages[0])
 
 def numbers(name):
     """Return everything that metrics.jsonl records but for the times."""
-    kept = ("step", "loss", "grad_norm", "lr", "val_loss")
+    kept = ("step", "loss", "grad_norm", "lr", "validation_loss")
     lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
     return [{key: line[key] for key in kept if key in line} for line in lines]
 
