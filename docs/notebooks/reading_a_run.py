@@ -74,7 +74,6 @@ def train(backend, name, settings=settings, resume=False):
     job = start_run(job, "torch" if backend is gpt_torch else "jax", {"device": "cpu"}, quiet)
     status = resume_and_train(trainer, job, quiet)
     assert status == 0
-    job.run.unlock()
     return job, trainer
 
 
