@@ -33,7 +33,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns of a message that it could save; see the last table
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA logs what it cannot shard well
 
 import jax
 
