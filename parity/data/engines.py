@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.synchronize import Event
+from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from parity.errors import InputError
@@ -63,8 +63,8 @@ class Processes:
             InputError: If a process dies.
         """
         context = multiprocessing.get_context("spawn")  # a fork of a process with threads may block
-        stop = context.Event()
-        pool = ProcessPoolExecutor(min(self.count, len(calls)) or 1, context, _end_with_parent, (stop,))
+        held, writer = context.Pipe(duplex=False)
+        pool = ProcessPoolExecutor(min(self.count, len(calls)) or 1, context, _end_with_parent, (held,))
         try:
             futures = [pool.submit(function, *call) for call in calls]
             for future in futures:
@@ -75,22 +75,20 @@ class Processes:
                 "resume, perhaps with fewer --workers"
             ) from None
         finally:
-            stop.set()
+            writer.close()
             pool.shutdown(cancel_futures=True)
+            held.close()
 
 
-def _end_with_parent(stop: Event) -> None:
-    """Let a worker end as soon as its parent asks for it or is gone, even in the middle of a call."""
+def _end_with_parent(held: Connection) -> None:
+    """Let a worker end in the middle of a call when its parent closes the other end of a pipe or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent, which gets it as well, decides
-    parent = multiprocessing.parent_process()
-    assert parent is not None
 
-    def wait() -> None:
-        while parent.is_alive() and not stop.wait(0.5):
-            pass
+    def wait_for_end() -> None:
+        held.poll(None)
         os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=wait_for_end, daemon=True).start()
 
 
 class RayCluster:

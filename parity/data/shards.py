@@ -114,8 +114,7 @@ def prepare_shards(
         InputError: For sources that are missing, unreadable or empty, options out of range, or a folder that holds
             token files of another origin or with other options.
     """
-    if workers < 1:
-        raise InputError(f"workers must be at least 1, got {workers}")
+    _check_workers(workers)
     request = Request(sources, out, tokenizer, text_field, validation_fraction, shard_tokens)
     entries, is_new = request.entries(), not out.exists()
     out.mkdir(parents=True, exist_ok=True)
@@ -147,6 +146,7 @@ def prepare_part(request: Request, part: Part, stage: int, workers: int = 1, on_
     Raises:
         InputError: For what `prepare_shards` refuses; in the second pass, if parts of the first one are missing.
     """
+    _check_workers(workers)
     begun = _join(request)
     if begun is None:
         return
@@ -187,10 +187,13 @@ def _join(request: Request) -> tuple[Preparation, list[Unit]] | None:
     return begin(request.out, entries, request.tokenizer)
 
 
-def _local_engine(units: Sequence[Unit], workers: int) -> Engine:
-    """Return an engine for some units: as many processes of this machine as pay, which share the workers."""
+def _check_workers(workers: int) -> None:
     if workers < 1:
         raise InputError(f"workers must be at least 1, got {workers}")
+
+
+def _local_engine(units: Sequence[Unit], workers: int) -> Engine:
+    """Return an engine for some units: as many processes of this machine as pay, which share the workers."""
     size = sum(source["bytes"] for unit in units for source in unit)
     processes = min(workers, len(units), size // _PROCESS_BYTES)
     return Processes(processes, workers // processes) if processes > 1 else ThisProcess(workers)
