@@ -157,7 +157,7 @@ def _add_up(model: Any) -> None:
 # Tokenizing
 
 
-def preparing(source: Path, out: Path, vocab_bpe: Path | None, workers: int) -> Workload:
+def preparing(sources: list[Path], out: Path, vocab_bpe: Path | None, workers: int) -> Workload:
     """The work of prepare_data.py: texts to shards on disk."""
     import shutil
 
@@ -168,13 +168,16 @@ def preparing(source: Path, out: Path, vocab_bpe: Path | None, workers: int) -> 
 
     def call() -> None:
         shutil.rmtree(out, ignore_errors=True)
-        shards.prepare_shards([source], out, tokenizer, workers=workers)
+        shards.prepare_shards(sources, out, tokenizer, workers=workers)
 
     return Workload(call, peak_resident, "cpu")
 
 
-def tokenizing(source: Path, vocab_bpe: Path | None, threads: int) -> Workload:
-    """Plain tiktoken, to arrays in memory: text by text on one thread, or in tiktoken's batches on several."""
+def tokenizing(sources: list[Path], vocab_bpe: Path | None, threads: int) -> Workload:
+    """Plain tiktoken, to arrays in memory: text by text on one thread, or in tiktoken's batches on several.
+
+    All texts are in memory at the same time.
+    """
     import json
 
     from parity.data.tokenizer import GPT2Tokenizer, load_tokenizer
@@ -184,7 +187,7 @@ def tokenizing(source: Path, vocab_bpe: Path | None, threads: int) -> Workload:
     encoding = tokenizer.encoding
 
     def call() -> None:
-        texts = [json.loads(line)["text"] for line in source.open(encoding="utf-8")]
+        texts = [json.loads(line)["text"] for source in sources for line in source.open(encoding="utf-8")]
         if threads == 1:
             rows: Iterable[list[int]] = (encoding.encode_ordinary(text) for text in texts)
         else:

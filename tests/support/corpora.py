@@ -97,3 +97,18 @@ class KilledInSecondPass(_KillingTokenizer):
     def n_vocab(self):  # is read once per shard
         self.use()
         return 257
+
+
+class _NodeKillingTokenizer:
+    def kill(self):
+        """Kill the process of Ray that has started this one, which ends the node."""
+        os.kill(os.getppid(), signal.SIGKILL)
+        super().kill()
+
+
+class NodeKilledInFirstPass(_NodeKillingTokenizer, KilledInFirstPass):
+    pass
+
+
+class NodeKilledInSecondPass(_NodeKillingTokenizer, KilledInSecondPass):
+    pass
