@@ -291,6 +291,8 @@ def test_tokens_are_deleted_as_soon_as_they_are_in_shards(tmp_path, mixed):
         (("--part", "0/3", "--finish"), "--part and --finish exclude each other"),
         (("--part", "0/3", "--ray", "auto"), "--part and --ray exclude each other"),
         (("--pass", "2"), "--pass needs --part k/n"),
+        (("--ray", "127.0.0.1:1"), "--ray 127.0.0.1:1: there is no cluster to connect to"),
+        (("--ray", "ray://127.0.0.1:10001"), "give auto, local, or HOST:PORT of the cluster's head"),
         (("--part", "0/3", "--workers", "0"), "workers must be at least 1"),
         (("--shard-tokens", str(2**31)), "shard_tokens must be at least 1 and less than"),
     ],

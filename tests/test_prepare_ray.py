@@ -94,13 +94,3 @@ def test_the_script_starts_a_cluster_of_its_own(tmp_path, mixed):
     assert result.returncode == 0, result.stderr
     prepare_shards([mixed], tmp_path / "whole", BYTES, shard_tokens=2000)
     assert prepared_files(tmp_path / "ray") == prepared_files(tmp_path / "whole")
-
-
-def test_a_cluster_that_does_not_answer_is_named(tmp_path, mixed):
-    arguments = (mixed, "--tokenizer", "bytes", "--out", tmp_path / "out", "--ray", "127.0.0.1:1")
-    result = run_script(
-        "prepare_data.py", *arguments, env={**os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": "1"}
-    )
-    assert result.returncode == 2, result.stderr
-    assert "error: --ray 127.0.0.1:1: there is no cluster to connect to" in result.stderr
-    assert not (tmp_path / "out").exists()

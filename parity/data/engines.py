@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -105,6 +106,7 @@ class RayCluster:
     n_threads = 1
 
     def __init__(self, address: str, n_workers: int = 1):
+        _check_address(address)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would otherwise report to its makers
         import ray
 
@@ -141,6 +143,21 @@ class RayCluster:
             raise InputError(
                 f"the Ray cluster did not finish its work ({reason:.300}); run the same command again to resume"
             ) from None
+
+
+def _check_address(address: str) -> None:
+    """Raise InputError unless a cluster may be at the address; Ray itself would end the program."""
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        raise InputError(
+            f"--ray {address}: give auto, local, or HOST:PORT of the cluster's head, on a machine of the cluster"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--ray {address}: there is no cluster to connect to ({error})") from None
 
 
 _MOST_RETRIES = 20
