@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 import uuid
 from functools import partial
 from pathlib import Path
@@ -322,6 +324,60 @@ def test_a_run_moves_between_folder_and_address(prepared, bucket, tmp_path):
     (changed / "index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="corpus_sha256 was"):
         _train("--run", one, "--resume", "--corpus", upload(changed, f"memory://{uuid.uuid4().hex}"))
+
+
+class _Faulty(http.server.BaseHTTPRequestHandler):
+    """Passes requests on to an S3 server, but the first answers with a shard fail."""
+
+    server_url, faults = "", []
+
+    def do_GET(self):
+        request = urllib.request.Request(self.server_url + self.path, headers=dict(self.headers), method=self.command)
+        fault = self.faults.pop(0) if self.command == "GET" and ".bin" in self.path and self.faults else None
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                status, headers, body = answer.status, answer.headers, answer.read()
+        except urllib.error.HTTPError as error:
+            status, headers, body = error.code, error.headers, error.read()
+        if fault == 500:
+            status, body = 500, b"<Error><Code>InternalError</Code></Error>"
+        self.send_response(status)
+        for name, value in headers.items():
+            if name.lower() not in ("content-length", "transfer-encoding", "connection"):
+                self.send_header(name, value)
+        length = headers["Content-Length"] if self.command == "HEAD" else len(body)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[: len(body) // 2] if fault == "cut" else body)
+        self.close_connection = True
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.clusters
+def test_a_server_that_fails_and_cuts_answers_off(prepared, monkeypatch):
+    monkeypatch.setattr(shard_cache, "_WAITS", (0.0,) * 5)
+    server = S3Server()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    corpus = upload(prepared, f"{server.new_bucket()}/corpus")
+    monkeypatch.setattr(_Faulty, "server_url", server.url)
+    monkeypatch.setattr(_Faulty, "faults", [500, "cut", "cut", 500, "cut", "cut", "cut", 500])
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Faulty)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
+    here, there = (load_corpus(str(name), TOKENIZER).train for name in (prepared, corpus))
+    for one, other in zip(here, there, strict=True):
+        assert np.array_equal(one[:], other[:])
+    assert _Faulty.faults == []
+    proxy.shutdown()
+    proxy.server_close()
+    server.close()
 
 
 @pytest.mark.clusters
