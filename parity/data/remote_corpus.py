@@ -85,5 +85,5 @@ def _cached_index(remote: Remote) -> tuple[Path, dict[str, Any]]:
     folder = corpora_folder() / hashlib.sha256(content).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / shard_index.INDEX).exists():
-        replace_text(folder / shard_index.INDEX, json.dumps(index, indent=1) + "\n")
+        replace_text(folder / shard_index.INDEX, json.dumps(index, indent=1) + "\n", shared=True)
     return folder, index
