@@ -36,7 +36,6 @@ def test_the_notebook_runs(tmp_path):
     environment |= {"GPT_PARITY_OFFLINE": "1", "GPT_PARITY_CACHE": str(tmp_path / "cache"), "MPLBACKEND": "agg"}
     result = run_program([sys.executable, str(SOURCE)], cwd=tmp_path, env=environment, timeout=570)
     assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
     assert "files in the working folder: loss-plot.pdf model_and_optimizer.pth params.npz" in result.stdout
     assert (tmp_path / "loss-plot.pdf").read_bytes().startswith(b"%PDF")
 
