@@ -19,6 +19,7 @@ from support.mirrored_runs import (
     upload,
     uploads_of,
 )
+from support.s3_server import S3Server
 
 from parity.errors import InputError
 from parity.storage import bucket, folder, remote
@@ -33,8 +34,20 @@ from parity.training.runs import RunFolder
 CHANGES = ("put", "write", "create", "remove")
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(scope="module")
+def s3():
+    server = S3Server()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+    server.close()
+
+
+@pytest.fixture(params=["memory", "file", pytest.param("s3", marks=pytest.mark.clusters)])
 def address(request, tmp_path):
+    if request.param == "s3":
+        return f"{request.getfixturevalue('s3').new_bucket()}/run"
     return f"memory://{uuid.uuid4().hex}/run" if request.param == "memory" else f"file://{tmp_path}/mirror/run"
 
 
