@@ -19,6 +19,7 @@ from support.mirrored_runs import (
     upload,
     uploads_of,
 )
+from support.runs import run_script
 from support.s3_server import S3Server
 
 from parity.errors import InputError
@@ -525,3 +526,20 @@ def test_on_another_machine_the_run_goes_on_bit_for_bit(tmp_path, monkeypatch, b
     assert_same_result(tmp_path / "run", tmp_path / "uninterrupted")
     pull(address, tmp_path / "copy")
     assert_same_result(tmp_path / "copy", tmp_path / "uninterrupted")
+
+
+@pytest.mark.slow
+def test_a_tuning_run_goes_on_elsewhere(tmp_path):
+    address = f"file://{tmp_path}/mirror"
+    small = ("--backend", "torch", "--n-layer", 1, "--n-embd", 16, "--steps", 4, "--eval-every", 2, "--eval-items", 2)
+    first = run_script("finetune.py", *small, "--run", tmp_path / "first", "--mirror", address)
+    assert first.returncode == 0, first.stderr
+    shutil.rmtree(tmp_path / "mirror/checkpoints/000004")
+    options = ("--backend", "torch", "--resume", "--run", tmp_path / "run", "--mirror", address)
+    resumed = run_script("finetune.py", *options)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming   after step 2" in resumed.stdout
+    assert_same_result(tmp_path / "run", tmp_path / "first")
+    refused = run_script("train_torch.py", *options[2:-4], "--run", tmp_path / "other", "--mirror", address)
+    assert refused.returncode == 2
+    assert "is a run of scripts/finetune.py" in refused.stderr

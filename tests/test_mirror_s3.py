@@ -65,22 +65,25 @@ def check_all(address, folder):
 def test_killed_at_random_moments(tmp_path, proxy, server):
     """By SIGKILL, at 20 moments of an upload that deletes an older checkpoint at its end."""
     run = make_run(tmp_path / "run", [10, 20])
-    proxy.fault = lambda method, path: "slow"
     moments, statuses, seen = random.Random(0), [], []
     with contextlib.closing(Uploader()) as uploader:
         bucket = server.new_bucket()
         upload(run, f"{bucket}/whole", 10, is_new=True)
+        proxy.fault = lambda method, path: "slow"
         started = time.monotonic()
         uploader.start(run, f"{bucket}/whole", 20)
         assert uploader.wait() == 0
         duration = time.monotonic() - started
         for number in range(20):
             address = f"{bucket}/{number}"
+            proxy.fault = lambda method, path: ""
             upload(run, address, 10, is_new=True)
+            proxy.fault = lambda method, path: "slow"
             process = uploader.start(run, address, 20)
             time.sleep(moments.uniform(0, duration))  # the moment may be any
             os.kill(process, signal.SIGKILL)
             statuses.append(uploader.wait())
+            proxy.fault = lambda method, path: ""
             steps = check_all(address, tmp_path / "copy")
             assert steps in ([10], [10, 20], [20]), number
             seen.append(steps)

@@ -239,6 +239,22 @@ def test_more_processes_go_on_from_a_checkpoint(by, alone, corpus, tmp_path):
     assert_same_losses(tmp_path / "run", alone("float64"), 1e-10)
 
 
+@pytest.mark.slow
+def test_a_mirrored_run_of_processes_goes_on_in_processes_elsewhere(alone, corpus, tmp_path):
+    """The first process uploads and fetches; the others wait for it."""
+    mirror = tmp_path / "mirror"
+    options = (*OPTIONS, "--corpus", corpus, "--dtype", "float64", "--mirror", f"file://{mirror}")
+    done = finish(start(2, *options, "--run", tmp_path / "lost"))
+    assert [status for status, *_ in done] == [0] * 2, done
+    assert done[0][1].splitlines()[-1] == f"mirror     step 8 is safe at file://{mirror}"
+    shutil.rmtree(tmp_path / "lost")
+    shutil.rmtree(mirror / "checkpoints" / "000008")
+    result = torchrun(2, *options, "--run", tmp_path / "run", "--resume")
+    assert result.returncode == 0, result.stderr
+    assert "resuming   after step 4" in result.stdout
+    assert_same_losses(tmp_path / "run", alone("float64"), 1e-10)
+
+
 # Processes that end
 
 
