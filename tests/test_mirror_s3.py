@@ -1,11 +1,12 @@
 """A run that is mirrored to a server of the S3 protocol, through every failure that a bucket and a machine can have."""
 
 import contextlib
+import itertools
 import os
+import queue
 import random
 import shutil
 import signal
-import time
 import urllib.request
 import warnings
 
@@ -63,34 +64,42 @@ def check_all(address, folder):
 
 
 def test_killed_at_random_moments(tmp_path, proxy, server):
-    """By SIGKILL, at 20 moments of an upload that deletes an older checkpoint at its end."""
+    """By SIGKILL, at 20 requests of an upload that deletes an older checkpoint at its end.
+
+    The request at which the process is killed either still reaches the server or does not.
+    """
     run = make_run(tmp_path / "run", [10, 20])
-    moments, statuses, seen = random.Random(0), [], []
+    choices, seen = random.Random(0), []
+    requests, number, started = itertools.count(), -1, queue.Queue()
+
+    def kill_at(method, path):
+        if next(requests) != number:
+            return ""
+        os.kill(started.get(timeout=60), signal.SIGKILL)
+        return choices.choice(["", "dropped"])
+
     with contextlib.closing(Uploader()) as uploader:
         bucket = server.new_bucket()
         upload(run, f"{bucket}/whole", 10, is_new=True)
-        proxy.fault = lambda method, path: "slow"
-        started = time.monotonic()
+        proxy.fault = kill_at
         uploader.start(run, f"{bucket}/whole", 20)
         assert uploader.wait() == 0
-        duration = time.monotonic() - started
-        for number in range(20):
-            address = f"{bucket}/{number}"
+        total, proxy.fault = next(requests), lambda method, path: ""
+        assert check_all(f"{bucket}/whole", tmp_path / "copy") == [20]
+        for attempt in range(20):
+            address, moment = f"{bucket}/{attempt}", choices.randrange(total)
             proxy.fault = lambda method, path: ""
             upload(run, address, 10, is_new=True)
-            proxy.fault = lambda method, path: "slow"
-            process = uploader.start(run, address, 20)
-            time.sleep(moments.uniform(0, duration))  # the moment may be any
-            os.kill(process, signal.SIGKILL)
-            statuses.append(uploader.wait())
+            requests, number, proxy.fault = itertools.count(), moment, kill_at
+            started.put(uploader.start(run, address, 20))
+            assert uploader.wait() == -signal.SIGKILL
             proxy.fault = lambda method, path: ""
-            steps = check_all(address, tmp_path / "copy")
-            assert steps in ([10], [10, 20], [20]), number
-            seen.append(steps)
+            seen.append(check_all(address, tmp_path / "copy"))
             upload(run, address, 20)
             assert check_all(address, tmp_path / "copy")[-1] == 20
-    assert statuses.count(-signal.SIGKILL) >= 10
+    assert all(steps in ([10], [10, 20], [20]) for steps in seen), seen
     assert [10] in seen
+    assert [10, 20] in seen
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
