@@ -14,14 +14,14 @@ _known: dict[tuple, frozenset] = {}
 
 
 def raised_errors(function, cls=None):
-    """Return the names of the errors that a call may raise.
+    """Return the classes of the errors that a call may raise.
 
     Args:
         function: A function, method or property.
         cls: The class of a method, in which `self` is looked up.
 
     Returns:
-        A lower bound: names of errors in `raise` statements that no `try` around them catches, also in the functions,
+        A lower bound: the errors in `raise` statements that no `try` around them catches, also in the functions,
         methods of `self` and constructors of the project that are called by name. Calls of methods of other objects
         are not followed.
     """
@@ -36,14 +36,19 @@ def raised_errors(function, cls=None):
         visitor = _Visitor(function, cls)
         for statement in tree.body[0].body:
             visitor.visit(statement)
-        _known[function, cls] = frozenset(visitor.errors - INTERNAL)
+        _known[function, cls] = frozenset(error for error in visitor.errors if not is_one_of(error, INTERNAL))
     return _known[function, cls]
+
+
+def is_one_of(error, names):
+    """Return whether an error, or a class that it is derived from, has one of the names."""
+    return any(base.__name__ in names for base in error.__mro__)
 
 
 class _Visitor(ast.NodeVisitor):
     def __init__(self, function, cls):
         self.function, self.cls = function, cls
-        self.errors: set[str] = set()
+        self.errors: set[type[BaseException]] = set()
         self.caught: frozenset[str] = frozenset()
 
     def visit_Try(self, node):
@@ -59,8 +64,8 @@ class _Visitor(ast.NodeVisitor):
 
     def visit_Raise(self, node):
         raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
-        if raised is not None and _is_error(self.resolve(raised)):
-            self.add({_last_name(raised)})
+        if raised is not None and _is_error(error := self.resolve(raised)):
+            self.add({error})
         self.generic_visit(node)
 
     def visit_Call(self, node):
@@ -74,7 +79,7 @@ class _Visitor(ast.NodeVisitor):
         self.generic_visit(node)
 
     def add(self, errors):
-        self.errors |= set(errors) - self.caught
+        self.errors |= {error for error in errors if not is_one_of(error, self.caught)}
 
     def resolve(self, node):
         """Return the value of a name, of an attribute of a module or class, or of a method of self; None for others."""
