@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import random
+import subprocess
+import sys
 import threading
 import zlib
 
@@ -16,7 +19,7 @@ from support.corpora import (
     split_tokens,
     write_mixed,
 )
-from support.runs import run_script
+from support.runs import ROOT, run_script
 
 from parity.data import assembly, preparation, shards, splits
 from parity.data.engines import Processes
@@ -95,6 +98,17 @@ def test_a_killed_process_costs_no_token(tmp_path, mixed, tokenizer, use, stage)
     index = prepare_shards(*arguments, **options, engine=Processes(2))
     assert index == prepare_shards([source], tmp_path / "whole", BYTES, **options)
     assert prepared_files(tmp_path / "out") == prepared_files(tmp_path / "whole")
+
+
+def test_processes_end_with_their_parent():
+    """Even if it is killed while they work: the end of their common output comes when the last of them is gone."""
+    program = "from parity.data.engines import Processes; from support.corpora import print_and_wait as wait; "
+    command = [sys.executable, "-c", program + "next(Processes(2).map(wait, [(), ()]))"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as parent:
+        assert [parent.stdout.readline() for _ in range(2)] == [b"begun\n"] * 2
+        parent.kill()
+        assert parent.stdout.read() == b""
 
 
 def test_two_workers_may_do_the_same_part(tmp_path, mixed):

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import threading
 import zlib
 from pathlib import Path
 
@@ -112,3 +113,9 @@ class NodeKilledInFirstPass(_NodeKillingTokenizer, KilledInFirstPass):
 
 class NodeKilledInSecondPass(_NodeKillingTokenizer, KilledInSecondPass):
     pass
+
+
+def print_and_wait():
+    """Do work that never ends."""
+    print("begun", flush=True)
+    threading.Event().wait()
