@@ -102,7 +102,7 @@ def test_a_killed_process_costs_no_token(tmp_path, mixed, tokenizer, use, stage)
 
 def test_processes_end_with_their_parent():
     """Even if it is killed while they work: the end of their common output comes when the last of them is gone."""
-    program = "from parity.data.engines import Processes; from support.corpora import print_and_wait as wait; "
+    program = "from parity.data.engines import Processes; from support.corpora import announce_and_wait as wait; "
     command = [sys.executable, "-c", program + "next(Processes(2).map(wait, [(), ()]))"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as parent:
