@@ -24,6 +24,7 @@ from parity.errors import InputError, printable
 from parity.storage.atomic import named_errors, replace_text
 
 _SAVE_EVERY = 2**26  # tokens
+_WRITE_EVERY = 2**18  # tokens
 _LEAST_SAVED = 2**20  # tokens; fewer are made again in less than a second
 _COPY_BYTES = 2**24
 
@@ -81,7 +82,9 @@ def _pieces(preparation: Preparation, sources: Unit) -> Iterator[Piece]:
     for source in sources:
         with local_copy(source["path"], preparation.work) as path:
             for piece in documents.pieces([path], preparation.text_field, cut_anywhere):
-                yield piece._replace(origin=piece.origin.replace(str(path), source["path"]))
+                if str(path) != source["path"]:
+                    piece = piece._replace(origin=piece.origin.replace(str(path), source["path"]))
+                yield piece
 
 
 def _load(preparation: Preparation, number: int, current: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -179,7 +182,11 @@ class _Writer:
         self.read = hashlib.sha256()
         """Hash of the text of all pieces."""
         self.stem = f"{number:06d}.{secrets.token_hex(8)}"
-        self.n_saved = saved.tokens
+        self.n_saved = self.n_written = saved.tokens
+        self.ids: list[np.ndarray] = []  # not written yet
+        self.lengths: list[int] = []
+        self.is_consistent = True
+        """Whether no change of the state or the files has been interrupted."""
         self.files = {
             kind: self._begin(kind, preparation.work / f"{stem}.{kind}", size)
             for kind, size in (("tokens", 2 * saved.tokens), ("lengths", 8 * saved.documents))
@@ -199,23 +206,33 @@ class _Writer:
 
     def add(self, ids: np.ndarray, ends: bool) -> None:
         """Write the tokens of a piece, uint16 [length], which may end its document."""
-        self._write("tokens", ids.astype("<u2").tobytes())
+        self.is_consistent = False
+        self.ids.append(ids)
         state = self.state
         state.pieces += 1
         state.tokens += len(ids)
         state.begun += len(ids)
         if ends:
-            self._write("lengths", state.begun.to_bytes(8, "little"))
+            self.lengths.append(state.begun)
             state.documents += 1
             state.begun = 0
+        self.is_consistent = True
+        if state.tokens - self.n_written >= _WRITE_EVERY:
+            self._write()
         if state.tokens - self.n_saved >= _SAVE_EVERY:
             self._save()
 
-    def _write(self, kind: str, data: bytes) -> None:
-        with named_errors(self._path(kind)):
-            self.files[kind].write(data)
+    def _write(self) -> None:
+        self.is_consistent = False
+        tokens = np.concatenate([*self.ids, np.empty(0, np.uint16)]).astype("<u2")
+        for kind, array in (("tokens", tokens), ("lengths", np.array(self.lengths, "<i8"))):
+            with named_errors(self._path(kind)):
+                self.files[kind].write(array.tobytes())
+        self.ids, self.lengths, self.n_written = [], [], self.state.tokens
+        self.is_consistent = True
 
     def _flush(self) -> None:
+        self._write()
         for kind, file in self.files.items():
             with named_errors(self._path(kind)):
                 file.flush()
@@ -247,7 +264,7 @@ class _Writer:
         """Save what was written before an error, if it is worth it; otherwise delete it."""
         try:
             if not self.files["tokens"].closed and self._path("tokens").exists():
-                if self.state.tokens - self.n_saved >= _LEAST_SAVED:
+                if self.is_consistent and self.state.tokens - self.n_saved >= _LEAST_SAVED:
                     self._save()
                 if not self.n_saved:
                     _delete(self.preparation, self.stem)
