@@ -19,7 +19,11 @@ from parity.data.shards import prepare_shards
 from parity.data.tokenizer import ByteTokenizer
 from parity.errors import InputError
 
-pytestmark = [pytest.mark.clusters, pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")]
+pytestmark = [
+    pytest.mark.clusters,
+    # Ray starts its processes by fork, about which JAX warns if another test has imported it.
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning", "ignore:os.fork:RuntimeWarning"),
+]
 BYTES = ByteTokenizer()
 NODE = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
 

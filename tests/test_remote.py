@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import os
 import sys
 import threading
 import uuid
@@ -238,3 +239,15 @@ def test_a_server_that_is_gone(tmp_path, monkeypatch):
     with pytest.raises(RemoteError, match=r"/x/a: ConnectionError"):
         open_remote(address).read("a")
     assert issubclass(RemoteError, InputError)
+
+
+def test_files_that_are_removed_during_a_listing(tmp_path, monkeypatch):
+    remote = open_remote(tmp_path.as_uri())
+    assert remote.list("none/") == {}
+    remote.write("a/kept", b"12")
+    walk = os.walk
+    monkeypatch.setattr(
+        os, "walk", lambda *args, **options: ((*at, [*names, "gone"]) for *at, names in walk(*args, **options))
+    )
+    assert remote.list() == {"a/kept": 2}
+    assert remote.size("a/gone") is None

@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,15 +27,18 @@ class Folder(Remote):
 
     def entry(self, name: str) -> Entry | None:
         with self._errors(name):
-            path = self._path(name)
-            return _file_entry(path) if path.is_file() else None
+            return _file_entry(self._path(name))
 
     def entries(self, prefix: str = "") -> dict[str, Entry]:
         folder = self._path(self._check(prefix).rpartition("/")[0])
+        entries: dict[str, Entry] = {}
         with self._errors(prefix):
-            paths = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_part(path))
-            named = {path.relative_to(self._root).as_posix(): path for path in paths}
-            return {name: _file_entry(path) for name, path in named.items() if name.startswith(prefix)}
+            for parent, _, names in os.walk(folder, onerror=_raise_unless_missing):
+                for path in (Path(parent, name) for name in names):
+                    name, entry = path.relative_to(self._root).as_posix(), _file_entry(path)
+                    if entry is not None and name.startswith(prefix) and not _is_part(path):
+                        entries[name] = entry
+        return dict(sorted(entries.items()))
 
     def put(self, path: Path, name: str) -> None:
         with self._errors(name), self._replacing(name) as part:
@@ -93,6 +97,16 @@ def _is_part(path: Path) -> bool:
     return path.name.startswith(".") and path.suffix == ".part"
 
 
-def _file_entry(path: Path) -> Entry:
-    status = path.stat()
-    return Entry(status.st_size, str(status.st_mtime_ns))
+def _raise_unless_missing(error: OSError) -> None:
+    """Raise an error of a listing, unless its folder does not exist, perhaps because it was removed meanwhile."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
+def _file_entry(path: Path) -> Entry | None:
+    """Return the entry of a file; None if there is none, perhaps because it was removed meanwhile."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return Entry(status.st_size, str(status.st_mtime_ns)) if stat.S_ISREG(status.st_mode) else None
