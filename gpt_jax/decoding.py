@@ -10,7 +10,6 @@ measurements.
 
 import functools
 import math
-import os
 from typing import Any, NoReturn
 
 import jax
@@ -23,6 +22,7 @@ from gpt_jax.lora import lora_config, merge
 from gpt_jax.model import GPTModel, LayerCache, head_logits
 from gpt_jax.weights import config_of
 from parity.errors import InputError
+from parity.parts import usable_cores
 
 Cache = list[LayerCache]
 """One entry per layer."""
@@ -212,8 +212,7 @@ def for_decoding(model: GPTModel | DecodingModel) -> DecodingModel:
         # One copy is enough; a program of several CPU devices could deadlock.
         model = jax.tree.map(lambda leaf: leaf.addressable_data(0), model)
     device = next(iter(model.tok_emb.embedding[...].devices()))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return _convert(model, cores if device.platform == "cpu" else 1)
+    return _convert(model, usable_cores() if device.platform == "cpu" else 1)
 
 
 @functools.partial(jax.jit, static_argnames="groups")

@@ -1,6 +1,7 @@
-"""Work that is divided into parts, each for a process or a machine of its own: --part k/n."""
+"""Work that is divided: into parts for processes or machines of their own (--part k/n), and among CPU cores."""
 
 import dataclasses
+import os
 import re
 
 from parity.errors import InputError
@@ -39,3 +40,8 @@ def parse_part(text: str) -> Part:
     if not part.index < part.count <= MOST:
         raise InputError(f"--part {text:.40}: give k/n, such as 0/4 for the first of 4 parts; k counts from 0 to n - 1")
     return part
+
+
+def usable_cores() -> int:
+    """Return the number of CPU cores that this process may use, which a scheduler may limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -22,7 +22,6 @@ Each command writes results.json and results.md into the folder --out.
 """
 
 import dataclasses
-import os
 import shlex
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from measure.report import Measurement
 from parity.cli import parse
 from parity.console import PlainConsole
 from parity.errors import InputError, exit_with_message
+from parity.parts import usable_cores
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
         raise InputError(f"--items must be a multiple of 4, which HellaSwag has per question; got {args.items}")
     if not console.is_terminal:
         console.width = 110
-    args = dataclasses.replace(args, threads=args.threads or len(os.sched_getaffinity(0)))
+    args = dataclasses.replace(args, threads=args.threads or usable_cores())
     for name in ("rounds", "calls", "batch_size", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")

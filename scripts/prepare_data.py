@@ -17,7 +17,6 @@ docs/guides/corpora.md explains this.
 
 import contextlib
 import dataclasses
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,12 +32,7 @@ from parity.data.engines import RayCluster
 from parity.data.shards import Request, finish_parts, prepare_part, prepare_shards
 from parity.data.tokenizer import load_tokenizer
 from parity.errors import InputError, exit_with_message
-from parity.parts import parse_part
-
-
-def _cores() -> int:
-    """Return the number of CPU cores that this process may use, which a scheduler may limit."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from parity.parts import parse_part, usable_cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +54,7 @@ class Args:
     """Fraction of the documents that are held out for validation."""
     shard_tokens: int = 100_000_000
     """Number of tokens per shard; each token takes two bytes."""
-    workers: int = _cores()
+    workers: int = usable_cores()
     """Number of processes, each of which tokenizes one file at a time; where there are fewer files, number of threads
     that tokenize. By default one per CPU core that this program may use."""
     part: str | None = None

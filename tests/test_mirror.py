@@ -20,7 +20,7 @@ from support.mirrored_runs import (
     uploads_of,
 )
 from support.runs import run_script
-from support.s3_server import S3Server
+from support.s3_server import s3_environment
 
 from parity.errors import InputError
 from parity.storage import bucket, folder, remote
@@ -37,12 +37,8 @@ CHANGES = ("put", "write", "create", "remove")
 
 @pytest.fixture(scope="module")
 def s3():
-    server = S3Server()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
+    with s3_environment() as server:
         yield server
-    server.close()
 
 
 @pytest.fixture(params=["memory", "file", pytest.param("s3", marks=pytest.mark.clusters)])

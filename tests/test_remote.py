@@ -8,7 +8,7 @@ import threading
 import uuid
 
 import pytest
-from support.s3_server import S3Server
+from support.s3_server import s3_environment
 
 from parity.errors import InputError
 from parity.storage import bucket, remote
@@ -19,12 +19,8 @@ CONTENT = bytes(range(256)) * 5000
 
 @pytest.fixture(scope="module")
 def s3():
-    server = S3Server()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
+    with s3_environment() as server:
         yield server
-    server.close()
 
 
 @pytest.fixture(params=["memory", "file", pytest.param("s3", marks=pytest.mark.clusters)])

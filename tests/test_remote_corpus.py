@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 from support.models import BACKENDS
 from support.runs import metrics, run_script
-from support.s3_server import S3Server
+from support.s3_server import S3Server, s3_environment
 
 import gpt_torch.train
 from parity.data import shard_cache
@@ -69,12 +69,8 @@ def address(request, prepared, tmp_path):
     if request.param == "http":
         yield request.getfixturevalue("web").url
     elif request.param == "s3":
-        server = S3Server()
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in server.environment.items():
-                patch.setenv(name, value)
+        with s3_environment() as server:
             yield upload(prepared, f"{server.new_bucket()}/corpus")
-        server.close()
     else:
         place = {"memory": f"memory://{uuid.uuid4().hex}", "file": f"file://{tmp_path}/bucket"}[request.param]
         yield upload(prepared, f"{place}/corpus")

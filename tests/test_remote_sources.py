@@ -13,7 +13,7 @@ import fsspec.implementations.memory
 import pyarrow
 import pyarrow.parquet
 import pytest
-from support.s3_server import S3Server
+from support.s3_server import s3_environment
 
 from parity.data import sources as sources_module
 from parity.data.shard_index import read_index
@@ -53,12 +53,8 @@ def upload(folder, address):
 @pytest.fixture(params=["memory", "file", pytest.param("s3", marks=pytest.mark.clusters)])
 def address(request, texts, tmp_path):
     if request.param == "s3":
-        server = S3Server()
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in server.environment.items():
-                patch.setenv(name, value)
+        with s3_environment() as server:
             yield upload(texts, f"{server.new_bucket()}/texts")
-        server.close()
     else:
         place = {"memory": f"memory://{uuid.uuid4().hex}", "file": f"file://{tmp_path}/bucket"}[request.param]
         yield upload(texts, f"{place}/texts")

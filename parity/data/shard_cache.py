@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from filelock import FileLock
 
 from parity.data.token_files import Tokens, bin_header
 from parity.errors import InputError
+from parity.storage.locks import waiting_lock
 from parity.storage.paths import cache_folder
 from parity.storage.remote import DamagedError, MissingError, Remote, RemoteError
 from parity.streams import LossyStream
@@ -141,12 +141,12 @@ class ShardCache:
 
     def _fetch(self, shard: Shard) -> None:
         path = self.folder / shard.name
-        with _file_lock(path):
+        with waiting_lock(path.with_name(f"{path.name}.lock")):
             if path.exists():  # another process has fetched it in the meantime
                 return
             for part in self.folder.glob(f"{shard.name}.*.part"):  # of a process that was killed
                 part.unlink(missing_ok=True)
-            with _file_lock(self.folder.parent / "room"):
+            with waiting_lock(self.folder.parent / "room.lock"):
                 make_room(self.folder.parent, self.limit - shard.size)
             if (free := shutil.disk_usage(self.folder).free) < shard.size:
                 raise InputError(
@@ -191,18 +191,6 @@ def _cached(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
     for path in folder.glob("*/*.bin"):
         with contextlib.suppress(FileNotFoundError):  # deleted by another process
             yield path, path.stat()
-
-
-@contextlib.contextmanager
-def _file_lock(path: Path) -> Iterator[None]:
-    """Lock a name for this process and thread; a file system without locks gives none, and work may be done twice."""
-    lock = FileLock(f"{path}.lock")
-    with contextlib.suppress(NotImplementedError):
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class RemoteTokens:

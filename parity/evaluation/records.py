@@ -10,7 +10,7 @@ from filelock import BaseFileLock
 
 from parity.errors import InputError
 from parity.storage.atomic import replace_text
-from parity.storage.json import LINE, SETTINGS, as_object, changed_settings, get_entry, parse, read_object
+from parity.storage.json import SETTINGS, as_object, changed_settings, get_entry, read_lines, read_object
 from parity.storage.locks import LOCK, lock_folder
 from parity.training.processes import Processes
 
@@ -123,15 +123,7 @@ def read_records(path: Path, repair: bool = False) -> dict[tuple[str, str], dict
     if not path.exists():
         return items
     with path.open("r+b" if repair else "rb") as file:
-        complete = 0
-        for number, line in enumerate(iter(lambda: file.readline(LINE), b""), 1):
-            if not line.endswith(b"\n"):  # the process was killed while it wrote this one
-                if repair:
-                    file.truncate(complete)
-                break
-            complete += len(line)
-            origin = f"{path}, line {number}"
-            record = as_object(parse(line, origin), origin)
+        for origin, record in read_lines(file, path, repair):
             protocol, model = (get_entry(record, name, str, origin) for name in ("protocol", "model"))
             index = get_entry(record, "index", int, origin)
             del record["protocol"], record["model"]

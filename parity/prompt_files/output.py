@@ -8,7 +8,7 @@ from typing import IO, Any
 from parity.errors import InputError
 from parity.parts import Part
 from parity.storage.atomic import named_errors, replace_text
-from parity.storage.json import LINE, SETTINGS, as_object, changed_settings, parse, read_object
+from parity.storage.json import SETTINGS, changed_settings, read_lines, read_object
 from parity.storage.locks import lock_file
 
 SUFFIX = ".jsonl"
@@ -84,14 +84,7 @@ class Output:
         """Count the lines, which must be those of the first prompts, and remove one that is not complete."""
         assert self._file is not None
         self._file.seek(0)
-        complete = 0
-        for number, line in enumerate(iter(lambda: self._file.readline(LINE), b""), 1):  # type: ignore[union-attr]
-            if not line.endswith(b"\n"):  # the process was killed while it wrote this one
-                self._file.truncate(complete)
-                break
-            origin = f"{self.path}, line {number}"
-            record = as_object(parse(line, origin), origin)
+        for number, (origin, record) in enumerate(read_lines(self._file, self.path, repair=True), 1):
             if number > len(ids) or record.get("id") != ids[number - 1]:
                 raise InputError(f"{origin} is not of prompt {number} of --prompts; name another file with --out")
-            complete += len(line)
             self.n_done = number

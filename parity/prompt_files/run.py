@@ -16,10 +16,10 @@ from parity.errors import InputError
 from parity.parts import Part
 from parity.prompt_files.prompts import BadLine, Prompt
 
-_MOST_BATCHES = (
-    4  # of a block; with more, the lengths in a batch would differ less, but an interruption would cost more
-)
-_FEWEST_BLOCKS = 16  # of a file that has as many batches, so that its parts are of similar size
+_MOST_BATCHES = 4
+"""Of a block; with more, the lengths in a batch would differ less, but an interruption would cost more."""
+_FEWEST_BLOCKS = 16
+"""Of a file that has as many batches, so that its parts are of similar size."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from parity.errors import InputError, printable
 
@@ -51,6 +51,29 @@ def read_object(path: Path, limit: int = SETTINGS, origin: str = "", hint: str =
     if size > limit:
         raise InputError(f"{origin} is too large: it has more than {limit:,} bytes")
     return as_object(parse(data, origin), origin)
+
+
+def read_lines(file: IO[bytes], path: Path, repair: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield what messages call each line of a file of JSON lines, and its object.
+
+    Args:
+        file: The file, at its beginning. A last line that is not complete, because the process was killed while it
+            wrote it, is left out.
+        path: Its path, for messages.
+        repair: Whether to remove such a line; the file must then be open for writing.
+
+    Raises:
+        InputError: If a line does not hold one object; see `parse`.
+    """
+    complete = 0
+    for number, line in enumerate(iter(lambda: file.readline(LINE), b""), 1):
+        if not line.endswith(b"\n"):
+            if repair:
+                file.truncate(complete)
+            return
+        complete += len(line)
+        origin = f"{path}, line {number}"
+        yield origin, as_object(parse(line, origin), origin)
 
 
 def parse(data: bytes, origin: str, strict: bool = True) -> Any:

@@ -1,7 +1,8 @@
 """Locks of folders and files that only one process may write."""
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import filelock
@@ -39,3 +40,18 @@ def lock_file(path: Path, in_use: Callable[[], str]) -> filelock.BaseFileLock | 
         warnings.warn(f"{path.parent} cannot be locked; let no second process write it", stacklevel=4)
         return None
     return lock
+
+
+@contextlib.contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """Hold the lock that a file stands for, once no other thread or process has it.
+
+    A file system without locks gives none; what is done in the context must then only waste work if it is done twice.
+    """
+    lock = filelock.FileLock(path)
+    with contextlib.suppress(NotImplementedError):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -6,10 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from parity.errors import InputError
-from parity.storage.locks import LOCK
+from parity.storage.locks import LOCK, waiting_lock
 from parity.storage.remote import open_remote
 from parity.training import checkpoints
 from parity.training.checkpoints import step_folder
@@ -156,5 +154,5 @@ def _newest_local(run: RunFolder) -> int:
 def _locked(folder: Path) -> Iterator[None]:
     """Make a folder and lock it, once no other process has locked it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / LOCK):
+    with waiting_lock(folder / LOCK):
         yield

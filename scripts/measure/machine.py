@@ -1,6 +1,5 @@
 """What a benchmark ran on: processor, threads, versions, and what the processor reaches."""
 
-import os
 import platform
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from measure import peers
 from measure.args import Args
 from measure.timing import interleave
 from parity.doctor import installed
+from parity.parts import usable_cores
 
 
 def describe() -> str:
@@ -18,7 +18,7 @@ def describe() -> str:
             model = line.partition(": ")[2]
             break
     packages = ", ".join(f"{name} {installed(name) or '(not installed)'}" for name in ("jax", "torch", "transformers"))
-    return f"{len(os.sched_getaffinity(0))} cores of {model}, Python {platform.python_version()}, {packages}"
+    return f"{usable_cores()} cores of {model}, Python {platform.python_version()}, {packages}"
 
 
 def peaks(args: Args) -> str:

@@ -8,6 +8,9 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Iterator
+
+import pytest
 
 _PROGRAM = """
 import sys
@@ -77,3 +80,16 @@ class S3Server:
     def close(self):
         self._process.kill()
         self._process.communicate()
+
+
+@contextlib.contextmanager
+def s3_environment() -> Iterator[S3Server]:
+    """Start a server, and let the environment of this process name it until the end of the context."""
+    server = S3Server()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in server.environment.items():
+                patch.setenv(name, value)
+            yield server
+    finally:
+        server.close()
