@@ -19,6 +19,15 @@ def at_least_float32(x: Array) -> Array:
     return x.astype(widened(x.dtype))
 
 
+def shifted_logsumexp(logits: Array) -> tuple[Array, Array]:
+    """Return the largest of logits [..., V], and the log of the sum of exp(logits - largest), each [..., 1].
+
+    Subtract both in turn from logits: their sum would be rounded to its own size, which is far from that of the result.
+    """
+    largest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    return largest, jnp.log(jnp.exp(logits - largest).sum(axis=-1, keepdims=True))
+
+
 def add_axes(vector: Array, like: Array) -> Array:
     """[D] -> [..., D], with as many axes as `like` and its dtype, as JAX's strict modes require."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape).astype(like.dtype)

@@ -29,7 +29,7 @@ def save(folder: Path, model: Any, arrays: dict[str, Array], write: Callable[[An
     Raises:
         OSError: If the disk has no room for it or refuses a write.
     """
-    checkpoints.require_space(folder, 4 * sum(leaf.nbytes for leaf in jax.tree.leaves(model)))
+    checkpoints.require_space(folder, sum(leaf.nbytes for leaf in jax.tree.leaves((model, arrays))))
     with plain_path(folder) as plain, ocp.StandardCheckpointer() as checkpointer:
         logger = logging.getLogger("absl")  # orbax logs the traceback of an error that it also raises
         before, logger.disabled = logger.disabled, True

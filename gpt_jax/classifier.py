@@ -118,21 +118,21 @@ def classify(model: GPTModel, texts: Sequence[Sequence[int]]) -> np.ndarray:
 
     Args:
         model: A model with a classification head.
-        texts: Token ids of the texts, at most n_ctx each.
+        texts: Token ids of the texts, at most n_ctx each, unless the classifier cuts them to its `length`.
 
     Returns:
         Probabilities [B, Y], float32 or float64: a row for each text, with one number in [0, 1] per label.
 
     Raises:
-        InputError: If the model has no classification head, or a text is too long.
+        InputError: If the model has no classification head, a text is longer than n_ctx, or an id is outside the
+            vocabulary.
     """
-    classifier = require_classifier(model)
-    arrays = [np.asarray(text, np.int32) for text in texts]
-    result: Any = [None] * len(arrays)
-    for numbers, *batch in label_batches(arrays, classifier, model.config.n_ctx):
+    config, classifier = config_of(model), require_classifier(model)
+    result: Any = [None] * len(texts)
+    for numbers, *batch in label_batches(texts, classifier, config):
         for number, probabilities in zip(numbers, np.asarray(_probabilities(model, *batch)), strict=False):
             result[number] = probabilities
-    return np.array(result)
+    return np.array(result).reshape(len(texts), len(classifier.labels))
 
 
 def save_classifier(

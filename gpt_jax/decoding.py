@@ -19,7 +19,7 @@ from jax import Array
 
 from gpt_jax.arrays import widened
 from gpt_jax.lora import lora_config, merge
-from gpt_jax.model import GPTModel, LayerCache, head_logits
+from gpt_jax.model import Embedding, GPTModel, LayerCache, head_logits
 from gpt_jax.weights import config_of
 from parity.errors import InputError
 from parity.parts import usable_cores
@@ -136,9 +136,9 @@ class RowMajorLinear(nnx.Module):
 
 
 class RowMajorEmbedding(nnx.Module):
-    """nnx.Embed, whose table [V, D] is row-major already; `attend` uses row_major_product."""
+    """An Embedding, whose table [V, D] is row-major already; `attend` uses row_major_product."""
 
-    def __init__(self, embedding: nnx.Embed):
+    def __init__(self, embedding: Embedding):
         self.embedding = nnx.Param(embedding.embedding[...])
 
     def __call__(self, ids: Array) -> Array:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from gpt_jax.arrays import shifted_logsumexp
 from gpt_jax.decoding import Cache, DecodingModel, for_decoding
 from gpt_jax.model import GPTModel, LayerCache
 from gpt_jax.sampling import choose
@@ -101,7 +102,8 @@ def run(model: GPTModel | DecodingModel, request: Request, steps_per_call: int) 
     growth = cache_growth(decoder, B)
     cache_length = min(request.cache_length, P // growth * growth + growth)
     weights = FlatModel.of(decoder)
-    state = _start(weights, request.tokens, inputs, cache_length=cache_length, static=static)
+    seen = request.seen(decoder.config.n_vocab)
+    state = _start(weights, request.tokens, seen, inputs, cache_length=cache_length, static=static)
     last_cached = request.n_cached_steps + 1
     first, done = 0, 0  # numbers of new tokens: before this segment, and in it
     while True:
@@ -155,14 +157,18 @@ def _lengthened(layer_cache: LayerCache, *, length: int) -> LayerCache:
 
 
 @functools.partial(jax.jit, static_argnames=("cache_length", "static"))
-def _start(weights: FlatModel, tokens: Array, inputs: RowInputs, *, cache_length: int, static: StaticOptions) -> State:
+def _start(
+    weights: FlatModel,
+    tokens: Array,
+    seen: Array | None,
+    inputs: RowInputs,
+    *,
+    cache_length: int,
+    static: StaticOptions,
+) -> State:
     """Read the prompts and choose the first token."""
     decoder = weights.unflatten()
-    B, P = tokens.shape
-    seen = None
-    if static.active.repetition_penalty:
-        is_prompt = jnp.arange(P, dtype=jnp.int32)[None] >= inputs.pad_lengths[:, None]  # [B, P]
-        seen = jnp.zeros((B, decoder.config.n_vocab), bool).at[jnp.arange(B)[:, None], tokens].max(is_prompt)
+    B = len(tokens)
     state = State(
         step=jnp.int32(0),
         text=jnp.concatenate([tokens, jnp.zeros(inputs.uniforms.shape, jnp.int32)], axis=1),
@@ -228,13 +234,13 @@ def _add_token(state: State, logits: Array, cache: Cache, inputs: RowInputs, sta
     token = choose(logits, state.seen, inputs.uniforms[:, step], inputs.options, static.active)  # [B]
     logprobs, top_ids, top_logprobs = state.logprobs, state.top_ids, state.top_logprobs
     if static.return_logprobs:
-        chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]  # [B]
-        log_total = jax.nn.logsumexp(logits, axis=-1)  # [B]
-        logprobs = logprobs.at[:, step].set((chosen - log_total).astype(jnp.float32))
+        largest, log_total = shifted_logsumexp(logits)  # [B, 1]
+        chosen = jnp.take_along_axis(logits, token[:, None], axis=-1) - largest - log_total  # [B, 1]
+        logprobs = logprobs.at[:, step].set(chosen[:, 0].astype(jnp.float32))
         if top_ids is not None and top_logprobs is not None:
             top_logits, ids = jax.lax.top_k(logits, static.n_top)  # [B, n_top]
             top_ids = top_ids.at[:, step].set(ids.astype(jnp.int32))
-            top_logprobs = top_logprobs.at[:, step].set((top_logits - log_total[:, None]).astype(jnp.float32))
+            top_logprobs = top_logprobs.at[:, step].set((top_logits - largest - log_total).astype(jnp.float32))
     text = state.text.at[:, state.slot].set(token)
     lengths = state.lengths + (~state.ended).astype(jnp.int32)
     return State(

@@ -193,7 +193,8 @@ def _chunk(x: Array, head: Array, targets: Array, n_vocab: int) -> tuple[Array, 
     total = exponentials.sum(axis=-1, keepdims=True)
     counted = (targets != IGNORE_INDEX)[:, None]
     target_logits = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)
-    loss = jnp.where(counted, jnp.log(total) + largest - target_logits, 0).sum()
+    shifted = target_logits - largest  # in this order; log(total) + largest would be rounded to the size of `largest`
+    loss = jnp.where(counted, jnp.log(total) - shifted, 0).sum()
     return loss, (exponentials * (counted.astype(total.dtype) / total)).astype(x.dtype)
 
 

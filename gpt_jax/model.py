@@ -37,10 +37,17 @@ def Linear(*args: Any, **options: Any) -> nnx.LinearGeneral:
     return nnx.LinearGeneral(*args, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0), **options)
 
 
-def Embedding(num_embeddings: int, n_embd: int) -> nnx.Embed:
-    embedding = nnx.Embed(num_embeddings, n_embd, embedding_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
-    embedding.dtype = None  # otherwise nnx.Embed returns float32 even after cast() to another dtype
-    return embedding
+class Embedding(nnx.Module):
+    """A table of vectors [V, D], in which an id outside 0..V-1 reads NaN; in nnx.Embed, -1 reads the last vector."""
+
+    def __init__(self, n_rows: int, n_embd: int):
+        self.embedding = nnx.Param(jnp.zeros((n_rows, n_embd), jnp.float32))
+
+    def __call__(self, ids: Array) -> Array:
+        return self.embedding[...].at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+    def attend(self, x: Array) -> Array:
+        return jnp.dot(x, self.embedding[...].T)
 
 
 class MultiHeadAttention(nnx.Module):
@@ -228,7 +235,7 @@ class GPTModel(nnx.Module):
 
         Raises:
             InputError: If T exceeds n_ctx or an id is outside the vocabulary. Under jit the ids are unknown, so
-                an id that is too large gives NaN; generate() and the trainers check ids before they compile.
+                one outside it gives NaN; generate() and the trainers check ids before they compile.
         """
         return head_logits(self, self.hidden(tokens, key))
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from gpt_jax.arrays import at_least_float32, widened
+from gpt_jax.arrays import at_least_float32, shifted_logsumexp, widened
 from gpt_jax.loss import CPU_TILING, Objective, Tiling, head_matrix, n_chunks
 from gpt_jax.model import GPTModel
 from parity.config import is_counted
@@ -58,8 +58,9 @@ def _summed_logprobs(x: Array, head: Array, targets: Array, valid: Array, tiling
     def chunk_sums(x: Array, targets: Array, valid: Array) -> Array:
         logits = at_least_float32(jnp.einsum("RTD,VD->RTV", x, head))
         ids = jnp.where(valid, targets, 0)[..., None]
-        logprobs = jnp.take_along_axis(logits, ids, axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)  # [R, T]
-        return jnp.where(valid, logprobs, 0).sum(axis=1)
+        largest, log_total = shifted_logsumexp(logits)  # [R, T, 1]
+        logprobs = jnp.take_along_axis(logits, ids, axis=-1) - largest - log_total  # [R, T, 1]
+        return jnp.where(valid, logprobs[..., 0], 0).sum(axis=1)
 
     R, T = targets.shape
     chunks = n_chunks(R * head.shape[0], T, tiling.largest_chunk)

@@ -108,24 +108,24 @@ def classify(model: nn.Module, texts: Sequence[Sequence[int]]) -> np.ndarray:
 
     Args:
         model: A model with a classification head.
-        texts: Token ids of the texts, at most n_ctx each.
+        texts: Token ids of the texts, at most n_ctx each, unless the classifier cuts them to its `length`.
 
     Returns:
         Probabilities [B, Y], float32 or float64: a row for each text, with one number in [0, 1] per label.
 
     Raises:
-        InputError: If the model has no classification head, or a text is too long.
+        InputError: If the model has no classification head, a text is longer than n_ctx, or an id is outside the
+            vocabulary.
     """
     gpt, classifier = unwrap(model), require_classifier(model)
-    arrays = [np.asarray(text, np.int32) for text in texts]
     device = gpt.tok_emb.weight.device
-    result: Any = [None] * len(arrays)
+    result: Any = [None] * len(texts)
     with eval_mode(gpt):
-        for numbers, *batch in label_batches(arrays, classifier, gpt.config.n_ctx):
+        for numbers, *batch in label_batches(texts, classifier, gpt.config):
             logits = label_logits(gpt, *(torch.from_numpy(part).long().to(device) for part in batch))
             for number, probabilities in zip(numbers, to_numpy(logits.softmax(-1)), strict=False):
                 result[number] = probabilities
-    return np.array(result)
+    return np.array(result).reshape(len(texts), len(classifier.labels))
 
 
 def save_classifier(

@@ -162,11 +162,8 @@ def run(model: GPTModel, request: Request) -> Iterator[Chunk]:
     C = request.context_size
     n_kept = max(P, C)  # number of tokens of the text to keep; stop sequences are not longer than P
     noise = inputs.uniforms  # [B, segment]
-    seen = None
-    if request.active.repetition_penalty:
-        is_prompt = torch.arange(P, device=device) >= inputs.pad_lengths[:, None]  # [B, P]
-        seen = torch.zeros((B, model.config.n_vocab), dtype=torch.int32, device=device)
-        seen = seen.scatter_add(1, text.long(), is_prompt.int()) > 0  # [B, V]
+    in_prompts = request.seen(model.config.n_vocab)
+    seen = None if in_prompts is None else torch.from_numpy(in_prompts).to(device)  # [B, V]
     lengths = torch.zeros(B, dtype=torch.int32, device=device)
     ended = inputs.max_new_per_row == 0
     if ended.all():

@@ -220,7 +220,9 @@ class Trainer:
         if not self.processes.first:
             return
         names = weights.shapes(self.config, "torch", self.stored)
-        checkpoints.require_space(folder, 3 * sum(p.nbytes for n, p in self.model.named_parameters() if n in names))
+        parameters = dict(self.model.named_parameters())
+        moments_size = 2 * sum(p.nbytes for p in parameters.values() if p.requires_grad)
+        checkpoints.require_space(folder, sum(parameters[name].nbytes for name in names) + moments_size)
         if self.classifier is not None:
             save_classifier(self.model, folder, *self.base)
         elif self.lora is None:

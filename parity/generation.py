@@ -106,6 +106,15 @@ class Request:
         """Random numbers float32 [B, segment] of the new tokens from number `first` on."""
         return uniforms(self.seeds, self.noise_rows, [len(prompt) + first for prompt in self.prompts], self.segment)
 
+    def seen(self, n_vocab: int) -> np.ndarray | None:
+        """The tokens of each complete prompt, bool [B, V], if a repetition penalty needs them."""
+        if not self.active.repetition_penalty:
+            return None
+        seen = np.zeros((len(self.prompts), n_vocab), bool)
+        for row, prompt in zip(seen, self.prompts, strict=True):
+            row[prompt] = True
+        return seen
+
     def result(self, chunks: Sequence[Chunk]) -> Any:
         """Return what generate() returns for all chunks of a loop, with a NumPy array in place of the backend's."""
         none = np.zeros((len(self.prompts), 0), np.int32)

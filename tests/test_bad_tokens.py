@@ -32,4 +32,5 @@ def test_under_jit():
     with pytest.raises(InputError, match="n_ctx=24"):
         forward(model, jnp.zeros((1, 25), int))
     assert jnp.isfinite(forward(model, jnp.array([[0, 96]]))).all()
-    assert jnp.isnan(forward(model, jnp.array([[0, 97]]))[0, 1]).all()
+    for token in (97, 2**31 - 1, -1, -97, -98, -(2**31)):
+        assert jnp.isnan(forward(model, jnp.array([[0, token]]))[0, 1]).all()

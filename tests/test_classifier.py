@@ -239,7 +239,7 @@ def test_batches_of_texts_cover_all_of_them():
     for count in (1, 5, 32, 70):
         texts = [TEXTS[number % 6] for number in range(count)]
         seen = []
-        for numbers, inputs, lengths in label_batches(texts, THREE, TINY.n_ctx):
+        for numbers, inputs, lengths in label_batches(texts, THREE, TINY):
             assert len(inputs) == len(lengths) == min(32, 1 << (count - 1).bit_length())
             for number, row, length in zip(numbers, inputs, lengths, strict=False):
                 np.testing.assert_array_equal(row[:length], texts[number])
@@ -365,10 +365,38 @@ def test_a_classifier_is_refused_where_a_language_model_is_wanted(name, tmp_path
         package.add_classifier(model, THREE)
     with pytest.raises(InputError, match="has no classification head"):
         package.classify(package.GPTModel(TINY), TEXTS)
-    with pytest.raises(InputError, match="the padding of a classifier is token 999"):
+    with pytest.raises(InputError, match="the classifier's pad_id is 999, outside the model's vocabulary"):
         package.add_classifier(package.GPTModel(TINY), dataclasses.replace(THREE, pad_id=999))
-    with pytest.raises(InputError, match="pads to 99 tokens; the model's context is"):
+    with pytest.raises(InputError, match="pads texts to 99 tokens, more than the model's context, n_ctx=24"):
         package.add_classifier(package.GPTModel(TINY), dataclasses.replace(BOOK, length=99))
+
+
+@names
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (np.zeros(TINY.n_ctx + 1, int), "text 1: 25 tokens are more than the model's context, n_ctx=24"),
+        ([3, TINY.n_vocab], "text 1: token id 97 is outside the vocabulary 0..96"),
+        ([3, 2**40], "text 1: token id 1099511627776 is outside the vocabulary 0..96"),
+        ([-1], "text 1: token id -1 is outside the vocabulary 0..96"),
+        ([0.5], r"text 1 must be a sequence of token ids \(integers\), got \[0.5\]"),
+        (7, r"text 1 must be a sequence of token ids \(integers\), got 7"),
+        ([[1], [2, 3]], "text 1 must be a sequence of token ids"),
+    ],
+    ids=["long", "large", "huge", "negative", "float", "number", "ragged"],
+)
+def test_bad_texts(name, text, message):
+    with pytest.raises(InputError, match=message):
+        PACKAGES[name].classify(probing_classifier(name, dtype=np.float32), [TEXTS[0], text])
+
+
+@names
+def test_the_length_of_a_classifier_cuts_texts_and_no_texts_have_no_rows(name):
+    model = probing_classifier(name, BOOK, np.float32)
+    text = np.arange(30) % PAD
+    np.testing.assert_array_equal(*(PACKAGES[name].classify(model, [ids]) for ids in (text, text[: BOOK.length])))
+    assert PACKAGES[name].classify(model, [[], text]).shape == (2, 2)
+    assert PACKAGES[name].classify(model, []).shape == (0, 2)
 
 
 @pytest.mark.parametrize(
@@ -377,9 +405,11 @@ def test_a_classifier_is_refused_where_a_language_model_is_wanted(name, tmp_path
         ({"labels": ("a",)}, "needs 2 to 65536 different labels, got 1"),
         ({"labels": ("a", "a")}, "different labels, got 1"),
         ({"labels": ("a", "")}, "must be text that is not empty"),
+        ({"labels": "ab"}, r'must be a tuple such as \("no", "yes"\), got \'ab\''),
+        ({"labels": 3}, "must be a tuple .* got 3"),
         ({"position": "first"}, "position must be one of last-token, last, got 'first'"),
-        ({"position": "last"}, "reads position last has length None"),
-        ({"length": 7}, "reads position last-token has length 7"),
+        ({"position": "last"}, "position 'last' needs a length, .* got None"),
+        ({"length": 7}, "position 'last-token' has no length, .* got 7"),
         ({"bias": 1}, "must be true or false"),
         ({"pad_id": -1}, "must be the id of a token"),
     ],

@@ -1,6 +1,7 @@
 """Training a classifier: every update against the other backend and an oracle, resuming, and checkpoints."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -17,11 +18,11 @@ import gpt_torch
 import gpt_torch.train
 from parity.comparison.compare import compare
 from parity.errors import InputError
-from parity.training import optimizer_state
+from parity.training import checkpoints, optimizer_state
 from parity.training.settings import recipe
 from parity.tuning.classify import last_blocks
 from parity.tuning.labeled import LabeledText, LabeledTexts
-from parity.weights import initial_weights, peft_files, rows
+from parity.weights import initial_weights, peft_files, rows, shapes
 from parity.weights.adapters import LoraConfig
 from parity.weights.classifier import ClassifierConfig, head_rows, initial_head
 
@@ -310,5 +311,20 @@ def test_checkpoints_are_classifiers(name, tmp_path):
         )
     with pytest.raises(InputError, match="holds a classifier"):
         TRAINER[name](TINY, settings, lora=LORA).restore(tmp_path)
-    with pytest.raises(InputError, match=r"3 labels have the numbers 0\.\.2"):
+    with pytest.raises(InputError, match=r"target 3 is not the number of a label \(0\.\.2\)"):
         trainer.to_device(*(np.full_like(part, 3) for part in batch("all", 0)))
+
+
+@names
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_needs_room_for_the_moments_of_what_is_trained(name, kind, tmp_path, monkeypatch):
+    needed = []
+    monkeypatch.setattr(checkpoints, "require_space", lambda folder, size: needed.append(size))
+    trainer = TRAINER[name](TINY, dataclasses.replace(SETTINGS, dtype="float32"), **KINDS[kind])
+    trainer.save(tmp_path)
+    stored, trained = (
+        4 * sum(math.prod(shape) for shape in shapes(TINY, "torch", table).values())
+        for table in (trainer.stored, trainer.trainable)
+    )
+    state = {"torch": 2 * trained, "jax": 3 * trained + 4}[name]  # JAX writes the parameters again, and a counter
+    assert needed == [stored + state]

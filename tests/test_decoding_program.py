@@ -27,8 +27,8 @@ def lowered_loop(options, platform):
     weights = FlatModel.of(jax.eval_shape(lambda: DecodingModel(GPTModel(TINY, None), 1)))
     inputs = jax.tree.map(jnp.asarray, request.inputs)
     state = jax.eval_shape(
-        lambda weights, tokens, inputs: _start(weights, tokens, inputs, cache_length=32, static=static),
-        weights, request.tokens, inputs,
+        lambda *arguments: _start(*arguments, cache_length=32, static=static),
+        weights, request.tokens, request.seen(TINY.n_vocab), inputs,
     )  # fmt: skip
     traced = _cached_loop.trace(weights, state, inputs, np.int32(9), static=static)
     return traced.lower(lowering_platforms=(platform,)).as_text(), len(jax.tree.leaves(state))

@@ -199,6 +199,16 @@ def test_beyond_the_context_is_cropped_as_in_the_notebook(options, context_size)
             assert package.generate(model, PROMPTS, 50, context_size, seed=seed, **options) == want
 
 
+def test_the_repetition_penalty_knows_the_part_of_a_prompt_that_is_cropped():
+    options = {"temperature": 0, "repetition_penalty": 3.0}
+    prompts = [list(range(0, 90, 2)), [5, 6], list(range(0, 90, 3))]
+    want = [by_oracle(prompt, row, 8, options, 0, context_size=6) for row, prompt in enumerate(prompts)]
+    forgetful = by_oracle(prompts[0][-6:], 0, 8, options, 0, context_size=6)
+    assert want[0][-8:] != forgetful[-8:]
+    for package, model in zip((gpt_torch, gpt_jax), models(), strict=True):
+        assert package.generate(model, prompts, 8, 6, **options) == want
+
+
 def test_overflow_stop_ends_where_the_context_is_full():
     for package, model in zip((gpt_torch, gpt_jax), models(), strict=True):
         cropped = package.generate(model, PROMPTS, 50)

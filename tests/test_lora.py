@@ -576,6 +576,8 @@ def test_errors_of_training_are_caught(plant, kind):
         ({"targets": ("c_attn",)}, "'c_attn' is unknown; choose from all, qkv"),
         ({"targets": ("qkv", "q")}, "qkv, q name a matrix twice"),
         ({"targets": ("all", "mlp.in")}, "name a matrix twice"),
+        ({"targets": "qkv"}, r'must be a tuple such as \("q", "v"\), got \'qkv\''),
+        ({"targets": 3}, "must be a tuple .* got 3"),
     ],
     ids=str,
 )

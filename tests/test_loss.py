@@ -18,6 +18,7 @@ import gpt_torch.loss
 import gpt_torch.notebook
 import gpt_torch.train
 from gpt_jax.loss import CPU_TILING, GPU_TILING, Tiling, head_loss, n_chunks, summed_loss, tiling_for
+from gpt_jax.preference import pair_logprobs
 from parity.comparison.compare import compare
 from parity.config import IGNORE_INDEX, GPTConfig
 from parity.errors import InputError
@@ -136,6 +137,34 @@ def test_bfloat16_keeps_its_loss_in_float32():
     assert loss.dtype == jnp.float32
     assert {g.dtype for g in gradients} == {jnp.dtype(jnp.bfloat16)}
     assert float(loss) == pytest.approx(float(plain(jnp.float32(x), jnp.float32(head), targets)), rel=1e-2)
+
+
+def logprobs_of_the_loss(model, tokens):
+    loss = jax.jit(summed_loss)
+    return tokens, [-loss(model, np.array([[0]]), np.array([[token]])) for token in tokens]
+
+
+def logprobs_of_pairs(model, tokens):
+    targets = np.stack([tokens, tokens], axis=1)
+    return tokens, jax.jit(pair_logprobs)(model, np.zeros_like(targets), targets)[:, 0]
+
+
+def logprobs_of_generation(model, tokens):
+    rows, logprobs = gpt_jax.generate(model, [[0]], 1, samples=len(tokens), return_logprobs=True)
+    return [row[-1] for row in rows], [logprob for [logprob] in logprobs]
+
+
+@pytest.mark.parametrize("function", [logprobs_of_the_loss, logprobs_of_pairs, logprobs_of_generation])
+def test_a_shift_of_all_logits_costs_no_precision(function):
+    """The logits are near -1000 and exact, because the hidden state is constant, with one element that is not 0."""
+    model = gpt_jax.GPTModel(TINY)
+    logits = (np.random.default_rng(0).normal(size=TINY.n_vocab) - 1000).astype(np.float32)
+    model.final_norm.scale[...] = jnp.zeros(TINY.n_embd)
+    model.final_norm.shift[...] = jnp.eye(TINY.n_embd)[0]
+    model.tok_emb.embedding[...] = model.tok_emb.embedding[...].at[:, 0].set(logits)
+    exact = logits + 1000.0 - np.log(np.exp(logits + np.float64(1000)).sum())
+    tokens, logprobs = function(model, np.arange(TINY.n_vocab))
+    assert np.abs(np.asarray(logprobs) - exact[np.asarray(tokens)]).max() < 1e-6
 
 
 @pytest.mark.parametrize("remat", ["products", "all"])

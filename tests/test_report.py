@@ -176,12 +176,22 @@ def test_transformers_computes_what_the_folders_own_configuration_says(tmp_path,
         open_implementation(f"hf:{tmp_path}", TINY, HF)
     monkeypatch.delitem(hf_config._REQUIRED, "scale_attn_by_inverse_layer_idx")
     tokens = random_tokens(TINY, 2, 12, 0)
-    ours = open_implementation("numpy", TINY).logits(TINY, weights, tokens)
+
+    def logits(implementation):
+        return implementation.activations(TINY, weights, tokens, ["logits"], Compute())["logits"]
+
+    ours = logits(open_implementation("numpy", TINY))
     for opened in (open_implementation(f"hf:{tmp_path}", TINY, HF), open_implementation("hf", TINY, HF, str(tmp_path))):
-        assert not compare("logits", opened.logits(TINY, weights, tokens), ours, 2e-5).ok
+        assert not compare("logits", logits(opened), ours, 2e-5).ok
     path.write_text(json.dumps({**json.loads(path.read_text()), "scale_attn_by_inverse_layer_idx": False}))
     opened = open_implementation("hf", TINY, HF, str(tmp_path))
-    assert compare("logits", opened.logits(TINY, weights, tokens), ours, 2e-5).ok
+    assert compare("logits", logits(opened), ours, 2e-5).ok
+
+
+def test_cached_decoding_needs_the_documented_functions_only():
+    adapter = BACKENDS["torch"]
+    module = types.SimpleNamespace(activations=adapter.activations, cached_logits=adapter.cached_logits)
+    assert report.first_failure([sections.cached_decoding(Implementation("mine", module), case("float32"))]) is None
 
 
 def test_errors_in_gradients_and_training_are_found(monkeypatch):

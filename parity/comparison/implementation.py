@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from parity.comparison.error_bounds import Rounding
-from parity.comparison.protocol import DEFAULT_COMPUTE, Batch, Compute, Weights
+from parity.comparison.protocol import Batch, Compute, Weights
 from parity.config import GPTConfig
 from parity.errors import InputError
 from parity.training.initial import weights_folder
@@ -36,11 +36,6 @@ class Implementation:
     def offers(self, function: str) -> bool:
         """Whether the implementation has this function of `Backend`."""
         return hasattr(self.module, function)
-
-    def logits(
-        self, config: GPTConfig, weights: Weights, tokens: np.ndarray, compute: Compute = DEFAULT_COMPUTE
-    ) -> np.ndarray:
-        return self.module.logits(config, self._weights(weights), tokens, compute)
 
     def activations(
         self, config: GPTConfig, weights: Weights, tokens: np.ndarray, names: Iterable[str], compute: Compute

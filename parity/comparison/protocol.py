@@ -58,11 +58,6 @@ class Backend(Protocol):
         of the file, then serves only for its shapes.
         """
 
-    def logits(
-        self, config: GPTConfig, weights: Weights, tokens: np.ndarray, compute: Compute = DEFAULT_COMPUTE
-    ) -> np.ndarray:
-        """Compute the logits [B, T, V], at least in float32, of tokens int [B, T]."""
-
     def activations(
         self,
         config: GPTConfig,

@@ -208,7 +208,7 @@ def cached_decoding(side: Implementation, case: Case) -> Row:
     tokens = case.inputs[:1]
     start = max(1, tokens.shape[1] - 16)
     with_cache = side.cached_logits(case.config, case.weights, tokens, start, case.compute)
-    without = side.logits(case.config, case.weights, tokens, case.compute)[:, start:]
+    without = side.activations(case.config, case.weights, tokens, ["logits"], case.compute)["logits"][:, start:]
     exact, bounds = activation_bounds(case.config, case.weights, tokens, case.dtype, ["logits"])
     return make_row("cached decoding", side.name, with_cache, without, exact["logits"][:, start:], bounds["logits"])
 

@@ -225,7 +225,7 @@ def predict_labels(backend: Any, model: Any, tokenizer: Tokenizer, source: Path,
         if text.label and text.label not in classifier.labels:
             known = ", ".join(classifier.labels[:_MOST_COLUMNS])
             raise InputError(f"{text.record.origin}: the label {text.label!r:.60} is none of the classifier's: {known}")
-    limit = model.config.n_ctx
+    limit = classifier.length or model.config.n_ctx
     encoded = [_encode(text, tokenizer) for text in texts]
     n_cut = sum(len(ids) > limit for ids in encoded)
     probabilities = backend.classify(model, [ids[:limit] for ids in encoded])

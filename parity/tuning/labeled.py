@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parity.config import IGNORE_INDEX
+from parity.config import IGNORE_INDEX, GPTConfig
 from parity.data.window_order import order
+from parity.errors import InputError
 from parity.tuning.examples import bucket
 from parity.weights.classifier import ClassifierConfig
 
@@ -44,18 +45,47 @@ def pad_texts(
 
 
 def label_batches(
-    texts: Sequence[np.ndarray], classifier: ClassifierConfig, n_ctx: int
+    texts: Sequence[Sequence[int] | np.ndarray], classifier: ClassifierConfig, config: GPTConfig
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """Yield (numbers of the texts in a batch, inputs, lengths) until each text was in one, the shortest first.
 
     All batches have the same number of rows, so that a batch may have more rows than numbers.
+
+    Args:
+        texts: Token ids of each text.
+        classifier: See pad_texts().
+        config: Configuration of the model.
+
+    Raises:
+        InputError: For a text that is not integers, has an id outside the vocabulary, or is longer than the context
+            and not cut.
     """
-    size = min(_AT_ONCE, 1 << (len(texts) - 1).bit_length())
-    by_length = sorted(range(len(texts)), key=lambda number: len(texts[number]))
-    for first in range(0, len(texts), size):
+    arrays = [_checked(text, number, classifier, config) for number, text in enumerate(texts)]
+    size = min(_AT_ONCE, 1 << (len(arrays) - 1).bit_length())
+    by_length = sorted(range(len(arrays)), key=lambda number: len(arrays[number]))
+    for first in range(0, len(arrays), size):
         numbers = by_length[first : first + size]
-        rows = [texts[number] for number in numbers] + [_EMPTY] * (size - len(numbers))
-        yield numbers, *pad_texts(rows, classifier, n_ctx, len(texts[numbers[-1]]))
+        rows = [arrays[number] for number in numbers] + [_EMPTY] * (size - len(numbers))
+        yield numbers, *pad_texts(rows, classifier, config.n_ctx, len(arrays[numbers[-1]]))
+
+
+def _checked(
+    text: Sequence[int] | np.ndarray, number: int, classifier: ClassifierConfig, config: GPTConfig
+) -> np.ndarray:
+    try:
+        ids = np.asarray(text)
+    except ValueError:  # rows of different lengths
+        ids = np.empty((0, 0))
+    if ids.shape == (0,):
+        return _EMPTY
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise InputError(f"text {number} must be a sequence of token ids (integers), got {text!r:.60}")
+    length = min(len(ids), classifier.length or len(ids))
+    try:
+        config.check_tokens((1, length), int(ids.min()), int(ids.max()))
+    except InputError as error:
+        raise InputError(f"text {number}: {error}") from None
+    return ids.astype(np.int32)
 
 
 class LabeledTexts:

@@ -123,7 +123,8 @@ class TuneSettings:
         return LoraConfig(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets, self.lora_rslora)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))  # a list in JSON
+        if isinstance(self.lora_targets, list):  # as in JSON
+            object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         _ = self.lora  # raises for options that are out of range
         hints = get_type_hints(TuneSettings)
         for name in ("task", "template", "loss_on", "overlong", "dpo_logprobs", "position"):

@@ -68,6 +68,8 @@ class LoraConfig:
                 raise InputError(f"the {name} of an adapter must be a number, got {value!r:.60}")
         if not 0 <= self.dropout < 1:
             raise InputError(f"the dropout of an adapter must be in [0, 1), got {self.dropout!r:.60}")
+        if isinstance(self.targets, str) or not isinstance(self.targets, Sequence):
+            raise InputError(f'the targets of an adapter must be a tuple such as ("q", "v"), got {self.targets!r:.60}')
         object.__setattr__(self, "targets", tuple(self.targets))
         if unknown := [target for target in self.targets if target not in TARGETS]:
             raise InputError(f"the adapter's target {unknown[0]!r:.60} is unknown; choose from {', '.join(TARGETS)}")

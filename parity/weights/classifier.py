@@ -7,12 +7,13 @@ GPT2ForSequenceClassification, which has the matrix, `score.weight`, but no bias
 
 import dataclasses
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from parity.config import GPTConfig, is_counted
+from parity.config import IGNORE_INDEX, GPTConfig, is_counted
 from parity.errors import InputError, check_choice
 from parity.weights.table import Row, shapes
 
@@ -44,6 +45,10 @@ class ClassifierConfig:
     """Number of tokens that texts are padded to if the last position is read, where the padding matters."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.labels, str) or not isinstance(self.labels, Sequence):
+            raise InputError(
+                f'the labels of a classifier must be a tuple such as ("no", "yes"), got {self.labels!r:.60}'
+            )
         object.__setattr__(self, "labels", tuple(self.labels))
         check_choice("position", self.position, get_args(Position))
         if not all(isinstance(label, str) and label for label in self.labels):
@@ -54,9 +59,16 @@ class ClassifierConfig:
             raise InputError(f"the bias of a classifier must be true or false, got {self.bias!r:.60}")
         if type(self.pad_id) is not int or self.pad_id < 0:
             raise InputError(f"the padding of a classifier must be the id of a token, got {self.pad_id!r:.60}")
-        fixed = self.position == "last"
-        if (type(self.length) is not int or self.length < 1) if fixed else self.length is not None:
-            raise InputError(f"a classifier that reads position {self.position} has length {self.length!r:.60}")
+        if self.position == "last" and (type(self.length) is not int or self.length < 1):
+            raise InputError(
+                "a classifier with position 'last' needs a length, the number of tokens that texts are padded to; "
+                f"got {self.length!r:.60}"
+            )
+        if self.position != "last" and self.length is not None:
+            raise InputError(
+                f"a classifier with position {self.position!r} has no length, because its padding does not matter; "
+                f"got {self.length!r:.60}"
+            )
 
     def check(self, config: GPTConfig) -> None:
         """Check that a model can have the head.
@@ -68,9 +80,12 @@ class ClassifierConfig:
             InputError: If the padding or the length does not fit the model.
         """
         if self.pad_id >= config.n_vocab:
-            raise InputError(f"the padding of a classifier is token {self.pad_id}; the model has {config.n_vocab}")
+            raise InputError(
+                f"the classifier's pad_id is {self.pad_id}, outside the model's vocabulary 0..{config.n_vocab - 1}"
+            )
         if self.length is not None and self.length > config.n_ctx:
-            raise InputError(f"a classifier that pads to {self.length} tokens; the model's context is {config.n_ctx}")
+            context = f"the model's context, n_ctx={config.n_ctx}"
+            raise InputError(f"the classifier pads texts to {self.length} tokens, more than {context}")
 
     def check_targets(self, config: GPTConfig, targets: np.ndarray) -> None:
         """Check the targets of a loss.
@@ -82,9 +97,12 @@ class ClassifierConfig:
         Raises:
             InputError: For a target that is neither ignored nor the number of a label.
         """
-        counted = np.asarray(targets)[is_counted(targets)]
-        if counted.size and not 0 <= counted.min() <= counted.max() < len(self.labels):
-            raise InputError(f"targets: {len(self.labels)} labels have the numbers 0..{len(self.labels) - 1}")
+        wrong = targets[is_counted(targets) & ((targets < 0) | (targets >= len(self.labels)))]
+        if len(wrong):
+            raise InputError(
+                f"target {int(wrong[0])} is not the number of a label (0..{len(self.labels) - 1}); "
+                f"mark rows to leave out with {IGNORE_INDEX}"
+            )
 
 
 def head_rows(classifier: ClassifierConfig) -> list[Row]:
