@@ -124,6 +124,8 @@ def make_mesh(shape: MeshShape, device_kind: str | None = None) -> Mesh:
         available = f"{len(devices)} ({devices[0].platform})"
         if jax.process_count() > 1:
             available += f" in {jax.process_count()} processes, which must use all of them"
+        elif devices[0].platform == "cpu":
+            available += f". JAX_NUM_CPU_DEVICES={shape.size} divides a CPU into as many"
         raise InputError(f"--mesh needs {shape.size} devices; available: {available}")
     sizes = (shape.data, shape.fsdp, shape.tensor)
     return Mesh(np.asarray(devices[: shape.size]).reshape(sizes), MESH_AXES)

@@ -148,5 +148,5 @@ def test_the_script_runs_over_a_mesh(finished_runs, tmp_path):
     assert [e["loss"] for e in metrics(tmp_path / "run") if "loss" in e][:20] == pytest.approx(expected, rel=1e-5)
     result = run_script("train_jax.py", "--preset", "tiny", "--mesh", "data=8", "--run", tmp_path / "few")
     assert result.returncode == 2
-    assert "--mesh needs 8 devices; available: 1 (cpu)" in result.stderr
+    assert "--mesh needs 8 devices; available: 1 (cpu). JAX_NUM_CPU_DEVICES=8 divides a CPU" in result.stderr
     assert not (tmp_path / "few").exists()

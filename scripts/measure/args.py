@@ -1,7 +1,7 @@
 """Options of scripts/benchmark.py."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,13 +53,20 @@ class Args:
     cache: tyro.conf.Suppress[Path] = Path()
     """Folder with the caches of compiled programs; the script makes one for each benchmark."""
 
-    def spec(self, make: Callable[..., Workload], *arguments: Any, cache: Path | None = None) -> Spec:
+    def spec(
+        self,
+        make: Callable[..., Workload],
+        *arguments: Any,
+        cache: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Spec:
         """Return the Spec of the workload make(*arguments) on the chosen device.
 
         Args:
             make: A function of measure/peers.py.
             arguments: Its arguments.
             cache: Folder for compiled programs; by default one that all peers share.
+            environment: Further environment variables.
         """
         cache = cache or self.cache / "0"
         if self.gpu:  # the peers share the memory of the GPU, so JAX must not reserve most of it
@@ -72,7 +79,7 @@ class Args:
             "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch"),
             "TRITON_CACHE_DIR": str(cache / "triton"),
         }
-        return Spec(make, arguments, {**device, **caches})
+        return Spec(make, arguments, {**device, **caches, **(environment or {})})
 
     def selected(self, specs: dict[str, Spec]) -> dict[str, Spec]:
         """Return the first peer and those that --peers selects."""

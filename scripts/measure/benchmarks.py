@@ -14,7 +14,7 @@ from measure import adapters, batching, ct2, operations, peers, prompt_files, sc
 from measure.args import Args
 from measure.report import Measurement
 from measure.timing import Spec, Timings, first_calls, interleave
-from measure.whole_run import run
+from measure.whole_run import TWO_DEVICES, run
 from parity import weights
 from parity.config import PRESETS, GPTConfig
 from parity.errors import InputError
@@ -197,7 +197,7 @@ def start(args: Args) -> list[Measurement]:
 
 
 def options(args: Args) -> list[Measurement]:
-    """Measure the training step of one model with different values of unroll, remat and accumulate."""
+    """Measure one model's training step with different values of unroll, remat and accumulate, and on two devices."""
     description, config, settings = _training_work(args)
     cases: dict[str, tuple] = {}
     for unroll in sorted({1, 2, config.n_layer}):
@@ -209,6 +209,10 @@ def options(args: Args) -> list[Measurement]:
             accumulated = dataclasses.replace(settings, accumulate=accumulate)
             cases[f"unroll 1, accumulate {accumulate}"] = (accumulated, 1, "none")
     specs = {name: args.spec(peers.jax_step, config, *case) for name, case in cases.items()}
+    if not args.gpu and settings.batch_size % 2 == 0:
+        case = (settings, config.n_layer, "none", 2)
+        name = f"two devices, unroll {config.n_layer}, remat none"
+        specs[name] = args.spec(peers.jax_step, config, *case, environment=TWO_DEVICES)
     timings, _ = interleave(args.selected(specs), args.rounds, args.calls)
     return [Measurement(f"Options: {description}", "step", settings.batch_size * config.n_ctx, "tokens", timings)]
 

@@ -22,11 +22,12 @@ def batch(config: GPTConfig, settings: TrainSettings) -> tuple[np.ndarray, np.nd
 # A training step
 
 
-def jax_step(config: GPTConfig, settings: TrainSettings, unroll: int, remat: str) -> Workload:
-    """An optimizer step of gpt_jax, from the batch on the host to the loss on the device."""
+def jax_step(config: GPTConfig, settings: TrainSettings, unroll: int, remat: str, n_devices: int = 1) -> Workload:
+    """An optimizer step of gpt_jax, from the batch on the host to the loss on the device or devices."""
     import jax
 
     from gpt_jax.devices import choose_attention
+    from gpt_jax.sharding import MeshShape, make_mesh
     from gpt_jax.train import Trainer
 
     attention = choose_attention("auto", _jax_device(), settings.dtype, config).name
@@ -35,7 +36,8 @@ def jax_step(config: GPTConfig, settings: TrainSettings, unroll: int, remat: str
 
     def step() -> None:
         if not trainers:  # made here, so that the first call includes everything that a user waits for
-            trainers.append(Trainer(config, settings, attention=attention, unroll=unroll, remat=remat))
+            mesh = make_mesh(MeshShape(data=n_devices)) if n_devices > 1 else None
+            trainers.append(Trainer(config, settings, attention=attention, unroll=unroll, mesh=mesh, remat=remat))
         jax.block_until_ready(trainers[0].train_step(trainers[0].to_device(*host), 1e-3, 0))
 
     return in_jax(step)

@@ -24,6 +24,8 @@ from parity.training.settings import recipe
 
 NANOGPT = "shakespeare-char-cpu"
 """The preset of nanoGPT's run; the others are measured without a peer."""
+TWO_DEVICES = {"JAX_NUM_CPU_DEVICES": "2"}
+"""The environment in which JAX divides the CPU into two devices."""
 _TEXT_SIZE, _N_CHARACTERS = 1_115_394, 65  # of tiny-shakespeare
 
 Parts = Mapping[str, float]
@@ -46,7 +48,10 @@ class Contestant(NamedTuple):
 
 
 def run(args: Args) -> list[Measurement]:
-    """Measure a training run of gpt_jax and, for its own preset, of nanoGPT; with --whole also as whole processes."""
+    """Measure a training run of gpt_jax, on one device and on two, and of nanoGPT for its own preset.
+
+    With --whole the runs are also measured as whole processes.
+    """
     if args.gpu:
         raise InputError("run measures on the CPU only; leave --gpu out")
     preset = args.preset or NANOGPT
@@ -83,19 +88,21 @@ def _contestants(args: Args, preset: str, folder: Path) -> dict[str, Contestant]
         ours += ("--tokenizer", "bytes", "--n-vocab", str(recipe(preset).model.n_vocab))
     evaluations = settings.steps // settings.eval_every + 1
     events = ("evaluation", "save", "samples", "picture")
-    process = functools.partial(args.spec, starting.script, folder)
-    in_folder = (*ours, "--run", "run")
-    contestants = {
-        "gpt_jax": Contestant(
-            args.spec(jax_slices, ours, folder / "slices", n_steps),
-            process("train_jax.py", in_folder),
-            process("train_jax.py", (*in_folder, "--steps", "1")),
+    on_two = ("--mesh", "data=2", "--unroll", str(recipe(preset).model.n_layer), "--remat", "none")
+    contestants = {}
+    for name, more, environment in (("gpt_jax", (), {}), ("gpt_jax, two devices", on_two, TWO_DEVICES)):
+        spec = functools.partial(args.spec, environment=environment)
+        in_folder = (*ours, *more, "--run", "run")
+        contestants[name] = Contestant(
+            spec(jax_slices, ours, folder / name, n_steps, bool(more)),
+            spec(starting.script, folder, "train_jax.py", in_folder),
+            spec(starting.script, folder, "train_jax.py", (*in_folder, "--steps", "1")),
             {"step": settings.steps, **dict.fromkeys(events, evaluations)},
             {"step": 1, **dict.fromkeys(events, 2)},
         )
-    }
     if preset == NANOGPT:
         theirs = (str(text), "--out", "nanogpt", "--threads", str(args.threads))
+        process = functools.partial(args.spec, starting.script, folder)
         contestants["nanoGPT"] = Contestant(
             args.spec(nanogpt_slices, text, folder / "nanogpt", args.threads, n_steps),
             process("measure/nanogpt.py", theirs),
@@ -145,8 +152,9 @@ def write_text(file: Path) -> None:
 # In the processes of the peers
 
 
-def jax_slices(arguments: Sequence[str], folder: Path, n_steps: int) -> Workload:
+def jax_slices(arguments: Sequence[str], folder: Path, n_steps: int, on_two: bool) -> Workload:
     """Slices of the run that train_jax.py makes with these arguments: its own loop, whose parts are timed."""
+    from gpt_jax.sharding import MeshShape, make_mesh
     from gpt_jax.train import Trainer
     from parity.console import PlainConsole
     from parity.training import checkpoints, loop
@@ -157,7 +165,9 @@ def jax_slices(arguments: Sequence[str], folder: Path, n_steps: int) -> Workload
     console = PlainConsole(quiet=True)
     job = load_job(parse_job_args(JobArgs, None, [*arguments, "--run", str(folder)]))
     unroll, remat = recipe(job.args.preset).program(job.config.n_layer, "cpu")
-    trainer = Trainer(job.config, job.settings, unroll=unroll, remat=remat)
+    mesh = make_mesh(MeshShape(data=2)) if on_two else None
+    unroll, remat = (job.config.n_layer, "none") if on_two else (unroll, remat)
+    trainer = Trainer(job.config, job.settings, unroll=unroll, mesh=mesh, remat=remat)
     job = start_run(job, "jax", {}, console)
     seconds: defaultdict[str, float] = defaultdict(float)
     _time_calls_of(loop, "evaluate", "evaluation", seconds)
