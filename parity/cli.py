@@ -77,6 +77,18 @@ def parse_known(cls: type[Options], args: Sequence[str] | None = None) -> Option
     return _with_home_folder(options)
 
 
+def changed_options(options: Any, default: Any) -> list[str]:
+    """Return the options, in the form --name, whose values are not those of `default`, an object of the same class."""
+    changed = []
+    for field in dataclasses.fields(options):
+        value, before = getattr(options, field.name), getattr(default, field.name)
+        if dataclasses.is_dataclass(value):
+            changed += changed_options(value, before)
+        elif value != before:
+            changed.append(f"--{field.name.replace('_', '-')}")
+    return changed
+
+
 def argument_parser(cls: type, default: Any = None) -> Any:
     """Return an argparse.ArgumentParser with the options, help texts and defaults of `parse`, to list them elsewhere.
 

@@ -37,7 +37,7 @@ class ModelArgs:
     """Run folder of a training script, which has the model and its tokenizer, or the address to which --mirror copied
     it (its checkpoint is then copied into the cache folder). Give either --run or --model."""
     checkpoint: str = "newest"
-    """Checkpoint of the run: newest (the newest intact one), best (lowest validation loss), or a step number."""
+    """Checkpoint of --run: newest (the newest intact one), best (lowest validation loss), or a step number."""
     model: str | None = None
     """Size of one of OpenAI's models, such as 124M (downloaded if necessary), a folder or file with weights, or the
     address of a mirrored run. The tokenizer is GPT-2's; a model of bytes needs --run."""
@@ -102,11 +102,15 @@ def load_model_and_tokenizer(
         (GPTModel of the backend, tokenizer, folder that the weights were read from).
 
     Raises:
-        InputError: Unless exactly one of `run` and `model` is given, and if files are missing or damaged or the
-            tokenizer has more tokens than the model.
+        InputError: Unless exactly one of `run` and `model` is given, if a checkpoint of `model` or an adapter of a
+            classifier is given, if files are missing or damaged, or if the tokenizer has more tokens than the model.
     """
     if (run is None) == (model is None):
         raise InputError("give either a run folder (--run), or a size or a folder with weights (--model)")
+    if run is None and checkpoint != "newest":
+        raise InputError(f"--checkpoint {checkpoint} chooses a checkpoint of --run; --model has only one")
+    if classifier and adapter is not None:
+        raise InputError(f"the adapter {adapter} is for a language model; a classifier contains its own adapter")
     if run is not None:
         run_folder, folder = _checkpoint(run, checkpoint)
         tokenizer = load_tokenizer(read_run(run_folder).settings.tokenizer, vocab_bpe)

@@ -29,18 +29,36 @@ from datetime import datetime
 from pathlib import Path
 
 from measure import machine, report
-from measure.args import Args
+from measure.args import Args, What
 from measure.benchmarks import ALL, BENCHMARKS
 from measure.report import Measurement
 
-from parity.cli import parse
+from parity.cli import changed_options, parse
 from parity.console import PlainConsole
 from parity.errors import InputError, exit_with_message
 from parity.parts import usable_cores
 
+# The options that not every benchmark uses, with those that do.
+USED_BY: dict[str, tuple[What, ...]] = {
+    "--preset": ("train", "profile", "run", "compile", "options", "lora", "batching"),
+    "--batch-size": ("train", "profile", "compile", "options", "lora"),
+    "--size": ("generate", "load", "evaluate", "lora", "batching", "serve"),
+    "--calls": ("train", "profile", "run", "options", "lora", "batching"),
+    "--peers": ("train", "generate", "load", "compile", "options", "prepare", "evaluate", "lora", "serve"),
+    "--whole": ("run",),
+    "--items": ("evaluate",),
+    "--clients": ("serve",),
+    "--seconds": ("serve",),
+    "--vocab-bpe": ("prepare", "serve"),
+}
+
 
 def main() -> None:
     args, console = parse(Args, __doc__), PlainConsole(lossy=True)
+    names = ALL if args.what == "all" else (args.what,)
+    for option in changed_options(args, Args(what=args.what)):
+        if option in USED_BY and not set(names) & set(USED_BY[option]):
+            raise InputError(f"{option} is not for {args.what}; it is for {', '.join(USED_BY[option])}")
     if args.items < 4 or args.items % 4:
         raise InputError(f"--items must be a multiple of 4, which HellaSwag has per question; got {args.items}")
     if not console.is_terminal:
@@ -56,7 +74,7 @@ def main() -> None:
         args = dataclasses.replace(args, cache=Path(cache))
         facts = machine.describe()
         peaks = [machine.peaks(args)] if args.what == "all" and not args.gpu else []
-        for name in ALL if args.what == "all" else [args.what]:
+        for name in names:
             for measurement in BENCHMARKS[name](args):
                 measurement = dataclasses.replace(measurement, notes=[*measurement.notes, *peaks])
                 measurement.show(console)

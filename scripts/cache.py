@@ -1,7 +1,7 @@
 """Show what this project has cached on this machine, with its size, and delete it.
 
     python scripts/cache.py                     # every kind of cache, with its size
-    python scripts/cache.py --clear corpora     # delete the downloaded corpora, asks first
+    python scripts/cache.py --clear corpora     # delete the downloaded corpora, after asking
     python scripts/cache.py --clear all --yes   # delete everything without asking
 
 The compiled programs are those that JAX keeps for the next start, also in a folder of JAX_COMPILATION_CACHE_DIR.
@@ -31,11 +31,13 @@ class Args:
     clear: Literal["models", "vocabulary", "corpora", "evaluation", "runs", "compiled", "all"] | None = None
     """Delete this kind of cache, or all of them; by default nothing is deleted."""
     yes: bool = False
-    """Delete without asking."""
+    """With --clear, delete without asking."""
 
 
 def main() -> None:
     args, console = parse(Args, __doc__), PlainConsole(width=None if sys.stdout.isatty() else 200)
+    if args.yes and args.clear is None:
+        raise InputError("--yes is for --clear, which names what to delete")
     caches = cached_paths()
     table = Table("cache", "files", "size", "where")
     for kind, paths in caches.items():

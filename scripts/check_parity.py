@@ -54,12 +54,13 @@ class Args:
     matrices five times as large and random biases, so that attention is sharp), a size such as 124M, a run, the
     address of a mirrored run, a folder or a file. By default those after the name of the other implementation,
     otherwise sharp."""
-    preset: str = "tiny"
-    """Preset that gives the shape of initial and sharp weights; all others have a shape of their own."""
+    preset: str | None = None
+    """Preset that gives the shape of initial and sharp weights, by default tiny; all other weights have a shape of
+    their own."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Dtype that both implementations compute in."""
-    device: Literal["cpu", "gpu"] = "cpu"
-    """Device that both implementations compute on."""
+    device: Literal["cpu", "gpu", "cuda"] = "cpu"
+    """Device that both implementations compute on; gpu and cuda mean the same."""
     precision: Literal["highest", "default"] = "highest"
     """Precision of float32 matrix products on a GPU: highest is full float32, default allows TF32."""
     batch: int = 2
@@ -137,8 +138,10 @@ def make_case(args: Args) -> Case:
             raise InputError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
     chosen = chosen_weights(args)
     if chosen in _DRAWN:
-        config = as_config(args.preset)
+        config = as_config(args.preset or "tiny")
         weights = (sharp_weights if chosen == "sharp" else initial_weights)(config, args.seed)
+    elif args.preset is not None:
+        raise InputError(f"--preset {args.preset} is for initial and sharp weights; those of {chosen} have a shape")
     else:
         config, weights = read_weights(chosen)
     if not 2 <= args.positions <= config.n_ctx:

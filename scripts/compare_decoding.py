@@ -6,6 +6,7 @@ python scripts/compare_decoding.py --model 124M --prompts prompts.txt --out repo
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,17 @@ PROMPTS: tuple[str, ...] = ("The ", "In the beginning", "def ", "A list is")
 MEASURES = {
     "mean log-probability": "mean log-probability (nats) that the model gives to the chosen tokens",
     "distinct-1": "distinct tokens divided by all tokens of a continuation, averaged over continuations",
-    "distinct-2": "distinct pairs of tokens divided by all pairs of a continuation, averaged over continuations",
-    "repetition": "fraction of sequences of four tokens that occurred earlier in the continuation, averaged",
+    "distinct-2": "distinct pairs of tokens divided by all pairs of a continuation, averaged over those with a pair",
+    "repetition": "fraction of sequences of four tokens that occurred earlier in a continuation, averaged over "
+    "continuations with such a sequence",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Args(ModelArgs):
     prompts: Path | None = None
-    """A file with a prompt per line, as for generate.py: texts or, in a .jsonl file, JSON objects, perhaps with seeds.
-    By default a few short prompts."""
+    """A file with a prompt per line, as for generate.py: texts or, in a .jsonl file, JSON objects, optionally with
+    seeds. By default a few short prompts."""
     max_new_tokens: int = 100
     """Largest number of tokens per continuation."""
     samples: int = 4
@@ -55,21 +57,23 @@ class Args(ModelArgs):
     """Folder for decoding.md, decoding.png and decoding.json."""
 
 
-def measure(new: list[list[int]], logprobs: list[list[float]]) -> dict[str, float]:
-    """The MEASURES of continuations; distinct-n as in Li et al. 2016."""
+def measure(new: list[list[int]], logprobs: list[list[float]]) -> dict[str, float | None]:
+    """The MEASURES of continuations; distinct-n as in Li et al. 2016. None if no continuation has n tokens."""
 
     def grams(row: list[int], n: int) -> list[tuple[int, ...]]:
         return [tuple(row[i : i + n]) for i in range(len(row) - n + 1)]
 
-    def distinct(n: int) -> float:
+    def distinct(n: int) -> float | None:
         # For each row by itself: over more rows together, fewer n-grams are distinct.
-        return float(np.mean([len(set(grams(row, n))) / max(1, len(grams(row, n))) for row in new]))
+        ratios = [len(set(grams(row, n))) / len(grams(row, n)) for row in new if len(row) >= n]
+        return float(np.mean(ratios)) if ratios else None
 
+    distinct_4 = distinct(4)
     values = (
         float(np.mean([value for row in logprobs for value in row])),
         distinct(1),
         distinct(2),
-        1 - distinct(4),
+        None if distinct_4 is None else 1 - distinct_4,
     )
     return dict(zip(MEASURES, values, strict=True))
 
@@ -106,10 +110,14 @@ def main() -> None:
     report(args, f"{folder}, {args.backend} on {device_info}", texts, figures, examples)
 
 
+def show(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}"
+
+
 def report(args: Args, origin: str, texts: tuple[str, ...], figures: dict, examples: dict) -> None:
     table = Table("strategy", *MEASURES)
     for name, values in figures.items():
-        table.add_row(name, *(f"{value:.3f}" for value in values.values()))
+        table.add_row(name, *map(show, values.values()))
     console = PlainConsole()
     console.print(table)
 
@@ -117,7 +125,7 @@ def report(args: Args, origin: str, texts: tuple[str, ...], figures: dict, examp
     figure = new_figure(figsize=(13, 3.2), layout="constrained")
     axes = figure.subplots(1, len(MEASURES), sharey=True)
     for axis, name in zip(axes, MEASURES, strict=True):
-        axis.barh(list(figures), [values[name] for values in figures.values()])
+        axis.barh(list(figures), [math.nan if values[name] is None else values[name] for values in figures.values()])
         axis.set_title(name, fontsize=10)
     axes[0].invert_yaxis()
     figure.savefig(args.out / "decoding.png", dpi=120)
@@ -129,7 +137,7 @@ def report(args: Args, origin: str, texts: tuple[str, ...], figures: dict, examp
         "",
         "| strategy | " + " | ".join(MEASURES) + " |",
         "|---" * (len(MEASURES) + 1) + "|",
-        *(f"| {name} | " + " | ".join(f"{v:.3f}" for v in values.values()) + " |" for name, values in figures.items()),
+        *(f"| {name} | " + " | ".join(map(show, values.values())) + " |" for name, values in figures.items()),
         "",
         *(f"- {name}: {meaning}" for name, meaning in MEASURES.items()),
         "",

@@ -110,6 +110,8 @@ def write_adapter(args: Args, source: Path, adapter: Path | None, config: GPTCon
         stored = dataclasses.replace(stored, base=args.source if args.source in SIZES else str(source.resolve()))
     with staged_folder(args.out) as folder:
         peft_files.write(folder, config, stored)
+        if args.verify:
+            verify(source, adapter, folder, args.out)
     sys.stdout.write(f"{args.out}: an adapter of {n_adapter_params(config, stored.lora):,} parameters\n")
 
 

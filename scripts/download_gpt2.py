@@ -11,7 +11,7 @@ import tyro
 
 from parity.cli import parse
 from parity.config import Size
-from parity.errors import exit_with_message
+from parity.errors import InputError, exit_with_message
 from parity.weights.openai_files import download_model
 
 
@@ -29,6 +29,8 @@ class Args:
 
 def main() -> None:
     args = parse(Args, __doc__)
+    if args.offline and args.base_url:
+        raise InputError("--offline opens no connection; leave out --base-url")
     folder = download_model(args.size, args.folder, args.base_url, args.offline or None, recheck=True)
     sys.stdout.write(f"{folder}\n")
 

@@ -68,7 +68,7 @@ class Args(JoinArgs, ModelArgs):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights and of the computation."""
     batch_size: int | None = None
-    """Number of sequences that are computed at once. By default as many as the device is fast with."""
+    """Number of sequences that are computed at once. By default, a number that the device computes efficiently."""
     mesh: str | None = None
     """Devices that share each batch, with --backend jax, for example data=4. By default one device, or all devices of
     all processes."""
@@ -102,8 +102,9 @@ def main() -> None:
         console.print(f"{args.out}", soft_wrap=True)
         return
     protocols = check(args)
+    part = None if args.part is None else parse_part(args.part)
     with processes(args) as these:
-        evaluate(args, protocols, these, PlainConsole(width=console.width, quiet=not these.first))
+        evaluate(args, protocols, part, these, PlainConsole(width=console.width, quiet=not these.first))
 
 
 def finish(args: Args) -> list[dict[str, Any]]:
@@ -120,8 +121,6 @@ def check(args: Args) -> list[Protocol]:
     if not args.protocol:
         raise InputError("give --protocol NAME; --list shows all names")
     protocols = [find(name) for name in dict.fromkeys(args.protocol)]
-    if args.part is not None:
-        parse_part(args.part)
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit must be at least 1, got {args.limit}")
     for protocol in protocols:
@@ -129,6 +128,10 @@ def check(args: Args) -> list[Protocol]:
             raise InputError(f"--control exchanges contexts, which {protocol.name} does not have")
     if args.corpus is not None and "loss" not in args.protocol:
         raise InputError("--corpus is for --protocol loss")
+    if args.split != "validation" and "loss" not in args.protocol:
+        raise InputError("--split is for --protocol loss")
+    if args.data is not None and all(protocol.data is None for protocol in protocols):
+        raise InputError(f"--data is for protocols with a file of their own; {args.protocol[0]} reads --corpus")
     if args.stop_words is not None and "lambada-openai/stop-words" not in args.protocol:
         raise InputError("--stop-words is for --protocol lambada-openai/stop-words")
     return protocols
@@ -147,7 +150,7 @@ def processes(args: Args) -> Iterator[Processes]:
             yield these
 
 
-def evaluate(args: Args, protocols: list[Protocol], these: Processes, console: PlainConsole) -> None:
+def evaluate(args: Args, protocols: list[Protocol], part: Part | None, these: Processes, console: PlainConsole) -> None:
     models = load_models(args)
     tokenizer = models[0].loaded.tokenizer
     n_ctx = min(model.scorer.config.n_ctx for model in models)
@@ -177,7 +180,6 @@ def evaluate(args: Args, protocols: list[Protocol], these: Processes, console: P
         },
     }
     folder = args.out or default_folder([model.name for model in models], settings)
-    part = None if args.part is None else parse_part(args.part)
     if part is not None:
         folder, settings = parts.part_folder(folder, part), {**settings, "part": str(part)}
     items = {protocol.name: items_of(protocol, tasks[protocol.name][0]) for protocol in protocols}

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from parity.cli import changed_options
 from parity.console import PlainConsole
 from parity.errors import InputError, exit_with_message
 from parity.loading import ModelArgs
@@ -25,7 +26,7 @@ from parity.training.loop import resume_and_train
 from parity.training.processes import JoinArgs, Processes
 from parity.training.runs import RunFolder
 from parity.training.settings import FINE_TUNING, recipe
-from parity.tuning.args import TuneArgs, parse_tune_args, read_tuning
+from parity.tuning.args import SavedTuning, TuneArgs, parse_tune_args, read_tuning, saved_args
 from parity.tuning.classify import predict_labels
 from parity.tuning.predict import predict
 from parity.tuning.tasks import TASKS
@@ -44,11 +45,12 @@ class Args(JoinArgs, TuneArgs):
     """Keep the programs that JAX compiles in the cache folder, so that the next start need not compile them."""
     predict: Path | None = None
     """File of instructions that the run in --run answers, or of texts that it labels, in place of training; it has the
-    form of the data."""
+    form of the data. An answer has at most --sample-tokens tokens, by default as many as the run's samples."""
     out: Path | None = None
     """File that the answers or labels of --predict are written to, as JSON."""
     checkpoint: str = "newest"
-    """Checkpoint that answers: newest (the newest intact one), best (lowest validation loss), or a step number."""
+    """With --predict, the checkpoint that answers: newest (the newest intact one), best (lowest validation loss), or a
+    step number."""
 
 
 def main() -> int:
@@ -60,6 +62,8 @@ def main() -> int:
         )
     if args.predict is not None or args.out is not None:
         return answer_file(args)
+    if args.checkpoint != "newest":
+        raise InputError("--checkpoint is for --predict; a run is resumed from its newest intact checkpoint")
     with processes(args) as these:
         console = PlainConsole(quiet=not these.first, lossy=True)
         prepare = prepare_jax if args.backend == "jax" else prepare_torch
@@ -151,6 +155,7 @@ def answer_file(args: Args) -> int:
     if args.predict is None or args.out is None or args.run is None:
         raise InputError("--predict FILE --out FILE needs --run, the run that answers; give all three")
     saved = read_tuning(RunFolder(args.run))
+    refuse_training_options(args, saved)
     options = ModelArgs(
         run=str(args.run),
         checkpoint=args.checkpoint,
@@ -165,10 +170,22 @@ def answer_file(args: Args) -> int:
         summary = predict_labels(loaded.backend, loaded.model, loaded.tokenizer, *files)
     else:
         loaded = options.load()
-        most = saved.run.settings.sample_tokens
+        most = args.settings.sample_tokens
         summary = predict(loaded.backend, loaded.model, loaded.tokenizer, saved.tune, most, *files)
     PlainConsole(lossy=True).print(summary, soft_wrap=True)
     return 0
+
+
+def refuse_training_options(args: Args, saved: SavedTuning) -> None:
+    """Raise InputError if --predict is given an option that only training uses, with another value than the run's."""
+    names = ("run", "checkpoint", "backend", "device", "vocab_bpe", "compilation_cache", "predict", "out")
+    used = {name: getattr(args, name) for name in names}
+    unused = changed_options(args, dataclasses.replace(saved_args(Args, saved), **used))
+    if saved.tune.task != "classify":
+        unused = [option for option in unused if option != "--sample-tokens"]
+    if unused:
+        option = "--data" if unused[0] == "--corpus" else unused[0]
+        raise InputError(f"{option} has no effect on --predict, which uses the settings of the run; leave it out")
 
 
 if __name__ == "__main__":

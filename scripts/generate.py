@@ -51,8 +51,8 @@ class Args(ModelArgs):
     part: str | None = None
     """With --prompts, k/n generates only part k of n parts, where k counts from 0, and writes OUT-k-of-n.jsonl. Parts
     may run at the same time; concatenated in order, they are the file that one process writes. By default all."""
-    batch_size: int = 32
-    """With --prompts, the number of continuations that are generated at once."""
+    batch_size: int | None = None
+    """With --prompts, the number of continuations that are generated at once. By default 32."""
     skip_bad: bool = False
     """With --prompts, go on if a line holds no prompt for the model; its line in --out then says why. By default the
     first such line is an error, before anything is generated."""
@@ -89,7 +89,8 @@ def check(args: Args) -> Part:
     if args.prompt is not None and args.file is not None:
         raise InputError("give the prompt or --file, not both")
     if args.prompts is None:
-        given = {"--out": args.out, "--part": args.part, "--skip-bad": args.skip_bad or None}
+        given: dict[str, object] = {"--out": args.out, "--part": args.part, "--batch-size": args.batch_size}
+        given["--skip-bad"] = args.skip_bad or None
         if unused := [name for name, value in given.items() if value is not None]:
             raise InputError(f"{unused[0]} needs --prompts, a file with a prompt per line")
     else:
@@ -184,7 +185,8 @@ def continue_prompts(args: Args, file: PromptFile, part: Part, loaded: Loaded, s
     """
     assert args.out is not None
     path = output_path(args.out, part if args.part is not None else None)
-    plan = Plan.of(file.n_prompts, args.batch_size, args.samples)
+    batch_size = 32 if args.batch_size is None else args.batch_size
+    plan = Plan.of(file.n_prompts, batch_size, args.samples)
     tokenizer = loaded.tokenizer
     prompts = file.encode(plan.prompts_of(part), tokenizer, loaded.model.config, args.context_size)
     options = generate_options(args, tokenizer)
@@ -194,7 +196,7 @@ def continue_prompts(args: Args, file: PromptFile, part: Part, loaded: Loaded, s
         "tokenizer": tokenizer.name,
         "backend": args.backend,
         "dtype": args.dtype,
-        "batch_size": args.batch_size,
+        "batch_size": batch_size,
         "part": str(part),
         "max_new_tokens": args.max_new_tokens,
         **options,

@@ -66,8 +66,8 @@ class Args:
     remat: Literal["none", "products", "all"] = "none"
     """What the backward pass recomputes, as in train_jax.py."""
     unroll: int | None = None
-    """Number of layers per iteration of the compiled loop over layers, as in train_jax.py; by default all of them, and
-    1 with --compile."""
+    """With --compile-for or --compile, number of layers per iteration of the compiled loop over layers, as in
+    train_jax.py; by default all of them, and 1 with --compile."""
     attention: Literal["explicit", "cudnn"] = "cudnn"
     """Attention implementation: cuDNN's fused kernel (cudnn) or the formula of the model file (explicit), which also
     stores the attention patterns."""
@@ -133,6 +133,14 @@ def _plan(args: Args) -> Plan:
         if value is not None and not (0 < value <= most and math.isfinite(value)):
             limits = "between 0 and 1" if most == 1 else "positive"
             raise InputError(f"--{name.replace('_', '-')} must be {limits}, got {value}")
+    if args.unroll is not None and args.unroll < 1:
+        raise InputError(f"--unroll must be at least 1, got {args.unroll}")
+    if args.unroll is not None and not args.compile and args.compile_for is None:
+        raise InputError("--unroll is for --compile and --compile-for; the estimates do not depend on it")
+    if args.hlo is not None and args.compile_for is None:
+        raise InputError("--hlo is for --compile-for, which compiles the program that it writes")
+    if args.tokens_per_s is not None and args.mfu != UTILIZATION:
+        raise InputError("--tokens-per-s replaces --mfu; give one of them")
     preset, shape = recipe(args.preset), MeshShape.parse(args.mesh)
     settings = dataclasses.replace(preset.settings, dtype=args.dtype or preset.settings.dtype)
     device = args.device or args.compile_for or "H100"

@@ -40,7 +40,7 @@ class Args:
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[FOLDER ...]")] = (Path("runs"),)
     """Run folders, and folders that contain runs."""
     sort: Literal["time", "name", "loss", "steps", "size"] = "time"
-    """Order of the runs: newest, by name, lowest validation loss, most steps or largest first."""
+    """Order of the list: newest, by name, lowest validation loss, most steps or largest first."""
     compare: bool = False
     """Instead of the list, print the settings in which the runs differ."""
     json: bool = False
@@ -50,6 +50,8 @@ class Args:
 def main() -> None:
     args = parse(Args, __doc__)
     console = PlainConsole(width=None if sys.stdout.isatty() else 200)
+    if args.compare and args.sort != "time":
+        raise InputError("--sort orders the list of runs; --compare shows them in the order in which they are given")
     folders = find_runs(args.folders)
     if args.compare:
         _compare(folders, args.json, console)

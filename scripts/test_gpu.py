@@ -33,8 +33,8 @@ from parity.errors import InputError, exit_with_message
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    device: Literal["gpu", "cpu"] = "gpu"
-    """Device that is tested; cpu exercises the same parts with small sizes."""
+    device: Literal["gpu", "cuda", "cpu"] = "gpu"
+    """Device that is tested; gpu and cuda mean the same, and cpu exercises the same parts with small sizes."""
     budget: float = 540.0
     """Time for all parts together in seconds. A part that takes longer than its share is stopped."""
     only: tuple[str, ...] = ()
@@ -45,6 +45,8 @@ class Args:
 
 def main() -> int:
     args, console = parse(Args, __doc__), PlainConsole(lossy=True)
+    if args.device == "cuda":
+        args = dataclasses.replace(args, device="gpu")
     out = (args.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-test-{args.device}").resolve()
     chosen = [part for part in parts(args.device, out) if not args.only or any(text in part.name for text in args.only)]
     if not chosen:

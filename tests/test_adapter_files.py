@@ -243,6 +243,23 @@ def test_convert_writes_the_adapter_alone(base, sha256, adapter, monkeypatch, ca
         run(convert_script, monkeypatch, capsys, base, tmp_path / "c", "--to", "peft")
 
 
+def test_convert_verifies_the_adapter_alone(base, adapter, monkeypatch, capsys, tmp_path):
+    out = run(convert_script, monkeypatch, capsys, adapter, tmp_path / "a", "--to", "peft", "--verify")
+    assert "verified against" in out
+    given = (base, tmp_path / "b", "--adapter", adapter, "--to", "peft", "--verify")
+    assert "verified against" in run(convert_script, monkeypatch, capsys, *given)
+    write = peft_files.write
+
+    def write_other(folder, config, stored):
+        arrays = {name: 2 * array for name, array in stored.arrays.items()}
+        write(folder, config, dataclasses.replace(stored, arrays=arrays))
+
+    monkeypatch.setattr(peft_files, "write", write_other)
+    with pytest.raises(InputError, match="does not compute the same function"):
+        run(convert_script, monkeypatch, capsys, adapter, tmp_path / "c", "--to", "peft", "--verify")
+    assert not (tmp_path / "c").exists()
+
+
 def test_generate_takes_an_adapter(vocab_bpe, monkeypatch, capsys, tmp_path):
     config = dataclasses.replace(TINY, n_vocab=50257, n_ctx=32)
     weights, lora = probing_weights(config, np.float32), LoraConfig(rank=2, alpha=8.0)

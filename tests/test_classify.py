@@ -175,6 +175,8 @@ BAD = {
         "line .*: the text has .* than 20",
     ),
     "nothing left": (("--data", "data.tsv", "--overlong", "drop", "--max-length", 20), "too few texts have at most 20"),
+    "a template": (("--template", "alpaca"), "--template is for the task instruct or prefer; leave it out"),
+    "generation": (("--sample-tokens", 9), "--sample-tokens is for the task instruct or prefer; leave it out"),
     "other task": (("--task", "instruct", "--preset", "book-spam"), "--preset book-spam is for the task classify"),
     "no validation": (("--data", "data.tsv", "--validation-fraction", 0.01), "none is left for --validation-fraction"),
 }

@@ -210,6 +210,8 @@ BAD = {
         "data.jsonl, line 22: the instruction has .* context 40",
     ),
     "two options for one": (("--predict", "data.jsonl"), "needs --run, the run that answers; give all three"),
+    "a checkpoint in training": (("--checkpoint", "best"), "--checkpoint is for --predict; a run is resumed from its"),
+    "options of adapters": (("--lora-alpha", 8), "--lora-alpha is for adapters; give --lora-rank as well"),
     "resume without run": (("--resume",), "--resume continues the run in --run"),
     "adapters without weights": (("--lora-rank", 4), "--lora-rank: adapters need weights under them"),
     "rank 0": (("--lora-rank", 0), "the rank of an adapter must be an integer in 1"),
@@ -236,6 +238,37 @@ def test_other_settings_are_refused_on_resume(runs, workplace):
     result = tune(workplace, "--backend", "torch", "--run", "torch", "--resume", "--loss-on", "all")
     assert result.returncode == 2
     assert "cannot be resumed with other values: tune.loss_on was 'response' and is now 'all'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--template", "alpaca"), "--template"),
+        (("--data", "other.json"), "--data"),
+        (("--lr", 1e-3, "--resume"), "--resume"),
+        (("--mesh", "data=2"), "--mesh"),
+        (("--init-from", "124M"), "--init-from"),
+    ],
+)
+def test_answers_refuse_options_of_training(runs, workplace, monkeypatch, options, named):
+    answer = ("--run", "torch", "--predict", "data.jsonl", "--out", "refused.json")
+    with pytest.raises(InputError, match=f"{named} has no effect on --predict"):
+        in_process(monkeypatch, workplace, *answer, *options)
+    assert not (workplace / "refused.json").exists()
+
+
+def test_answers_have_as_many_tokens_as_asked_for(runs, workplace, monkeypatch):
+    """The run's own number is 4; the answer of a model that was hardly trained does not end by itself."""
+    (workplace / "short.json").write_text('[{"instruction": "Even or odd?", "input": "12"}]')
+    texts = []
+    for length in ((), ("--sample-tokens", 9)):
+        answer = ("--run", "torch", "--backend", "torch", "--predict", "short.json", "--out", "short-answers.json")
+        assert in_process(monkeypatch, workplace, *answer, *length) == 0
+        [record] = read_records(workplace / "short-answers.json")
+        texts.append(record.fields["model_response"])
+        assert not record.fields["ended"]
+    assert texts[1].startswith(texts[0])
+    assert len(texts[1]) > len(texts[0])
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -20,8 +20,8 @@ SCRIPTS.remove("eval_harness")  # has the command line of another program; see t
 EXAMPLE = re.compile(r"^ *((?:python|torchrun) .*)$", re.MULTILINE)
 
 
-def output_of(name, argument, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", argument])
+def output_of(name, arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", *arguments])
     monkeypatch.setenv("COLUMNS", "160")
     with pytest.raises(SystemExit) as end:
         importlib.import_module(name).main()
@@ -35,7 +35,7 @@ def test_all_scripts_are_tested():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help(name, monkeypatch, capsys):
-    text = output_of(name, "--help", monkeypatch, capsys)
+    text = output_of(name, ["--help"], monkeypatch, capsys)
     lines = [line.strip() for line in text.splitlines()]
     examples = [example.strip() for example in EXAMPLE.findall(importlib.import_module(name).__doc__)]
     assert examples, "the docstring shows no example"
@@ -46,7 +46,7 @@ def test_help(name, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_option_has_a_complete_text(name, monkeypatch, capsys):
-    output_of(name, "--help", monkeypatch, capsys)
+    output_of(name, ["--help"], monkeypatch, capsys)
     for owner, field, type_hint in cli._fields(importlib.import_module(name).Args):
         nested = any(dataclasses.is_dataclass(part) for part in (type_hint, *typing.get_args(type_hint)))
         if nested or tyro.conf.Suppress[type_hint] == type_hint:
@@ -66,9 +66,25 @@ def test_examples_parse(name):
         cli.parse(module.Args, None, args=shlex.split(arguments, comments=True))
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("finetune", ("--task", "prefer", "--help")),
+        ("finetune", ("--data", "my.json", "-h")),
+        ("finetune", ("--preset", "book-instruct", "--help")),
+        ("finetune", ("--resume", "--help")),
+        ("train_jax", ("--preset", "fine-tuning", "--help")),
+        ("train_torch", ("--preset", "fine-tuning", "-h")),
+        ("train_torch", ("--resume", "--help")),
+    ],
+)
+def test_help_does_not_need_the_other_options(name, options, monkeypatch, capsys):
+    assert "--init-from" in output_of(name, options, monkeypatch, capsys)
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_version(name, monkeypatch, capsys):
-    text = output_of(name, "--version", monkeypatch, capsys)
+    text = output_of(name, ["--version"], monkeypatch, capsys)
     assert text.startswith(f"gpt-parity {parity.__version__}, Python 3.")
     assert re.search(r", jax \d.*, torch \d", text)
 
@@ -129,6 +145,12 @@ def test_current_spellings_and_defaults(capsys):
     assert cli.parse(Options, None, args=["--init-from", "a"]).init_from == "a"
     assert cli.parse_known(Options, args=["--unknown", "1", "--init", "c", "--help"]).init_from == "c"
     assert not capsys.readouterr().err  # parse(), which follows, warns
+
+
+def test_changed_options_are_named():
+    default = Options("a", Group(0.5))
+    assert cli.changed_options(default, Options("a", Group(0.5))) == []
+    assert cli.changed_options(Options("b", Group(0.25)), default) == ["--init-from", "--validation-fraction"]
 
 
 @dataclasses.dataclass(frozen=True)

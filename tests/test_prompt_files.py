@@ -235,6 +235,7 @@ def test_bad_options(run, workplace):
         ((), {"prompts": None}, "--out needs --prompts"),
         (("--part", "0/3"), {"prompts": None, "out": None}, "--part needs --prompts"),
         (("--skip-bad",), {"prompts": None, "out": None}, "--skip-bad needs --prompts"),
+        (("--batch-size", "4"), {"prompts": None, "out": None}, "--batch-size needs --prompts"),
         (("The",), {}, "--prompts replaces the prompt and --file"),
         ((), {"prompts": "nothing.jsonl"}, "nothing.jsonl is not a file"),
         ((), {"prompts": "."}, "--prompts . is not a file"),

@@ -362,6 +362,8 @@ def test_the_shape_is_that_of_the_weights_that_are_named(tmp_path):
     assert check_parity.make_case(check_parity.Args("torch", "jax")).config == TINY
     with pytest.raises(InputError, match="is not a folder"):
         check_parity.make_case(check_parity.Args("torch:nowhere", named))
+    with pytest.raises(InputError, match="--preset small is for initial and sharp weights; those of"):
+        check_parity.make_case(check_parity.Args(named, "jax", preset="small"))
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,7 @@ def test_differing_settings(runs):
     assert "train.lr" in run_script("runs.py", *both, "--compare").stdout
     for bad, message in (
         (both[:1], "needs two or more runs"),
+        ((*both, "--sort", "loss"), "--sort orders the list of runs"),
         ((both[0], runs / "list"), "config.json cannot be read"),
     ):
         result = run_script("runs.py", *bad, "--compare")
@@ -136,6 +137,7 @@ def test_caches_are_shown_and_cleared(tmp_path):
     assert asked.returncode == 2
     assert "--yes" in asked.stderr
     assert (cache / "vocab.bpe").exists()
+    assert "--yes is for --clear" in run("--yes").stderr
     assert run("--clear", "corpora", "--yes").returncode == 0
     assert sorted(path.name for path in cache.iterdir()) == ["compiled", "mine.txt", "models", "vocab.bpe"]
     assert run("--clear", "all", "--yes").returncode == 0

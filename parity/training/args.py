@@ -106,8 +106,8 @@ def parse_job_args(cls: type[Args], description: str | None, args: Sequence[str]
             each other.
     """
     given = cli.parse_known(Decisive, args)
-    if given.resume:
-        run = resumed_run(given)
+    if given.resume and given.run is not None:
+        run = resumed_run(given.run, given.mirror)
         if "tune" in run.config():
             raise InputError(f"--run {run.path} is a run of scripts/finetune.py; resume it with that script")
         saved = read_run(run)
@@ -118,8 +118,6 @@ def parse_job_args(cls: type[Args], description: str | None, args: Sequence[str]
             parsed = dataclasses.replace(parsed, settings=settings)
         return parsed
     preset = given.preset or ("small" if given.init_from is None else FINE_TUNING)
-    if preset == FINE_TUNING and given.init_from is None:
-        raise InputError(f"--preset {FINE_TUNING} needs weights to start from; name them with --init-from")
     model, settings = start_values(given, recipe(preset).model, recipe(preset).settings)
     default = dataclasses.replace(
         cls(),
@@ -128,25 +126,31 @@ def parse_job_args(cls: type[Args], description: str | None, args: Sequence[str]
         settings=settings,
         accumulate_is_default=given.accumulate is None,
     )
-    return check_rates(cli.parse(cls, description, default, args))
+    parsed = check_new_run(cli.parse(cls, description, default, args))
+    if preset == FINE_TUNING and parsed.init_from is None:
+        raise InputError(f"--preset {FINE_TUNING} needs weights to start from; name them with --init-from")
+    return parsed
 
 
-def resumed_run(given: Decisive) -> RunFolder:
-    """Return the folder of the run that --resume continues, which now has a config.json if its mirror has one.
+def resumed_run(folder: Path, mirror: str | None) -> RunFolder:
+    """Return the run that --resume continues, which now has a config.json if its mirror has one.
 
     Raises:
-        InputError: If --run is missing, or neither it nor --mirror holds a run.
+        InputError: If neither the folder nor the mirror holds a run.
     """
-    if given.run is None:
-        raise InputError("--resume continues the run in --run; name its folder")
-    run = RunFolder(given.run)
-    if given.mirror is not None:
-        fetch_config(run, given.mirror)
+    run = RunFolder(folder)
+    if mirror is not None:
+        fetch_config(run, mirror)
     return run
 
 
-def check_rates(args: Args) -> Args:
-    """Return the options; raises InputError if the learning rate would rise to its final value."""
+def check_new_run(args: Args) -> Args:
+    """Return the options; raises InputError if they resume no run, or the learning rate would rise to its final value.
+
+    Called after `cli.parse`, which prints the help text: --help needs no valid combination of options.
+    """
+    if args.resume:
+        raise InputError("--resume continues the run in --run; name its folder")
     settings = args.settings
     if settings.min_lr > settings.lr:
         raise InputError(f"--min-lr {settings.min_lr:g}: the learning rate cannot fall to it from --lr {settings.lr:g}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import tyro
@@ -10,7 +11,7 @@ from parity import cli
 from parity.config import SIZES
 from parity.errors import InputError
 from parity.storage.json import get_entry
-from parity.training.args import Decisive, JobArgs, check_rates, resumed_run, start_values
+from parity.training.args import Decisive, JobArgs, check_new_run, resumed_run, start_values
 from parity.training.runs import RunFolder, SavedRun, read_run
 from parity.tuning.embedded import EMBEDDED
 from parity.tuning.settings import OFFLINE, RULES, TUNE_RECIPES, ExampleSettings, Task, TuneSettings, tune_recipe
@@ -53,6 +54,10 @@ Args = TypeVar("Args", bound=TuneArgs)
 class _Decisive(Decisive):
     data: str | None = None
     task: Task | None = None
+    predict: Path | None = None
+
+
+_OF_GENERATION = ("--sample-tokens", "--sample-temperature", "--sample-top-k")
 
 
 class SavedTuning(NamedTuple):
@@ -76,6 +81,11 @@ def read_tuning(run: RunFolder) -> SavedTuning:
     return SavedTuning(saved._replace(settings=settings), tune)
 
 
+def saved_args(cls: type[Args], saved: SavedTuning) -> Args:
+    """Return the options of a saved run, with the defaults of those that config.json does not record."""
+    return dataclasses.replace(cls(), **saved.run._asdict(), tune=saved.tune, accumulate_is_default=False)
+
+
 def _preset(task: Task, data: str | None) -> str:
     return OFFLINE[task] if data in (None, EMBEDDED) else task
 
@@ -83,8 +93,8 @@ def _preset(task: Task, data: str | None) -> str:
 def parse_tune_args(cls: type[Args], description: str | None, args: Sequence[str] | None = None) -> Args:
     """Read the command line of scripts/finetune.py.
 
-    Options that are not given have the values of the preset or, on --resume, those of the saved run; see
-    parity.training.args.
+    Options that are not given have the values of the preset or, on --resume and with --predict, those of the saved
+    run; see parity.training.args.
 
     Args:
         cls: TuneArgs with the options of the script.
@@ -96,16 +106,13 @@ def parse_tune_args(cls: type[Args], description: str | None, args: Sequence[str
             each other.
     """
     given = cli.parse_known(_Decisive, args)
-    if given.resume:
-        saved = read_tuning(resumed_run(given))
-        default = dataclasses.replace(cls(), **saved.run._asdict(), tune=saved.tune, accumulate_is_default=False)
-        return cli.parse(cls, description, default, args)
+    if given.run is not None and (given.resume or given.predict is not None):
+        saved = read_tuning(resumed_run(given.run, given.mirror))
+        return cli.parse(cls, description, saved_args(cls, saved), args)
     preset = given.preset or _preset(given.task or "instruct", given.data)
     recipe = tune_recipe(preset)
     if given.task not in (None, recipe.tune.task):
         raise InputError(f"--preset {preset} is for the task {recipe.tune.task}, not for --task {given.task}")
-    if given.init_from is None and recipe.needs_weights and "--help" not in (args or ()):
-        raise InputError(f"--preset {preset} needs weights to start from; name them with --init-from")
     model, settings = start_values(given, recipe.model, recipe.settings)
     default = dataclasses.replace(
         cls(),
@@ -115,7 +122,13 @@ def parse_tune_args(cls: type[Args], description: str | None, args: Sequence[str
         tune=recipe.tune,
         accumulate_is_default=given.accumulate is None,
     )
-    parsed = check_rates(cli.parse(cls, description, default, args))
+    parsed = check_new_run(cli.parse(cls, description, default, args))
+    if parsed.init_from is None and recipe.needs_weights:
+        raise InputError(f"--preset {preset} needs weights to start from; name them with --init-from")
     if parsed.init_from is None and parsed.tune.lora is not None:
         raise InputError("--lora-rank: adapters need weights under them; name them with --init-from")
+    if parsed.tune.task == "classify":
+        changed = cli.changed_options(parsed.settings, default.settings)
+        if generation := [option for option in changed if option in _OF_GENERATION]:
+            raise InputError(f"{generation[0]} is for the task instruct or prefer; leave it out")
     return parsed

@@ -18,17 +18,18 @@ from parity.weights.classifier import Position
 
 Task = Literal["instruct", "classify", "prefer"]
 Template = Literal["plain", "alpaca"]
-_TASK_OF_OPTION: dict[str, Task] = {
-    "loss_on": "instruct",
-    "packing": "instruct",
-    "dpo_beta": "prefer",
-    "dpo_logprobs": "prefer",
-    "position": "classify",
-    "head_bias": "classify",
-    "balance": "classify",
-    "train_blocks": "classify",
+_TASKS_OF_OPTION: dict[str, tuple[Task, ...]] = {
+    "template": ("instruct", "prefer"),
+    "loss_on": ("instruct",),
+    "packing": ("instruct",),
+    "dpo_beta": ("prefer",),
+    "dpo_logprobs": ("prefer",),
+    "position": ("classify",),
+    "head_bias": ("classify",),
+    "balance": ("classify",),
+    "train_blocks": ("classify",),
 }
-"""The options that only one task has."""
+"""The options that not all tasks have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class ExampleSettings(TrainSettings):
     """Number of micro-batches that the batch is divided into. Their gradients are summed, so more of them take less
     memory and do not change the result."""
     stride: tyro.conf.Suppress[int | None] = None
-    """Not used: examples are no windows."""
+    """Not used: examples are not windows."""
     window_order: tyro.conf.Suppress[WindowOrder] = "shuffled"
     """Not used, as above."""
     sample_prompt: str = ""
@@ -137,9 +138,12 @@ class TuneSettings:
         if not (isinstance(self.dpo_beta, int | float) and 0 < self.dpo_beta < math.inf):
             raise InputError(f"dpo_beta must be a positive number, got {self.dpo_beta!r:.60}")
         for field in dataclasses.fields(self):
-            task = _TASK_OF_OPTION.get(field.name, self.task)
-            if task != self.task and getattr(self, field.name) != field.default:
-                raise InputError(f"--{field.name.replace('_', '-')} is for the task {task}; leave it out")
+            tasks, option = _TASKS_OF_OPTION.get(field.name, (self.task,)), f"--{field.name.replace('_', '-')}"
+            is_given = getattr(self, field.name) != field.default
+            if is_given and self.task not in tasks:
+                raise InputError(f"{option} is for the task {' or '.join(tasks)}; leave it out")
+            if is_given and field.name.startswith("lora_") and self.lora_rank is None:
+                raise InputError(f"{option} is for adapters; give --lora-rank as well, or leave it out")
         if self.train_blocks is not None and self.lora_rank is not None:
             raise InputError("--train-blocks and --lora-rank exclude each other: adapters are on all blocks")
 

@@ -24,16 +24,16 @@ class Args:
     gpu: bool = False
     """Measure on a GPU, with larger models and batches; by default on the CPU."""
     preset: str | None = None
-    """For train, profile, run, compile and options: training preset that gives model and batch; by default the
-    benchmark's own or, for run, that of nanoGPT's run."""
+    """For train, profile, run, compile, options, lora and batching: training preset that gives the model and, but for
+    the last two, the batch; by default the benchmark's own or, for run, that of nanoGPT's run."""
     batch_size: int | None = None
-    """For train, profile, compile and options: windows per step, in one micro-batch; by default the preset's."""
+    """For train, profile, compile, options and lora: windows per step, in one micro-batch; by default the preset's."""
     size: Size = "124M"
-    """For generate, load, evaluate and serve: size of the model."""
+    """For generate, load, evaluate, serve and lora, and for batching with --gpu: size of the model."""
     rounds: int = 5
     """Number of rounds, in each of which every peer takes a turn; one more round warms up first and is not counted."""
     calls: int = 3
-    """Number of training steps of each peer per round; ten times as many for run."""
+    """For benchmarks of training steps: their number for each peer per round; ten times as many for run."""
     whole: bool = False
     """For run: also make the whole run, after its slices, in a process of its own."""
     items: int = 192
