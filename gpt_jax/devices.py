@@ -7,7 +7,7 @@ import jax
 import jaxlib
 
 from parity.config import GPTConfig
-from parity.errors import InputError
+from parity.errors import InputError, install_extras
 
 DEVICES = ("auto", "cpu", "gpu", "cuda", "tpu")
 """Names that choose_device accepts; gpu and cuda mean the same, as in gpt_torch."""
@@ -31,7 +31,7 @@ def choose_device(name: str) -> jax.Device:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise InputError(
         f"--device {name}: jax {jax.__version__} {_visible()} ({reason:.200}). For an NVIDIA GPU, install the extra "
-        "cuda13 (pip install 'gpt-parity[jax,cuda13]') and check nvidia-smi"
+        f"cuda13 ({install_extras('jax,cuda13')}) and check nvidia-smi"
     )
 
 

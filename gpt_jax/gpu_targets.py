@@ -8,7 +8,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from gpt_jax.sharding import MESH_AXES, MeshShape
-from parity.errors import InputError, check_choice
+from parity.errors import InputError, check_choice, install_extras
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def target(name: str, shape: MeshShape) -> Mesh | jax.Device:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"no program can be compiled for an {name} here ({reason:.200}); it needs no GPU, but the extra cuda13: "
-            "pip install 'gpt-parity[jax,cuda13]'"
+            f"{install_extras('jax,cuda13')}"
         ) from None
     if shape.size == 1:
         return topology.devices[0]

@@ -18,7 +18,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from parity.console import PlainConsole
-from parity.errors import exit_with_message
+from parity.errors import exit_with_message, install_extras, pip_install
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "torch", "numpy", "tiktoken", "tensorflow-cpu")
 _CUDNN = ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12")  # the packages that JAX uses; torch reports its own version
@@ -112,7 +112,9 @@ def examine(
         gpus = []  # which no framework can use
     if jax is None and torch is None:
         yield Finding(
-            "frameworks", "none", "neither backend can be used; pip install 'gpt-parity[jax]' or 'gpt-parity[torch]'"
+            "frameworks",
+            "none",
+            f"neither backend can be used; install one: {install_extras('jax')}",
         )
     yield from _examine_jax(gpus, jax, torch or {}, environment)
     yield from _examine_torch(gpus, torch)
@@ -137,7 +139,7 @@ def _examine_jax(
     gpus: list[str], jax: Mapping[str, Any] | None, torch: Mapping[str, Any], environment: Mapping[str, str]
 ) -> Iterator[Finding]:
     if jax is None:
-        yield Finding("jax's devices", "not installed; to use gpt_jax: pip install 'gpt-parity[jax]'")
+        yield Finding("jax's devices", f"not installed; to use gpt_jax: {install_extras('jax')}")
         return
     if "error" in jax:
         yield Finding("jax's devices", "JAX does not start", f"{jax['error']}; reinstall it: make setup")
@@ -178,7 +180,7 @@ def _cudnn(torch: Mapping[str, Any]) -> Finding:
     problem = ""
     for package, number in versions.items():
         if tuple(int(part) for part in number.split(".")[:2]) < _MIN_CUDNN:
-            problem = f"{package} {number} is older than JAX needs; pip install -U {package}"
+            problem = f"{package} {number} is older than JAX needs; update it: {pip_install(f'-U {package}')}"
     if len(versions) > 1:
         problem = "packages of two CUDA generations are installed; uninstall one of them"
     of_torch = f", torch reports {torch['cudnn']}" if torch.get("cudnn") else ""
@@ -188,7 +190,7 @@ def _cudnn(torch: Mapping[str, Any]) -> Finding:
 
 def _examine_torch(gpus: list[str], torch: Mapping[str, Any] | None) -> Iterator[Finding]:
     if torch is None:
-        yield Finding("torch's devices", "not installed; to use gpt_torch: pip install 'gpt-parity[torch]'")
+        yield Finding("torch's devices", f"not installed; to use gpt_torch: {install_extras('torch')}")
         return
     if "error" in torch:
         yield Finding("torch's devices", "PyTorch does not start", f"{torch['error']}; reinstall it: make setup")

@@ -1,8 +1,10 @@
 """InputError, which reports everything that a user can correct, and the one-line messages that scripts end with."""
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from parity.streams import LossyStream, discard_unwritten, prepare_standard_streams
 
@@ -36,6 +38,27 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r:.60}")
 
 
+def pip_install(arguments: str) -> str:
+    """Return a command that installs packages into the environment of this program, whichever the shell has active."""
+    return f"{shlex.quote(_short(Path(sys.executable)))} -m pip install {arguments}"
+
+
+def install_extras(names: str) -> str:
+    """Return a command that installs extras of this project: in a clone, with the tested versions of their packages."""
+    root = Path(__file__).parents[1]
+    constraints = root / "constraints.txt"
+    if not constraints.is_file():
+        return pip_install(f"'gpt-parity[{names}]'")
+    return pip_install(f"-c {shlex.quote(_short(constraints))} -e {shlex.quote(f'{_short(root)}[{names}]')}")
+
+
+def _short(path: Path) -> str:
+    """A path, relative to the current folder if it is in it."""
+    with contextlib.suppress(OSError, ValueError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
+
+
 _SIGPIPE = 13  # the signal that ends other programs when the reader of their output is gone; not on Windows
 # Packages that may be absent, and the extra of this project that installs each.
 _EXTRAS = dict.fromkeys(("jax", "jaxlib", "flax", "optax", "orbax", "tensorstore"), "jax")
@@ -63,8 +86,7 @@ def report_error(error: BaseException) -> int:
         case OSError():  # a full disk, a folder without permission
             line, status = f"error: {error.filename or 'input or output'}: {error.strerror or error}", 2
         case ModuleNotFoundError(name=str(name)) if extra := _EXTRAS.get(name.partition(".")[0]):
-            line = f"error: {name} is not installed; install the extra {extra}: pip install 'gpt-parity[{extra}]'"
-            line, status = f"{line}, or in a clone pip install -e '.[{extra}]'", 2
+            line, status = f"error: {name} is not installed; install the extra {extra}: {install_extras(extra)}", 2
         case KeyboardInterrupt():
             line, status = "interrupted; everything that was saved before is intact", 130
         case _ if _is_out_of_memory(error):

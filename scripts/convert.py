@@ -28,7 +28,7 @@ from parity.comparison.implementation import read_weights
 from parity.config import SIZES, GPTConfig
 from parity.data.tokenizer import Tokenizer, load_tokenizer
 from parity.data.tokenizer_files import write_tokenizer
-from parity.errors import InputError, exit_with_message
+from parity.errors import InputError, exit_with_message, install_extras
 from parity.hub import write_hub_files
 from parity.storage.atomic import staged_folder
 from parity.storage.json import read_object
@@ -210,9 +210,7 @@ def verify(source: Path, adapter: Path | None, written: Path, out: Path) -> None
 
         import gpt_torch
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"--verify needs {error.name}, which is not installed: pip install 'gpt-parity[torch]'"
-        ) from None
+        raise InputError(f"--verify needs {error.name}, which is not installed: {install_extras('torch')}") from None
 
     before, after = gpt_torch.load_pretrained(source, adapter=adapter), gpt_torch.load_pretrained(written)
     config = before.config

@@ -24,8 +24,13 @@ import jax
 import pytest
 from support.models import BACKENDS, CONFIGS
 from support.runs import run_script
+from support.workers import workers_here
 
 from parity.data.merges import VOCAB_BPE_SHA256
+
+
+def pytest_xdist_auto_num_workers():
+    return workers_here()
 
 
 @pytest.fixture(params=BACKENDS)

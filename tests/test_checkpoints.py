@@ -7,8 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
-import threading
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -201,18 +200,19 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_save(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-def test_a_failed_save_waits_for_the_writes_that_are_still_running(tmp_path):
-    def write():
-        for number in range(8):
-            time.sleep(0.05)
-            (tmp_path / str(number)).write_text("written after the failure")
+@pytest.mark.parametrize(("writes", "seconds"), [(8, 8 * 0.8 + 1), (1000, 30)])
+def test_a_failed_save_waits_for_the_writes_that_are_still_running(tmp_path, monkeypatch, writes, seconds):
+    """On a clock of its own, which runs only while the function sleeps; a file is written every 0.8 seconds."""
+    clock = [100.0]
 
-    thread = threading.Thread(target=write)
-    thread.start()
-    gpt_jax.checkpoint._wait_until_unchanged(tmp_path, quiet=0.5)
-    assert not thread.is_alive()
-    thread.join()
-    assert len(list(tmp_path.iterdir())) == 8
+    def sleep(duration):
+        clock[0] += duration
+        for number in range(min(writes, int((clock[0] - 100) / 0.8))):
+            (tmp_path / str(number)).touch()
+
+    monkeypatch.setattr(gpt_jax.checkpoint, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    gpt_jax.checkpoint._wait_until_unchanged(tmp_path, quiet=1, deadline=30)
+    assert clock[0] - 100 == pytest.approx(seconds, abs=0.3)
 
 
 @pytest.mark.slow

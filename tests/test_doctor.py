@@ -7,6 +7,7 @@ import pytest
 from support.runs import ROOT
 
 from parity import doctor
+from parity.errors import install_extras
 
 JAX_CPU = {"devices": ["cpu (cpu)"], "platform": "cpu", "precision": "default"}
 JAX_GPU = {**JAX_CPU, "devices": ["gpu (NVIDIA H100)"], "platform": "gpu"}
@@ -87,10 +88,10 @@ def test_other_problems_are_reported(no_tensorflow):
 def test_a_backend_that_is_not_installed_is_no_problem_but_none_at_all_is_one():
     values, wrong = findings([], None, TORCH_CPU)
     assert not wrong
-    assert "pip install 'gpt-parity[jax]'" in values["jax's devices"]
+    assert install_extras("jax") in values["jax's devices"]
     values, wrong = findings(GPU, JAX_GPU, None)
     assert not wrong
-    assert "pip install 'gpt-parity[torch]'" in values["torch's devices"]
+    assert install_extras("torch") in values["torch's devices"]
     _, wrong = findings([], None, None)
     assert list(wrong) == ["frameworks"]
 

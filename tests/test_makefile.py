@@ -8,6 +8,7 @@ import subprocess
 import pytest
 import train_jax
 from support.runs import ROOT
+from support.workers import count_workers
 
 from parity import doctor
 from parity.training.args import parse_job_args
@@ -17,9 +18,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is n
 
 def commands(target, answer, folder, *variables, status=0):
     """Return what make would run for a target in an empty folder, where nvidia-smi prints `answer`."""
-    program = folder / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\nprintf '{answer}'\nexit {status}\n")
-    program.chmod(0o755)
+    program(folder / "nvidia-smi", f"printf '{answer}'\nexit {status}")
     path = f"{folder}{os.pathsep}{os.environ['PATH']}"
     environment = {name: value for name, value in os.environ.items() if "EXTRAS" not in name} | {"PATH": path}
     command = ["make", "--dry-run", f"VENV={folder / 'venv'}", target, *variables]
@@ -30,6 +29,47 @@ def commands(target, answer, folder, *variables, status=0):
 
 def extras(output):
     return re.findall(r"--editable '\.\[(.*?)\]'", output)
+
+
+def make(*arguments):
+    """Run make, which ends with an error; return what it prints on standard error."""
+    done = subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    return done.stderr
+
+
+def program(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_an_environment_that_cannot_be_made_whole_is_removed(tmp_path):
+    """Debian's python3 without the package python3-venv makes the folder before it fails."""
+    python = program(
+        tmp_path / "python", 'if test "$2" = venv; then mkdir -p "$3/bin"; cp /bin/sh "$3/bin/python"; exit 1; fi'
+    )
+    for _ in range(2):
+        assert "No module named pip" not in make("setup", f"VENV={tmp_path / 'venv'}", f"PYTHON={python}")
+        assert not (tmp_path / "venv").exists()
+
+
+def test_other_versions_of_python_are_refused(tmp_path):
+    python = program(tmp_path / "python", "exit 1")
+    error = make("setup", f"VENV={tmp_path / 'venv'}", f"PYTHON={python}")
+    assert f"{python} is not Python 3.11, 3.12 or 3.13; name one that is: make PYTHON=python3.12\n" in error
+    assert not (tmp_path / "venv").exists()
+
+
+def test_clusters_do_not_need_what_the_other_tests_need(tmp_path):
+    assert extras(commands("test-clusters", "", tmp_path)) == ["jax,torch,clusters"]
+
+
+@pytest.mark.parametrize(
+    ("cores", "memory", "count"), [(2, 128e9, 2), (64, 128e9, 4), (4, 16e9, 3), (4, 8e9, 1), (1, 4e9, 1)]
+)
+def test_tests_run_on_as_many_cores_as_the_memory_allows(cores, memory, count):
+    assert count_workers(cores, memory) == count
 
 
 TESTS = "jax,torch,tf,test,dev"

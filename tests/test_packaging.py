@@ -60,7 +60,7 @@ def test_absent_package_names_its_extra(package, extra):
     assert result.returncode == 2, result.stderr
     [line] = result.stderr.splitlines()
     assert line.startswith("error: ")
-    assert f"gpt-parity[{extra}]" in line
+    assert f"-m pip install -c constraints.txt -e '.[{extra}]'" in line
 
 
 @pytest.mark.package

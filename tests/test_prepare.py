@@ -192,7 +192,7 @@ def test_a_killed_script_is_resumed(tmp_path, moment):
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
-    """Blocks are small here, so that it hardly matters how many of them are in flight, which depends on the threads."""
+    """Blocks are small here, so that the memory for one of them hardly counts."""
     monkeypatch.setattr(cuts, "BLOCK", 2**16)
 
     def peak(lines):

@@ -283,19 +283,23 @@ def test_units_are_read_in_blocks_of_documents(tmp_path, mixed, monkeypatch):
 
 
 def test_tokens_are_deleted_as_soon_as_they_are_in_shards(tmp_path, mixed):
+    """After a shard for training, only those of the units that end after it are left."""
     source, _ = mixed
-    sizes = []
+    work, left, starts = tmp_path / "out" / "work", [], {}
 
-    def measure(progress):
+    def look(progress):
         if progress.shards:
-            sizes.append(sum(file.stat().st_size for file in (tmp_path / "out" / "work").glob("*.tokens")))
+            starts.update(json.loads((work / "starts.json").read_text()))
+            left.append({int(file.stem) for file in work.glob("*.tokens")})
 
-    index = prepare_shards([source], tmp_path / "out", BYTES, shard_tokens=500, on_progress=measure)
-    shards_done = sum(len(split["done"]) for split in index["splits"].values())
-    assert len(sizes) == shards_done
-    assert sizes[-1] == 0
-    for left, shard in zip(sizes[1:], range(1, shards_done), strict=True):
-        assert left <= sizes[0] - 1000 * shard + 2 * max(1000, sizes[0] // 2)
+    index = prepare_shards([source], tmp_path / "out", BYTES, shard_tokens=500, on_progress=look)
+    n_validation, n_train = (len(index["splits"][split]["done"]) for split in ("val", "train"))
+    assert len(left) == n_validation + n_train
+    units = left[0]
+    assert left[:n_validation] == [units] * n_validation
+    ends = starts["train"][1:]
+    assert left[n_validation:] == [{u for u in units if ends[u] > 500 * shard} for shard in range(1, n_train + 1)]
+    assert len({len(numbers) for numbers in left}) > 3
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from parity.comparison.compare import compare
 from parity.comparison.implementation import Implementation, open_implementation
 from parity.comparison.protocol import Compute
 from parity.config import PRESETS
-from parity.errors import InputError
+from parity.errors import InputError, install_extras
 from parity.training.settings import recipe
 from parity.weights import hf_config, huggingface, initial_weights
 
@@ -268,11 +268,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     ("arguments", "status", "message"),
     [
         (("numpy", "jax"), 0, "45 rows are within"),
-        (
-            ("jax", "jax"),
-            2,
-            "needs torch, which is not installed: pip install 'gpt-parity[torch]'",
-        ),
+        (("jax", "jax"), 2, f"needs torch, which is not installed: {install_extras('torch')}"),
     ],
 )
 def test_only_gradients_and_training_need_torch(arguments, status, message, tmp_path):

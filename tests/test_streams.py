@@ -15,7 +15,7 @@ import train_jax
 import train_torch
 from rich.table import Table
 
-from parity import cli
+from parity import cli, errors
 from parity.console import PlainConsole
 from parity.errors import InputError, exit_with_message
 from parity.streams import LossyStream, for_display, prepare_standard_streams
@@ -286,3 +286,22 @@ def test_prompt_files_that_are_not_utf8_are_named(content, tmp_path, monkeypatch
         InputError, match=r"^--prompts .*prompts.txt, line 1 is not UTF-8 text; correct or"
     ):  # before a model is loaded
         compare_decoding.main()
+
+
+def test_packages_are_installed_into_the_environment_that_lacks_them(tmp_path, monkeypatch):
+    """The pip on the path may be another environment's."""
+    python = tmp_path / "my env" / "bin" / "python"
+    monkeypatch.setattr(sys, "executable", str(python))
+    root = tmp_path / "clone"
+    monkeypatch.setattr(errors, "__file__", str(root / "parity" / "errors.py"))
+    (root / "parity").mkdir(parents=True)
+    monkeypatch.chdir(root)
+    assert errors.pip_install("x") == f"'{python}' -m pip install x"
+    assert errors.install_extras("jax") == f"'{python}' -m pip install 'gpt-parity[jax]'"
+    (root / "constraints.txt").touch()
+    monkeypatch.setattr(sys, "executable", str(root / ".venv" / "bin" / "python"))
+    assert errors.install_extras("jax") == ".venv/bin/python -m pip install -c constraints.txt -e '.[jax]'"
+    monkeypatch.chdir(tmp_path)
+    assert errors.install_extras("s3") == (
+        "clone/.venv/bin/python -m pip install -c clone/constraints.txt -e 'clone[s3]'"
+    )

@@ -1,6 +1,7 @@
 """The GitHub workflows and the pre-commit configuration can be parsed, and agree with the rest of the project."""
 
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -56,6 +57,18 @@ def test_programs_are_compiled_for_gpus():
 
 def test_the_page_is_tested_in_a_browser():
     assert commands(workflow("page.yml")) == ["make test-page"]
+
+
+@pytest.mark.parametrize("environment", [{}, {"CI": "true"}], ids=["here", "on GitHub"])
+def test_without_a_browser_its_tests_are_skipped_but_not_on_github(environment, monkeypatch):
+    monkeypatch.delenv("CI", raising=False)
+    for name, value in {**environment, "PATH": ""}.items():
+        monkeypatch.setenv(name, value)
+    module = runpy.run_path(str(ROOT / "tests" / "support" / "browser.py"))
+    [is_skipped] = module["needs_browser"].mark.args
+    assert is_skipped == (not environment)
+    with pytest.raises(AssertionError, match="there is no browser"):
+        module["launch"](None)
 
 
 def test_the_site_is_built_and_the_notebooks_are_executed():

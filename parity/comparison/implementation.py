@@ -14,7 +14,7 @@ import numpy as np
 from parity.comparison.error_bounds import Rounding
 from parity.comparison.protocol import Batch, Compute, Weights
 from parity.config import GPTConfig
-from parity.errors import InputError
+from parity.errors import InputError, install_extras
 from parity.training.initial import weights_folder
 from parity.training.settings import TrainSettings
 from parity.weights import convert
@@ -120,7 +120,7 @@ def _import_backend(name: str) -> ModuleType:
         return importlib.import_module(MODULES[name])
     except ModuleNotFoundError as error:
         raise InputError(
-            f"the {name} implementation needs {error.name}, which is not installed: pip install 'gpt-parity[{name}]'"
+            f"the {name} implementation needs {error.name}, which is not installed: {install_extras(name)}"
         ) from None
 
 

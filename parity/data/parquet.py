@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from parity.errors import InputError, printable
+from parity.errors import InputError, install_extras, printable
 from parity.storage.json import LINE
 
 _BATCH_BYTES = 2**26
@@ -22,7 +22,7 @@ def rows(file: Path, text_field: str) -> Iterator[tuple[str, str]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise InputError(f"{file} needs a package: pip install 'gpt-parity[parquet]'") from None
+        raise InputError(f"{file} needs a package: {install_extras('parquet')}") from None
     number = 0
     try:
         with parquet.ParquetFile(file) as stored:

@@ -9,15 +9,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from parity.errors import InputError, printable
+from parity.errors import InputError, install_extras, pip_install, printable
 from parity.storage.remote_base import Entry, MissingError, Remote, RemoteError
 
-# {scheme: (module of the client, what to install)}; fsspec itself comes with each of them, and with torch.
+# {scheme: (module of the client, the extra that installs it)}; fsspec itself comes with each of them, and with torch.
 CLIENTS = {
-    "s3": ("s3fs", "the extra s3: pip install 'gpt-parity[s3]'"),
-    "gs": ("gcsfs", "the extra gcs: pip install 'gpt-parity[gcs]'"),
-    "hf": ("huggingface_hub", "it: pip install huggingface-hub"),
-    "memory": ("fsspec", "it: pip install fsspec"),
+    "s3": ("s3fs", "s3"),
+    "gs": ("gcsfs", "gcs"),
+    "hf": ("huggingface_hub", None),
+    "memory": ("fsspec", None),
 }
 
 
@@ -27,12 +27,13 @@ class Bucket(Remote):
     def __init__(self, shown: str, address: str, scheme: str):
         super().__init__(shown)
         self._scheme = scheme
-        module, remedy = CLIENTS[scheme]
+        module, extra = CLIENTS[scheme]
         try:
             import fsspec
 
             importlib.import_module(module)
         except ModuleNotFoundError as error:
+            remedy = f"the extra {extra}: {install_extras(extra)}" if extra else f"it: {pip_install(module)}"
             raise RemoteError(f"{shown} needs {error.name}, which is not installed; install {remedy}") from None
         # No listing is remembered, because other machines write too; no client either: the environment may change.
         options: dict[str, Any] = {} if scheme == "memory" else {"use_listings_cache": False}

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from parity.errors import InputError
+from parity.errors import InputError, install_extras
 from parity.storage.paths import is_offline
 from parity.training.runs import RunFolder
 
@@ -30,7 +30,7 @@ def _tensorboard(run: RunFolder) -> Logger:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise InputError("--tensorboard needs a package: pip install 'gpt-parity[tensorboard]'") from None
+        raise InputError(f"--tensorboard needs a package: {install_extras('tensorboard')}") from None
     writer = SummaryWriter(str(run.path / "tensorboard"))
 
     def log(entries: Mapping[str, Any]) -> None:
@@ -47,7 +47,7 @@ def _wandb(run: RunFolder) -> Logger:
     try:
         import wandb
     except ImportError:
-        raise InputError("--wandb needs a package: pip install 'gpt-parity[wandb]'") from None
+        raise InputError(f"--wandb needs a package: {install_extras('wandb')}") from None
     mode = {"mode": "offline"} if is_offline() else {}
     session = wandb.init(project="gpt-parity", name=run.path.name, dir=str(run.path), config=run.config(), **mode)
 

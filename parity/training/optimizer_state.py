@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from parity import weights
 from parity.config import GPTConfig
-from parity.errors import InputError
+from parity.errors import InputError, pip_install
 from parity.weights import Row, huggingface, peft_files
 from parity.weights.classifier import CLASSIFIER_FILE
 
@@ -153,7 +153,7 @@ def _load_from_orbax(folder: Path, name: str) -> np.ndarray:
     try:
         import tensorstore
     except ImportError:
-        raise InputError(f"{folder} needs a package to be read: pip install tensorstore") from None
+        raise InputError(f"{folder} needs a package to be read: {pip_install('tensorstore')}") from None
     # The layout in which orbax stores an array: zarr inside an OCDBT database; test_checkpoints.py pins it.
     try:
         with plain_path(folder) as plain:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from parity.data.tokenizer import replace_surrogates
-from parity.errors import InputError, printable
+from parity.errors import InputError, install_extras, printable
 from parity.storage.json import LISTING, as_object, parse
 
 T = TypeVar("T")
@@ -97,7 +97,7 @@ def _parquet(file: Path) -> list[Record]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise InputError(f"{file} needs a package: pip install 'gpt-parity[parquet]'") from None
+        raise InputError(f"{file} needs a package: {install_extras('parquet')}") from None
     try:
         with parquet.ParquetFile(file) as stored:
             rows = [row for batch in stored.iter_batches(256) for row in batch.to_pylist()]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from parity.config import GPTConfig
-from parity.errors import InputError
+from parity.errors import InputError, install_extras
 from parity.storage.json import read_object
 from parity.weights import files
 from parity.weights.table import check_dtype, enumerate_some, shapes
@@ -93,7 +93,7 @@ def read_with_tensorflow(prefix: Path) -> dict[str, np.ndarray]:
         import tensorflow as tf
     except ImportError:
         raise InputError(
-            "the tensorflow reader needs the tf extra: pip install -e '.[tf]'; or use the native reader"
+            f"the tensorflow reader needs the extra tf: {install_extras('tf')}; or use the native reader"
         ) from None
     tf.config.set_visible_devices([], "GPU")
     try:

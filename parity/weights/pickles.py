@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from parity.errors import InputError, printable
+from parity.errors import InputError, install_extras, printable
 from parity.weights.lazy import LazyTensor
 
 # Under which key programs store the weights beside the optimizer's state: the notebook, Lightning, nanoGPT.
@@ -37,9 +37,7 @@ def read_pickle(path: Path, rename: Callable[[Iterable[str]], dict[str, str]]) -
     try:
         import torch
     except ModuleNotFoundError:
-        raise InputError(
-            f"{path} is a file of PyTorch, which is not installed: pip install 'gpt-parity[torch]'"
-        ) from None
+        raise InputError(f"{path} is a file of PyTorch, which is not installed: {install_extras('torch')}") from None
     try:
         content = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged pickle fails with whatever its bytes lead to
