@@ -89,8 +89,8 @@ def check(args: Args) -> Part:
     if args.prompt is not None and args.file is not None:
         raise InputError("give the prompt or --file, not both")
     if args.prompts is None:
-        given: dict[str, object] = {"--out": args.out, "--part": args.part, "--batch-size": args.batch_size}
-        given["--skip-bad"] = args.skip_bad or None
+        given: dict[str, Any] = {"--out": args.out, "--part": args.part, "--skip-bad": args.skip_bad or None}
+        given["--batch-size"] = args.batch_size
         if unused := [name for name, value in given.items() if value is not None]:
             raise InputError(f"{unused[0]} needs --prompts, a file with a prompt per line")
     else:

@@ -251,7 +251,7 @@ def test_convert_verifies_the_adapter_alone(base, adapter, monkeypatch, capsys, 
     write = peft_files.write
 
     def write_other(folder, config, stored):
-        arrays = {name: 2 * array for name, array in stored.arrays.items()}
+        arrays = {name: 2 * np.asarray(array) for name, array in stored.arrays.items()}
         write(folder, config, dataclasses.replace(stored, arrays=arrays))
 
     monkeypatch.setattr(peft_files, "write", write_other)

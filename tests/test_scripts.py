@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import compare_decoding
 import generate
 import pytest
 from support.models import BACKENDS
@@ -97,6 +98,17 @@ def test_generate_reads_files_and_pipes_and_refuses_what_does_not_fit(finished_r
         assert message in result.stderr
         assert "Traceback" not in result.stderr
         assert not result.stdout
+
+
+def test_continuations_that_are_too_short_do_not_count():
+    logprobs = [[-1.0], [-1.0] * 3, [-1.0] * 5]
+    values = compare_decoding.measure([[7], [7, 7, 7], [1, 2, 1, 2, 1]], logprobs)
+    assert values["distinct-1"] == pytest.approx((1 + 1 / 3 + 2 / 5) / 3)
+    assert values["distinct-2"] == pytest.approx((1 / 2 + 2 / 4) / 2)
+    assert values["repetition"] == 0  # the only two sequences of four tokens differ
+    short = compare_decoding.measure([[7], [7, 7, 7]], logprobs[:2])
+    assert short["repetition"] is None
+    assert compare_decoding.show(short["repetition"]) == "n/a"
 
 
 def test_compare_decoding_writes_its_report(finished_runs, tmp_path):
