@@ -3,7 +3,8 @@
 python scripts/serve.py --run runs/NAME
 python scripts/serve.py --model 124M --backend jax --port 8000
 
-The address is printed once the server answers. Ctrl-C or SIGTERM ends the requests that it has, and then the server.
+The address is printed once the server answers. Ctrl-C or SIGTERM lets all accepted requests finish, and then stops the
+server.
 """
 
 import dataclasses
@@ -38,13 +39,14 @@ class Args(ModelArgs):
     max_batch: int = 16
     """Largest number of continuations that are decoded at the same time, in each backend."""
     max_waiting: int = 256
-    """Largest number of continuations that wait for a place, in each backend; the server answers 429 beyond it."""
+    """Largest number of continuations that wait for a place, in each backend; the server answers 429 beyond it. At
+    least --max-batch."""
     api_key: str | None = None
     """Key that clients must send as a bearer token. By default none."""
     runs: tuple[Path, ...] = (Path("runs"),)
     """Run folders, and folders of runs, that the page shows besides the run of --run."""
     warm_up: bool = True
-    """Compile at the start what most requests need. Without it the first requests are slow."""
+    """Compile at the start what plain sampling needs. Without it the first requests are slow."""
 
 
 def backends(args: Args) -> list[str]:
@@ -59,14 +61,18 @@ def backends(args: Args) -> list[str]:
 
 def main() -> None:
     args = parse(Args, __doc__)
-    if args.max_batch < 1 or args.max_waiting < 1:
-        raise InputError("--max-batch and --max-waiting must be at least 1")
+    if not 1 <= args.max_batch <= args.max_waiting:
+        raise InputError(
+            f"--max-batch must be at least 1, and --max-waiting at least --max-batch, got {args.max_batch} and "
+            f"{args.max_waiting}"
+        )
     from parity.serving.app import Options, make_app  # here, because the extra serve brings their packages
-    from parity.serving.chat import chat_template
+    from parity.serving.chat import served_template
     from parity.serving.engine import Engine
     from parity.serving.security import own_names
-    from parity.serving.server import new_server
+    from parity.serving.server import bind, new_server
 
+    listeners = bind(args.host, args.port)
     names = backends(args)
     if len(names) > 1:  # they share the memory of a GPU, so JAX must not reserve most of it
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -76,7 +82,8 @@ def main() -> None:
     for name in names:
         own = {field.name: getattr(args, field.name) for field in dataclasses.fields(ModelArgs)}
         loaded = ModelArgs(**own | {"backend": name}).load()
-        model_name = f"{Path(args.run or args.model or '').resolve().name}-{name}"
+        source = Path(args.run or args.model or "").resolve().name.encode("utf-8", "backslashreplace").decode()
+        model_name = f"{source}-{name}"
         engines[model_name] = engine = Engine(
             model_name,
             loaded.backend,
@@ -86,7 +93,7 @@ def main() -> None:
             max_batch=args.max_batch,
             max_waiting=args.max_waiting,
             description=f"{loaded.device_info}, {args.dtype}",
-            template=None if args.run is None else chat_template(loaded.folder.parents[1]),
+            template=served_template(loaded.folder, args.adapter),
         )
         shown = printable(model_name, 200)
         sys.stderr.write(f"[{shown}: {engine.description}]\n")
@@ -101,7 +108,7 @@ def main() -> None:
         sys.stdout.write(f"serving {printable(', '.join(engines), 400)} at {address}\n")
         sys.stdout.flush()
 
-    new_server(app, args.host, args.port, announce).run()
+    new_server(app, listeners, announce).run()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """The page's requests over HTTP: streamed text, views, runs, checkpoints, errors; and the rules of its sliders."""
 
+import asyncio
 import json
 import re
 import shutil
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from support.served import run_engine
 
 from parity.serving import inspect, page
 from parity.serving.app import Options, make_app
+from parity.serving.rows import Generation, Row, WaitingRow
 
 STATIC = Path(page.__file__).parent / "static"
 TEXT = "First Citizen"
@@ -133,6 +138,50 @@ def test_a_text_ends_before_its_stop_text(client, torch_engine):
     assert reason == "stop"
 
 
+class Words:
+    """A tokenizer of long tokens."""
+
+    texts = ("x", " see", " the", " end", " é!")
+    n_vocab, eos_id = 6, 5
+
+    def token_bytes(self, id):
+        return self.texts[id].encode()
+
+
+async def progress_of(ids, stop):
+    """What the engine delivers for a row, token by token."""
+    row = WaitingRow(Generation([Row([0], len(ids), {"eos_id": Words.eos_id}, stop)], 0, int), 0, Words())
+    for id in ids:
+        event = row.add([id], [0.0], [()])
+        if event is not None:
+            yield event
+        if row.is_finished:
+            return
+
+
+@pytest.mark.parametrize(
+    ("ids", "stop", "parts"),
+    [
+        ((0, 1, 2, 3, 0), ("the end",), [["x"], [" see"], [" "]]),
+        ((0, 1, 2, 1, 5), ("the end",), [["x"], [" see"], [" the", " see"], [""]]),
+        ((0, 2, 0, 4, 0), ("é",), [["x"], [" the"], ["x"], [" "]]),
+        ((0, 2, 3), ("the end",), [["x"], [" "]]),
+        ((0, 2), ("the end",), [["x"], [" the"]]),
+        ((1, 2, 3), (), [[" see"], [" the"], [" end"]]),
+    ],
+)
+def test_no_part_of_a_stop_text_is_ever_shown(ids, stop, parts):
+    async def collect():
+        released = [progress.text async for progress in progress_of(ids, stop)]
+        first, *events = [event async for event in page.completion_events(progress_of(ids, stop), [7], Words())]
+        return "".join(released), first, [event["tokens"] for event in events]
+
+    released, first, tokens = asyncio.run(collect())
+    assert first == {"prompt": [7]}
+    assert [[token["text"] for token in event] for event in tokens if event] == parts
+    assert "".join(token["text"] for event in tokens for token in event) == released
+
+
 def test_a_view_is_what_its_function_returns(client, torch_engine):
     subject = inspect.Subject.of(torch_engine.backend, torch_engine.model, torch_engine.tokenizer)
     arguments = {
@@ -175,6 +224,12 @@ def test_both_backends_are_compared(client):
         ("complete", {"model": "tiny-torch", "prompt": "a", "top_p": 2}, "top_p must be in"),
         ("complete", {"model": "tiny-torch", "prompt": "a", "max_new_tokens": 9999}, "9999 more were requested"),
         ("complete", {"model": "tiny-torch", "prompt": "a", "beam": 2}, "unknown field beam"),
+        ("complete", {"model": "tiny-torch", "prompt": "a", "stop": ["a"] * 17}, "a list of up to 16 texts"),
+        (
+            "complete",
+            {"model": "tiny-torch", "prompt": "a", "stop": ["a" * 1001]},
+            "each text needs 1..1000 characters",
+        ),
         ("complete", {"model": "tiny-torch"}, "give either prompt or messages"),
         (
             "complete",
@@ -239,6 +294,54 @@ def test_too_many_views_at_once_are_refused(client, monkeypatch):
     assert response.headers["retry-after"] == "1"
 
 
+def test_clicks_and_runs_do_not_wait_for_a_long_view(client, monkeypatch):
+    begun, go = threading.Event(), threading.Event()
+
+    def compare(*_):
+        begun.set()
+        return go.wait(60)
+
+    monkeypatch.setattr(page.agreement, "compare", compare)
+    with ThreadPoolExecutor(1) as executor:
+        try:
+            comparing = executor.submit(post, client, "compare", ids=[1, 2], first=1)
+            assert begun.wait(60)
+            assert post(client, "logits", model="tiny-torch", ids=[1, 2]).status_code == 200
+            path = client.get("/page/runs").json()["runs"][0]["path"]
+            assert post(client, "run", path=path).status_code == 200
+            assert not comparing.done()
+        finally:
+            go.set()
+        assert comparing.result().json() is True
+
+
+def test_what_waits_for_its_turn_is_not_computed_if_its_client_left():
+    computed = []
+    queue = page._Queue()
+
+    async def is_disconnected():
+        return True
+
+    async def ask():
+        return await queue.run(SimpleNamespace(is_disconnected=is_disconnected), lambda: computed.append(1))
+
+    assert asyncio.run(ask()).status_code == 400
+    assert computed == []
+
+
+def test_a_name_that_is_not_utf_8_breaks_nothing(run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "\udcff")
+    with TestClient(make_app({"tiny": run_engine("torch", run_folder)}, Options(runs=[tmp_path]))) as client:
+        client.base_url = "http://localhost"
+        [listed] = client.get("/page/runs").json()["runs"]
+        sent = {"content": json.dumps({"path": listed["path"]}), "headers": {"Content-Type": "application/json"}}
+        run = client.post("/page/run", **sent).json()["run"]
+        assert run["summary"]["name"] == listed["name"] == "\udcff"
+        sent["content"] = json.dumps({"path": listed["path"], "checkpoint": run["checkpoints"][-1]})
+        assert client.post("/page/load", **sent).json()["source"].startswith("\udcff, step ")
+        assert client.get("/page/info").json()["source"].startswith("\udcff, step ")
+
+
 def test_runs_and_their_checkpoints(client, runs, engines):
     listed = client.get("/page/runs").json()["runs"]
     assert {run["name"] for run in listed} == {"good", "<img src=x>"}
@@ -274,6 +377,16 @@ def test_a_checkpoint_of_a_tuned_run_brings_the_chat(client, runs, monkeypatch):
         assert loaded["chat"] == (template is not None)
         chat = post(client, "complete", model="tiny-torch", messages=[{"role": "user", "content": "a"}])
         assert ("was not tuned" in chat.text) == (template is None)
+
+
+def test_an_answer_of_a_chat_has_what_room_there_is_and_at_least_a_token(client, monkeypatch):
+    monkeypatch.setattr(page, "chat_prompt", lambda *_: [1] * 20)
+    chat = {"model": "tiny-torch", "messages": [{"role": "user", "content": "a"}], "seed": 1}
+    for count in (0, -3):
+        response = post(client, "complete", max_new_tokens=count, **chat)
+        assert "max_new_tokens must be in" in response.json()["error"]["message"]
+    tokens = [token for event in events(post(client, "complete", **chat))[1:] for token in event["tokens"]]
+    assert 1 <= len(tokens) <= 5  # of a context of 24
 
 
 def test_a_run_of_another_model_is_not_loaded(client, runs):

@@ -175,6 +175,15 @@ def test_patching_copies_one_position(subject, kind, monkeypatch):
         assert entry["score"] == pytest.approx(z[answer] - z[other], rel=1e-2, abs=1e-2), position
 
 
+def test_patched_rows_keep_the_logits_of_one_position_alone(subject):
+    rows = interventions._patched(
+        subject, IDS, "blocks.1.mlp.out", np.zeros((5, len(IDS), CONFIG.n_embd), np.float32), 3
+    )
+    owners = {id(row.base): row.base for row in rows}
+    assert len(rows) == 5
+    assert sum(owner.size for owner in owners.values()) == 5 * CONFIG.n_vocab
+
+
 def test_prompts_that_cannot_be_patched_are_refused(subject):
     with pytest.raises(InputError, match="the prompts have 1 and 2 tokens"):
         interventions.patch(subject, "a", "ab", 0)

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import threading
 
 import httpx
 import numpy as np
@@ -12,6 +13,7 @@ from support.served import CONFIG, ask, complete, engines_of, tiny_model
 
 from parity.data.tokenizer import ByteTokenizer, stream_text
 from parity.generation import check_finite
+from parity.serving import chat as served_chat
 from parity.serving.app import Options, make_app
 from parity.serving.options import LACKING, MOST_ROWS, MOST_STOPS
 from parity.serving.rows import Generation, Row, WaitingRow
@@ -102,9 +104,9 @@ def test_every_form_of_a_prompt(app):
     answers = [texts(response) for response in complete(app, *({"prompt": form, **options} for form in forms))]
     assert answers[0] == answers[1] == answers[2] == answers[3] == answers[4][:1]
     assert answers[4] == answers[5] == answers[6]
-    forms = [None, "", "<|endoftext|>", [EOS]]
+    forms = [None, "", "<|endoftext|>", [EOS], ["<|endoftext|>"], [""], [[EOS]]]
     answers = [texts(response) for response in complete(app, *({"prompt": form, **options} for form in forms))]
-    assert answers == answers[:1] * 4
+    assert answers == answers[:1] * len(forms)
 
 
 def test_defaults_are_those_of_the_api(app):
@@ -292,13 +294,28 @@ def test_a_character_of_several_tokens_arrives_whole(engines):
 
 def test_beyond_the_queue_the_answer_is_429(app, engines):
     bodies = [{"model": "tiny-torch", "prompt": "a", "n": 12, "max_tokens": 40, "seed": seed} for seed in range(4)]
-    responses = complete(app, *bodies)
-    refused = [response for response in responses if response.status_code != 200]
-    assert 1 <= len(refused) <= 2
+    engine = engines["tiny-torch"]
+    release = threading.Event()
+
+    async def requests():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=120) as client:
+            holding = asyncio.create_task(engine.call(release.wait, 60))  # the engine runs it before all rows
+            running = {asyncio.create_task(client.post("/v1/completions", json=body)) for body in bodies}
+            refused = set()
+            while len(refused) < 2:
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                refused |= done
+            release.set()
+            assert await holding
+            return [task.result() for task in refused], [await task for task in running]
+
+    refused, answered = asyncio.run(requests())
+    assert [len(texts(response)) for response in answered] == [12, 12]
     for response in refused:
         assert error(response, 429)["type"] == "rate_limit_error"
         assert int(response.headers["retry-after"]) >= 1
-    assert engines["tiny-torch"].n_waiting == 0
+    assert engine.n_waiting == 0
     assert len(texts(complete(app, bodies[0])[0])) == 12
 
 
@@ -399,6 +416,33 @@ def test_chat_is_refused_where_it_makes_no_sense(app, chat_app):
     assert "top_logprobs needs logprobs" in error(chat(chat_app, {"messages": [user], "top_logprobs": 1})[0])["message"]
     assert error(chat(chat_app, {"messages": [user], "tools": [{}]})[0])["param"] == "tools"
     assert error(chat(chat_app, both)[0])
+
+
+def test_a_chat_needs_a_token_and_rows_that_fit_into_the_queue():
+    body = {"messages": [{"role": "user", "content": "a"}]}
+    with engines_of("torch", template="plain") as engines:
+        app = make_app(engines, Options())
+        for options, param in (
+            ({"max_tokens": 0}, "max_tokens"),
+            ({"max_completion_tokens": 0}, "max_completion_tokens"),
+            ({"n": 25}, "n"),
+        ):
+            assert error(chat(app, body | options)[0])["param"] == param
+        assert answer(chat(app, body | {"n": 24, "max_tokens": 1})[0])["usage"]["completion_tokens"] == 24
+
+
+def test_the_template_is_that_of_the_run_which_tuned_the_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(served_chat, "chat_template", lambda run: run.name)
+    plain, base, tuned = (tmp_path / name / "checkpoints" / "000001" for name in ("plain", "base", "tuned"))
+    for weights in (plain, base, tuned):
+        weights.mkdir(parents=True)
+    for weights in (base, tuned):
+        (weights.parents[1] / "config.json").write_text("{}")
+    assert served_chat.served_template(plain, None) is None
+    assert served_chat.served_template(base, None) == "base"
+    assert served_chat.served_template(plain, tuned) == "tuned"
+    assert served_chat.served_template(base, tuned) == "tuned"
+    assert served_chat.served_template(base, plain) == "base"
 
 
 def test_a_client_that_leaves_frees_its_place(engines):

@@ -7,13 +7,14 @@ import signal
 import socket
 import subprocess
 import threading
-import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from support.runs import command, run_script
-from support.served import ask, engines_of, serving
+from support.served import ask, engines_of, serving, wait_until
 
+from parity.errors import InputError
 from parity.serving import security, server
 from parity.serving.app import Options, make_app
 
@@ -151,32 +152,58 @@ def request(body=BODY, length=None, path="/v1/completions"):
 
 
 @pytest.fixture
-def impatient(monkeypatch):
-    """A server with short limits."""
-    monkeypatch.setattr(server, "HEADER_SECONDS", 0.2)
-    monkeypatch.setattr(server, "STALL_SECONDS", 0.2)
-    monkeypatch.setattr(server, "KEEP_ALIVE_SECONDS", 0.2)
-    monkeypatch.setattr(security, "BODY_SECONDS", 0.2)
+def address(monkeypatch):
+    """Of a server without limits of time; a test sets the one that it reaches, so that no other one can be first."""
+    for module, name in LIMITS:
+        monkeypatch.setattr(module, name, 1000)
     with engines_of("torch") as engines, serving(engines) as address:
         yield address
 
 
-def test_slow_and_half_open_connections_are_closed(impatient):
+LIMITS = [
+    (server, "HEADER_SECONDS"),
+    (server, "STALL_SECONDS"),
+    (server, "KEEP_ALIVE_SECONDS"),
+    (security, "BODY_SECONDS"),
+]
+
+
+def test_connections_without_a_whole_header_are_closed(address, monkeypatch):
+    monkeypatch.setattr(server, "HEADER_SECONDS", 0.2)
     for beginning in (b"", b"G", b"GET /health HTTP/1.1\r\nHost: loc", b"GET /health HTTP/1.1\r\nHost: localhost\r\n"):
-        with connection(impatient, beginning) as connected:
+        with connection(address, beginning) as connected:
             assert read_all(connected) == b"", beginning
-    with connection(impatient, request(length=len(BODY) + 5)) as connected:
+
+
+def test_the_second_header_of_a_connection_has_a_limit_too(address, monkeypatch):
+    with connection(address, request()) as connected:
+        answer = connected.recv(65536)
+        while not answer.endswith(b"}"):
+            answer += connected.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        monkeypatch.setattr(server, "HEADER_SECONDS", 0.2)
+        connected.sendall(b"GET /health HTTP/1.1\r\nHo")
+        assert read_all(connected) == b""
+
+
+def test_slow_bodies_are_refused(address, monkeypatch):
+    monkeypatch.setattr(security, "BODY_SECONDS", 0.2)
+    with connection(address, request(length=len(BODY) + 5)) as connected:
         answer = read_all(connected)
         assert answer.startswith(b"HTTP/1.1 408 "), answer
-    # The second request of a connection, too.
-    with connection(impatient, request() + b"GET /health HTTP/1.1\r\nHo") as connected:
-        answer = read_all(connected)
-        assert answer.startswith(b"HTTP/1.1 200 ")
-        assert answer.count(b"HTTP/1.1") == 1
-    assert httpx.get(f"{impatient}/health").status_code == 200
 
 
-def test_damaged_requests_are_refused(impatient):
+def test_a_connection_without_a_whole_further_request_is_closed(monkeypatch):
+    monkeypatch.setattr(server, "KEEP_ALIVE_SECONDS", 0.2)
+    with engines_of("torch") as engines, serving(engines) as address:
+        for beginning in (b"", b"GET /health HTTP/1.1\r\nHo"):
+            with connection(address, request() + beginning) as connected:
+                answer = read_all(connected)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            assert answer.count(b"HTTP/1.1") == 1
+
+
+def test_damaged_requests_are_refused(address):
     for data in (
         b"\x16\x03\x01\x02\x00",  # TLS
         b"GET /health\r\n\r\n",
@@ -184,39 +211,108 @@ def test_damaged_requests_are_refused(impatient):
         b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
         b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
     ):
-        with connection(impatient, data) as connected:
+        with connection(address, data) as connected:
+            connected.shutdown(socket.SHUT_WR)
             answer = read_all(connected)
         assert re.match(rb"HTTP/1.1 4\d\d |$", answer), answer
-    assert httpx.get(f"{impatient}/health").json()["status"] == "ok"
+    assert httpx.get(f"{address}/health").json()["status"] == "ok"
+
+
+@contextlib.contextmanager
+def app_on_a_thread(app):
+    """The address of a server of an ASGI application; at the end the server must stop by itself."""
+    ready, addresses = threading.Event(), []
+    started = server.new_server(
+        app, server.bind("127.0.0.1", 0), lambda address: (addresses.append(address), ready.set())
+    )
+    thread = threading.Thread(target=started.run)
+    thread.start()
+    assert ready.wait(60)
+    try:
+        yield addresses[0]
+    finally:
+        started.should_exit = True
+        thread.join(60)
+    assert not thread.is_alive(), "the server waits for a client"
+
+
+def sends(size, count, ended):
+    """An application that answers with `count` parts of `size` bytes."""
+
+    async def app(scope, receive, send):
+        if scope["type"] != "http":
+            await receive(), await send({"type": "lifespan.startup.complete"})
+            await receive(), await send({"type": "lifespan.shutdown.complete"})
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        with contextlib.suppress(Exception):
+            for _ in range(count):
+                await send({"type": "http.response.body", "body": b"x" * size, "more_body": True})
+        ended.set()
+
+    return app
 
 
 def test_a_client_that_reads_nothing_is_disconnected(monkeypatch):
     """So that its answer does not stay in memory; what it has of it ends in the middle."""
     monkeypatch.setattr(server, "STALL_SECONDS", 0.2)
+    ended = threading.Event()
+    with (
+        app_on_a_thread(sends(2**20, 1000, ended)) as address,
+        connection(address, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+    ):
+        assert ended.wait(60), "the response waits for a client that does not read"
 
-    with engines_of("torch") as engines:
-        app = make_app(engines, Options())
 
-        async def huge(scope, receive, send):
-            if scope["type"] != "http" or scope["path"] != "/huge":
-                await app(scope, receive, send)
-                return
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-            with contextlib.suppress(Exception):
-                for _ in range(1000):
-                    await send({"type": "http.response.body", "body": b"x" * 2**20, "more_body": True})
-            ended.set()
+@pytest.fixture
+def transports(monkeypatch):
+    """The transports of the server's connections, whose buffers in the kernel are small."""
+    transports, made = [], server.Protocol.connection_made
 
-        ended, ready, addresses = threading.Event(), threading.Event(), []
-        started = server.new_server(huge, "127.0.0.1", 0, lambda address: (addresses.append(address), ready.set()))
-        thread = threading.Thread(target=started.run)
-        thread.start()
-        assert ready.wait(60)
-        with connection(addresses[0], b"GET /huge HTTP/1.1\r\nHost: localhost\r\n\r\n"):
-            assert ended.wait(60), "the response waits for a client that does not read"
-        started.should_exit = True
-        thread.join(60)
-        assert not thread.is_alive()
+    def connection_made(protocol, transport):
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        transports.append(transport)
+        made(protocol, transport)
+
+    monkeypatch.setattr(server.Protocol, "connection_made", connection_made)
+    return transports
+
+
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+
+@contextlib.contextmanager
+def narrow_connection(address):
+    with socket.socket() as connected:
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = address.removeprefix("http://").split(":")
+        connected.settimeout(60)
+        connected.connect((host, int(port)))
+        connected.sendall(GET)
+        yield connected
+
+
+def test_a_client_that_leaves_the_end_of_its_response_does_not_keep_the_server(transports, monkeypatch):
+    """Less than 64 KiB remain, with which asyncio does not call a transport full by itself."""
+    monkeypatch.setattr(server, "STALL_SECONDS", 0.2)
+    ended = threading.Event()
+    with app_on_a_thread(sends(60_000, 1, ended)) as address, narrow_connection(address):
+        assert ended.wait(60)
+        assert 0 < transports[0].get_write_buffer_size() < 2**16
+        wait_until(lambda: transports[0].is_closing() and transports[0].get_write_buffer_size() == 0)
+
+
+def test_a_client_that_reads_slowly_is_not_disconnected():
+    timers, aborted, sizes = [], [], [100, 60, 60, 60]
+    protocol = object.__new__(server.Protocol)
+    protocol.loop = SimpleNamespace(call_later=lambda _, *call: (timers.append(call), SimpleNamespace(cancel=int))[1])
+    protocol.transport = SimpleNamespace(
+        get_write_buffer_size=lambda: sizes.pop(0), abort=lambda: aborted.append(len(timers))
+    )
+    protocol._watch()  # 100 bytes remain, and then 60, whose rest the client does not read
+    for function, *arguments in timers:
+        function(*arguments)
+    assert aborted == [2]
 
 
 @pytest.fixture
@@ -233,13 +329,6 @@ def held(monkeypatch):
 
         monkeypatch.setattr(engine.serving, "decode", waiting)
         yield engines, go
-
-
-def wait_until(condition):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -278,13 +367,15 @@ def test_the_server_ends_its_requests_before_it_stops(held):
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """A run whose name is hostile to a page, a terminal and an address."""
+    """A link to a run whose name is hostile to a page, a terminal and an address, and not in UTF-8."""
     folder = tmp_path_factory.mktemp("runs") / "<img src=x onerror=alert(1)>\"'& \x1b[31m\n%2e"
     (folder.parent / "corpus.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
     options = ["--preset", "tiny", "--steps", 2, "--corpus", folder.parent / "corpus.txt"]
     result = run_script("train_torch.py", *options, "--run", folder)
     assert result.returncode == 0, result.stderr
-    return folder
+    link = folder.parent / "link"
+    link.symlink_to(folder.rename(f"{folder}\udcff"))
+    return link
 
 
 def start(*arguments):
@@ -306,11 +397,14 @@ def test_the_script_serves_a_run_with_a_hostile_name_until_sigterm(run_folder):
     process, _, address = start("--run", run_folder)
     try:
         models = httpx.get(f"{address}/v1/models").json()["data"]
-        assert [model["id"] for model in models] == [f"{run_folder.name}-torch"]
+        name = f"{run_folder.resolve().name[:-1]}\\udcff-torch"
+        assert [model["id"] for model in models] == [name]
+        assert httpx.get(f"{address}/health").json()["models"].keys() == {name}
         found = httpx.post(f"{address}/v1/completions", json={"model": models[0]["id"], "max_tokens": 3, "seed": 1})
-        assert (found.status_code, found.json()["model"]) == (200, f"{run_folder.name}-torch")
+        assert (found.status_code, found.json()["model"]) == (200, name)
         refused = httpx.post(f"{address}/v1/completions", json={"model": "<b>\x1b"})
         assert refused.headers["content-type"] == "application/json"
+        assert httpx.get(f"{address}/page/info").json()["source"] == name.removesuffix("-torch")
         page = httpx.get(f"{address}/")
         assert "<img src=x" not in page.text
     finally:
@@ -325,16 +419,58 @@ def test_the_script_refuses_what_it_cannot_serve(run_folder):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         result = run_script("serve.py", "--run", run_folder, "--backend", "torch", "--port", port)
-    assert (result.returncode, result.stderr.splitlines()[-1]) == (
+    # Nothing was loaded before.
+    assert (result.returncode, result.stderr) == (
         2,
-        f"error: --host 127.0.0.1 --port {port}: Address already in use; give another one",
+        f"error: --host 127.0.0.1 --port {port}: Address already in use; give another one\n",
     )
     for arguments, message in [
         (["--run", "nowhere"], "nowhere"),
         ([], "give either a run folder"),
-        (["--run", run_folder, "--max-batch", 0], "--max-batch and --max-waiting must be at least 1"),
-        (["--run", run_folder, "--host", "no.such.name.invalid", "--port", 0], "--host no.such.name.invalid"),
+        (["--run", run_folder, "--max-batch", 0], "--max-batch must be at least 1"),
+        (["--run", run_folder, "--max-waiting", 8], "--max-waiting at least --max-batch, got 16 and 8"),
     ]:
-        result = run_script("serve.py", "--backend", "torch", *arguments)
+        result = run_script("serve.py", "--backend", "torch", "--port", 0, *arguments)
         assert result.returncode == 2, result.stderr
         assert message in result.stderr.splitlines()[-1]
+
+
+def test_only_ports_and_hosts_that_exist_are_bound():
+    for port in (-1, 65536, 70000):
+        with pytest.raises(InputError, match=rf"--port must be in 0\.\.65535, got {port}"):
+            server.bind("127.0.0.1", port)
+    for host in ("no.such.name.invalid", "", "a" * 70, "1.2.3.4.5"):
+        with pytest.raises(InputError, match=f"--host {host} --port 0"):
+            server.bind(host, 0)
+    with pytest.raises(InputError, match=r"--host 192\.0\.2\.1 --port 0: "):  # of no machine
+        server.bind("192.0.2.1", 0)
+
+
+def test_all_addresses_of_a_name_are_bound(monkeypatch):
+    [reserved] = server.bind("127.0.0.1", 0)
+    port = reserved.getsockname()[1]
+    hosts = ("127.0.0.2", "192.0.2.1", "127.0.0.1", "127.0.0.2")  # 192.0.2.1 is of no machine
+    [other] = server.bind("127.0.0.1", port)
+    other.listen()
+    resolved = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (host, port)) for host in hosts]
+    monkeypatch.setattr(server, "_addresses", lambda *_: resolved)
+    with pytest.raises(InputError, match=f"--host name --port {port}: Address already in use"):
+        server.bind("name", port)
+    other.close()
+    both = server.bind("name", port)
+    assert [listener.getsockname() for listener in both] == [("127.0.0.2", port), ("127.0.0.1", port)]
+    close_all([*both, reserved])
+
+
+def close_all(listeners):
+    for listener in listeners:
+        listener.close()
+
+
+def test_a_program_that_listens_in_the_meantime_is_an_input_error():
+    [own] = server.bind("127.0.0.1", 0)
+    [other] = server.bind("127.0.0.1", own.getsockname()[1])
+    other.listen()
+    with pytest.raises(InputError, match=r"http://127\.0\.0\.1:\d+: Address already in use; give another --port"):
+        server.new_server(None, [own], print)
+    close_all([own, other])

@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 import parity
@@ -18,7 +18,7 @@ from parity.serving import page
 from parity.serving.chat import chat_completions
 from parity.serving.completions import completions
 from parity.serving.engine import Engine
-from parity.serving.security import HEADERS, Guard, error_response
+from parity.serving.security import HEADERS, Guard, JsonResponse, error_response
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +52,11 @@ def make_app(engines: Mapping[str, Engine], options: Options) -> Starlette:
         states = {name: _state(engine) for name, engine in engines.items()}
         is_ready = all(engine.is_ready for engine in engines.values())
         content = {"status": "ok" if is_ready else "unavailable", "version": parity.__version__, "models": states}
-        return JSONResponse(content, 200 if is_ready else 503)
+        return JsonResponse(content, 200 if is_ready else 503)
 
     async def models(request: Request) -> Response:
         entries = [{"id": name, "object": "model", "created": started, "owned_by": "gpt-parity"} for name in engines]
-        return JSONResponse({"object": "list", "data": entries})
+        return JsonResponse({"object": "list", "data": entries})
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

@@ -11,9 +11,18 @@ from parity.data.tokenizer import Tokenizer
 from parity.serving.engine import Engine
 from parity.serving.logprobs import chat_logprobs
 from parity.serving.options import COMMON, OptionError, check_names, integer, read_sampling, switch, top_count
-from parity.serving.respond import LONGEST_TOKEN, answers_errors, choose_engine, read_body, respond, sampled_row
+from parity.serving.respond import (
+    LONGEST_TOKEN,
+    answers_errors,
+    check_number,
+    choose_engine,
+    read_body,
+    respond,
+    sampled_row,
+)
 from parity.serving.rows import FinishReason
 from parity.serving.text import Token
+from parity.training.initial import weights_folder
 from parity.training.runs import RunFolder
 from parity.tuning.args import read_tuning
 from parity.tuning.encoding import encode_prompt
@@ -51,6 +60,24 @@ class ChatStyle:
         return chat_logprobs(self._tokenizer, tokens) if self._with_logprobs else None
 
 
+def served_template(weights: Path, adapter: Path | None) -> str | None:
+    """Return the template of a model that is served.
+
+    Args:
+        weights: The folder that the weights were read from.
+        adapter: What --adapter names. If it is of a run, that run has the template.
+    """
+    folders = [weights] if adapter is None else [weights_folder(adapter), weights]
+    run = next(filter(None, map(_run_of, folders)), None)
+    return None if run is None else chat_template(run)
+
+
+def _run_of(weights: Path) -> Path | None:
+    """Return the run folder of which a folder with weights is a checkpoint, or None if it is of no run."""
+    run = RunFolder(weights.resolve().parent.parent)
+    return run.path if weights.resolve().parent == run.checkpoints and run.config_file.exists() else None
+
+
 def chat_template(run: Path) -> str | None:
     """Return the template of a run that was tuned on instructions, or on preferences among responses to them; of any
     other run None.
@@ -69,7 +96,8 @@ def chat_prompt(messages: Any, engine: Engine) -> list[int]:
         engine: An engine whose model was tuned on instructions.
 
     Raises:
-        InputError: For messages of another form, and for a model that was not tuned on instructions.
+        InputError: For messages of another form, those after which the context has no room for a response, and a
+            model that was not tuned on instructions.
     """
     if engine.template is None:
         raise OptionError(
@@ -93,7 +121,12 @@ def chat_prompt(messages: Any, engine: Engine) -> list[int]:
     if plain[-1]["role"] != "user":
         raise OptionError("the last message must be from the user", "messages")
     turns = conversation(Record({"messages": plain}, "messages"), needs_response=False)
-    return encode_prompt(render(turns, engine.template), engine.tokenizer, "messages")
+    prompt = encode_prompt(render(turns, engine.template), engine.tokenizer, "messages")
+    if len(prompt) >= engine.config.n_ctx:
+        raise OptionError(
+            f"messages have {len(prompt)} tokens, but the model's context has {engine.config.n_ctx}", "messages"
+        )
+    return prompt
 
 
 def _text(content: Any, number: int) -> str:
@@ -120,15 +153,14 @@ def chat_completions(engines: Mapping[str, Engine]) -> Callable[[Request], Await
         if n_top and not with_logprobs:
             raise OptionError("top_logprobs needs logprobs", "top_logprobs")
         prompt = chat_prompt(body.get("messages"), engine)
-        room = engine.config.n_ctx - len(prompt)
-        if room < 1:
-            raise OptionError(
-                f"messages have {len(prompt)} tokens, but the model's context has {engine.config.n_ctx}", "messages"
-            )
         most = integer(body, "max_completion_tokens", 1, 2**31 - 1)
         if most is not None and sampling.max_tokens is not None:
             raise OptionError("give max_completion_tokens or max_tokens, not both", "max_tokens")
-        most = most or sampling.max_tokens or room
+        if most is None:
+            most = engine.config.n_ctx - len(prompt) if sampling.max_tokens is None else sampling.max_tokens
+        if most == 0:
+            raise OptionError("max_tokens must be at least 1", "max_tokens")
+        check_number(1, sampling.n, engine)
         rows = [sampled_row(prompt, most, sampling, number) for number in range(sampling.n)]
         style = ChatStyle(engine.tokenizer, with_logprobs)
         return await respond(request, engine, style, rows, sampling, n_top or 0, len(prompt))

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from parity.data.tokenizer import END_OF_TEXT, Tokenizer
 from parity.evaluation.scorer import Scorer
@@ -14,6 +14,7 @@ from parity.serving.logprobs import SCORED_AT_ONCE, PromptToken, completion_logp
 from parity.serving.options import COMMON, MOST_ROWS, OptionError, check_names, read_sampling, switch, top_count
 from parity.serving.respond import (
     answers_errors,
+    check_number,
     choose_engine,
     encode,
     head_of,
@@ -24,7 +25,7 @@ from parity.serving.respond import (
     usage,
 )
 from parity.serving.rows import FinishReason
-from parity.serving.security import error_response
+from parity.serving.security import JsonResponse, error_response
 from parity.serving.text import Token
 
 DEFAULT_MAX_TOKENS = 16
@@ -114,9 +115,7 @@ def completions(engines: Mapping[str, Engine]) -> Callable[[Request], Awaitable[
             prompts = _read_prompts(body, engine)
         else:
             prompts = await asyncio.to_thread(_read_prompts, body, engine)
-        most = min(MOST_ROWS, engine.max_waiting)
-        if len(prompts) * sampling.n > most:
-            raise OptionError(f"{len(prompts)} prompts with n={sampling.n} are more than {most} completions", "n")
+        check_number(len(prompts), sampling.n, engine)
         rows = [
             sampled_row(prompt, max_tokens, sampling, number)
             for number, prompt in enumerate(prompt for prompt in prompts for _ in range(sampling.n))
@@ -143,7 +142,7 @@ def completions(engines: Mapping[str, Engine]) -> Callable[[Request], Awaitable[
         if max_tokens == 0:
             choices = [style.whole(index, "", [], "length") for index in range(len(rows))]
             head = head_of(style, engine, sampling)
-            return JSONResponse(head | {"choices": choices, "usage": usage(n_prompt, 0)})
+            return JsonResponse(head | {"choices": choices, "usage": usage(n_prompt, 0)})
         return await respond(request, engine, style, rows, sampling, n_top or 0, n_prompt)
 
     return route
@@ -157,8 +156,8 @@ def _known(prompt: Sequence[int], tokenizer: Tokenizer) -> list[int]:
 def _read_prompts(body: Mapping[str, Any], engine: Engine) -> list[Sequence[int]]:
     """Return the ids of each prompt: `prompt` is a text, a list of ids, or a list of either."""
     prompt = body.get("prompt")
-    if prompt is None or prompt == END_OF_TEXT:
-        return [[engine.tokenizer.eos_id]]  # the API's default
+    if prompt is None:
+        prompt = END_OF_TEXT  # the API's default
     prompts = [prompt] if isinstance(prompt, str) or _is_ids(prompt) else prompt
     if not isinstance(prompts, list) or not prompts or len(prompts) > MOST_ROWS:
         raise OptionError(
@@ -168,7 +167,9 @@ def _read_prompts(body: Mapping[str, Any], engine: Engine) -> list[Sequence[int]
     n_ctx, n_vocab = engine.config.n_ctx, engine.config.n_vocab
     for number, item in enumerate(prompts):
         name = "prompt" if prompts is not prompt else f"prompt {number}"
-        if isinstance(item, str):
+        if item == END_OF_TEXT:
+            ids: Sequence[int] = [engine.tokenizer.eos_id]
+        elif isinstance(item, str):
             ids = encode(engine.tokenizer, item, n_ctx, "prompt")
         elif _is_ids(item):
             ids = item

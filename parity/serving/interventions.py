@@ -130,7 +130,7 @@ def _patched(subject: Subject, ids: Sequence[int], name: str, patches: np.ndarra
         part = patches[start : start + rows]
         part = np.concatenate([part, np.repeat(part[:1], rows - len(part), axis=0)])  # one shape for JAX
         logits, _ = subject.run(np.repeat(tokens, rows, axis=0), (), {name: part})
-        results += list(logits[:, position])
+        results += list(logits[:, position].copy())  # a view would keep the logits of all positions
     return results[: len(patches)]
 
 

@@ -128,7 +128,7 @@ def read_sampling(body: Mapping[str, Any], n_vocab: int, eos_id: int) -> Samplin
         max_tokens=integer(body, "max_tokens", 0, 2**31 - 1),
         n=integer(body, "n", 1, MOST_ROWS) or 1,
         seed=secrets.randbelow(2**63) if seed is None else seed,
-        stop=_stop(body.get("stop")),
+        stop=stop_texts(body.get("stop")),
         stream=stream,
         include_usage=include_usage,
         rules=PromptOptions(**rules),  # type: ignore[typeddict-item]
@@ -165,7 +165,8 @@ def switch(body: Mapping[str, Any], name: str) -> bool:
     return bool(value)
 
 
-def _stop(value: Any) -> tuple[str, ...]:
+def stop_texts(value: Any) -> tuple[str, ...]:
+    """Return the texts of the option `stop`: a text, a list of texts, or None."""
     texts = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or len(texts) > MOST_STOPS or not all(isinstance(text, str) for text in texts):
         raise OptionError(f"stop must be a text or a list of up to {MOST_STOPS} texts", "stop")

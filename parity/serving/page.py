@@ -3,13 +3,14 @@
 import asyncio
 import functools
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
@@ -20,13 +21,15 @@ from parity.serving.chat import chat_prompt, chat_template
 from parity.serving.display import TokenTexts, rounded, show_token
 from parity.serving.engine import BusyError, Engine
 from parity.serving.fields import read_fields
+from parity.serving.options import stop_texts
 from parity.serving.respond import EventStream, answers_errors, encode
-from parity.serving.rows import Generation, Row
+from parity.serving.rows import Progress, Row
+from parity.serving.security import JsonResponse, error_response
 from parity.weights import shapes
 from parity.weights.load import read_folder
 
 _STATIC = Path(__file__).parent / "static"
-_MOST_WAITING = 16  # views that are computed or wait for their turn
+_MOST_WAITING = 16  # requests of a queue that are computed or wait for their turn
 _SAMPLING = {
     "temperature": "a number", "top_k": "an integer", "top_p": "a number", "min_p": "a number",
     "repetition_penalty": "a number", "seed": "an integer",
@@ -93,9 +96,30 @@ def _answering(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
     @answers_errors
     async def route(request: Request) -> Response:
         result = await handler(request)
-        return result if isinstance(result, Response) else JSONResponse(result)
+        return result if isinstance(result, Response) else JsonResponse(result)
 
     return route
+
+
+class _Queue:
+    """Computes on threads, for one request at a time."""
+
+    def __init__(self) -> None:
+        self._one_at_a_time = asyncio.Lock()
+        self._n_waiting = 0
+
+    async def run(self, request: Request, function: Callable[[], Any]) -> Any:
+        """Return what the function returns, after those that wait already; if the client has left before, an error."""
+        if self._n_waiting >= _MOST_WAITING:
+            raise BusyError
+        self._n_waiting += 1
+        try:
+            async with self._one_at_a_time:
+                if await request.is_disconnected():
+                    return error_response(400, "the client left")
+                return await asyncio.to_thread(function)
+        finally:
+            self._n_waiting -= 1
 
 
 class _Page:
@@ -107,8 +131,7 @@ class _Page:
         engine = next(iter(engines.values()))
         self._config, self._tokenizer = engine.config, engine.tokenizer
         self._source = engine.name.removesuffix(f"-{_label(engine)}")
-        self._one_at_a_time = asyncio.Lock()
-        self._n_waiting = 0
+        self._views, self._logits, self._runs = _Queue(), _Queue(), _Queue()  # none of them delays another
 
     async def info(self, request: Request) -> Any:
         """What the page knows of the models."""
@@ -140,20 +163,21 @@ class _Page:
             prompt = list(encode(engine.tokenizer, fields["prompt"], engine.config.n_ctx, "prompt"))
         else:
             prompt = chat_prompt(fields["messages"], engine)
-            most = max(1, min(most, engine.config.n_ctx + 1 - len(prompt)))
+            most = min(most, engine.config.n_ctx + 1 - len(prompt))
         options: Any = {name: fields[name] for name in _SAMPLING if name in fields}
         options = {"seed": 0, **options, "row": 0, "eos_id": engine.tokenizer.eos_id}
-        row = Row(prompt, most, options, [text for text in fields.get("stop", []) if text])
+        row = Row(prompt, most, options, stop_texts(fields.get("stop")))
         generation = engine.submit([row])
-        return EventStream(_events(generation, prompt, engine.tokenizer), generation)
+        return EventStream(completion_events(generation, prompt, engine.tokenizer), generation)
 
     def view(self, function: Callable[..., Any], required: Mapping[str, str], optional: Mapping[str, str]) -> Handler:
         """Return the handler of a view of one model."""
+        queue = self._logits if function is inspect.next_logits else self._views
 
         async def handler(request: Request) -> Any:
             fields = read_fields(await request.body(), {"model": "text", **required}, optional)
             subject = self._subject(self._engine(fields.pop("model")))
-            return await self._compute(functools.partial(function, subject, **fields))
+            return await queue.run(request, functools.partial(function, subject, **fields))
 
         return handler
 
@@ -163,11 +187,12 @@ class _Page:
         if len(self._engines) != 2:
             raise InputError("only one backend is loaded; start the server with --backend both")
         subjects = {_label(engine): self._subject(engine) for engine in self._engines.values()}
-        return await self._compute(functools.partial(agreement.compare, subjects, fields["ids"], fields["first"]))
+        compare = functools.partial(agreement.compare, subjects, fields["ids"], fields["first"])
+        return await self._views.run(request, compare)
 
     async def runs(self, request: Request) -> Any:
         """The list of runs."""
-        return {"runs": await self._compute(functools.partial(run_views.list_runs, self._folders))}
+        return await self._runs.run(request, lambda: {"runs": run_views.list_runs(self._folders)})
 
     async def run(self, request: Request) -> Any:
         """One run, or null if nothing has changed since `version`."""
@@ -175,11 +200,10 @@ class _Page:
 
         def describe() -> Any:
             folder = run_views.find_run(self._folders, fields["path"])
-            if run_views.run_version(folder) == fields.get("version"):
-                return None
-            return run_views.describe_run(folder)
+            is_known = run_views.run_version(folder) == fields.get("version")
+            return {"run": None if is_known else run_views.describe_run(folder)}
 
-        return {"run": await self._compute(describe)}
+        return await self._runs.run(request, describe)
 
     async def load(self, request: Request) -> Any:
         """Replace the weights of all models by those of a checkpoint."""
@@ -191,7 +215,10 @@ class _Page:
             _, arrays, format = read_folder(folder)
             return arrays, format, run, chat_template(run)
 
-        arrays, format, run, template = await self._compute(read)
+        answer = await self._views.run(request, read)
+        if isinstance(answer, Response):
+            return answer
+        arrays, format, run, template = answer
         for engine in self._engines.values():
             await engine.call(_replace_weights, engine, arrays, format)
             engine.template = template
@@ -213,17 +240,6 @@ class _Page:
 
         return inspect.Subject(own.config, own.tokenizer, on_engine(own.run_model), on_engine(own.export_weights))
 
-    async def _compute(self, function: Callable[[], Any]) -> Any:
-        """Run a function on a thread of its own, after those that wait already."""
-        if self._n_waiting >= _MOST_WAITING:
-            raise BusyError
-        self._n_waiting += 1
-        try:
-            async with self._one_at_a_time:
-                return await asyncio.to_thread(function)
-        finally:
-            self._n_waiting -= 1
-
 
 def _label(engine: Engine) -> str:
     return engine.backend.__name__.removeprefix("gpt_")
@@ -234,18 +250,26 @@ def _replace_weights(engine: Engine, arrays: Mapping[str, np.ndarray], format: s
     engine.weights_changed()
 
 
-async def _events(generation: Generation, prompt: Sequence[int], tokenizer: Tokenizer) -> AsyncIterator[dict[str, Any]]:
-    """Yield the events of a completion; the texts of all tokens together are the text that the API returns."""
+async def completion_events(
+    generation: AsyncIterable[Progress], prompt: Sequence[int], tokenizer: Tokenizer
+) -> AsyncIterator[dict[str, Any]]:
+    """Yield the events of a completion; the texts of all tokens together are the text that the API returns.
+
+    A token is withheld as long as a part of its text may become a part of a stop text.
+    """
     texts = TokenTexts(tokenizer)
-    excess = 0  # characters of tokens beyond the text, which ends before a stop text
+    withheld: deque[dict[str, Any]] = deque()
+    n_certain = 0  # characters of the text so far that are not a part of a stop text, less those of yielded tokens
     yield {"prompt": prompt}
     async for progress in generation:
+        withheld += ({**texts.add(token.id), "logprob": rounded(token.logprob)} for token in progress.tokens)
+        n_certain += len(progress.text)
+        if progress.finish_reason and withheld:
+            withheld[-1]["text"] += texts.rest()
+            excess = sum(len(token["text"]) for token in withheld) - n_certain
+            withheld[-1]["text"] = withheld[-1]["text"][: len(withheld[-1]["text"]) - excess]
         tokens = []
-        for token in progress.tokens:
-            tokens.append({**texts.add(token.id), "logprob": rounded(token.logprob)})
-        if progress.finish_reason and tokens:
-            tokens[-1]["text"] += texts.rest()
-        excess += sum(len(token["text"]) for token in tokens) - len(progress.text)
-        if progress.finish_reason and tokens and excess > 0:
-            tokens[-1]["text"] = tokens[-1]["text"][:-excess]
+        while withheld and len(withheld[0]["text"]) <= n_certain:
+            n_certain -= len(withheld[0]["text"])
+            tokens.append(withheld.popleft())
         yield {"tokens": tokens, "finish_reason": progress.finish_reason}

@@ -8,15 +8,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from parity.data.tokenizer import Tokenizer
 from parity.errors import InputError
 from parity.serving.engine import BusyError, ClosedError, Engine, FailedError
-from parity.serving.options import OptionError, Sampling
+from parity.serving.options import MOST_ROWS, OptionError, Sampling
 from parity.serving.rows import FinishReason, Generation, Row
-from parity.serving.security import error_response
+from parity.serving.security import JsonResponse, error_response
 from parity.serving.text import Token
 from parity.storage.json import as_object, parse
 
@@ -57,6 +57,13 @@ def choose_engine(engines: Mapping[str, Engine], body: Mapping[str, Any]) -> Eng
     if not isinstance(name, str) or name not in engines:
         raise UnknownModelError(f"model must be one of {', '.join(engines)}, got {name!r:.80}", "model")
     return engines[name]
+
+
+def check_number(n_prompts: int, n: int, engine: Engine) -> None:
+    """Raise OptionError for more continuations than a request may have, which could never wait for their places."""
+    most = min(MOST_ROWS, engine.max_waiting)
+    if n_prompts * n > most:
+        raise OptionError(f"{n_prompts} prompts with n={n} are more than {most} completions", "n")
 
 
 class UnknownModelError(OptionError):
@@ -116,7 +123,7 @@ async def respond(
     if answer is None:
         return error_response(400, "the client left")
     choices = [style.whole(index, *parts) for index, parts in enumerate(answer)]
-    return JSONResponse(head | {"choices": choices, "usage": usage(n_prompt, sum(len(row[1]) for row in answer))})
+    return JsonResponse(head | {"choices": choices, "usage": usage(n_prompt, sum(len(row[1]) for row in answer))})
 
 
 def head_of(style: Style, engine: Engine, sampling: Sampling) -> dict[str, Any]:
@@ -207,7 +214,7 @@ class EventStream(StreamingResponse):
 async def _lines(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
     try:
         async for event in events:
-            yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+            yield f"data: {json.dumps(event)}\n\n"
     except Exception as error:  # the status of the response was sent already
         message = str(error) if isinstance(error, FailedError) else f"the server failed: {type(error).__name__}"
         if isinstance(error, ClosedError):

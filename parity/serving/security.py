@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from parity.errors import printable
@@ -32,6 +32,13 @@ HEADERS = {
 }
 
 
+class JsonResponse(JSONResponse):
+    """JSON in ASCII, because the name of a file that is not UTF-8 becomes a text which UTF-8 cannot encode."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
 def error_response(
     status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Any = None
 ) -> Response:
@@ -43,7 +50,7 @@ def error_response(
         "param": param,
         "code": code,
     }
-    return Response(json.dumps({"error": error}), status, headers, "application/json")
+    return JsonResponse({"error": error}, status, headers)
 
 
 class Guard:

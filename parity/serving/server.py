@@ -1,10 +1,11 @@
 """The HTTP server: uvicorn, with limits for slow clients."""
 
 import asyncio
+import errno
 import logging
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -29,6 +30,7 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # so that pause_writing is called for the last bytes, too
         self._deadline = self.loop.call_later(HEADER_SECONDS, transport.abort)
 
     def data_received(self, data: bytes) -> None:
@@ -48,12 +50,22 @@ class Protocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stalled = _cancelled(self._stalled)
-        self._stalled = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+        self._watch()
 
     def resume_writing(self) -> None:
         self._stalled = _cancelled(self._stalled)
         super().resume_writing()
+
+    def _watch(self) -> None:
+        size = self.transport.get_write_buffer_size()
+        self._stalled = _cancelled(self._stalled)
+        self._stalled = self.loop.call_later(STALL_SECONDS, self._check, size)
+
+    def _check(self, size: int) -> None:
+        if self.transport.get_write_buffer_size() < size:  # the client reads, though slowly
+            self._watch()
+        else:
+            self.transport.abort()
 
 
 def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
@@ -70,12 +82,15 @@ KEEP_ALIVE_SECONDS = 5
 class Server(uvicorn.Server):
     """Calls `announce` with the server's address once it answers, and returns from `run` after SIGINT or SIGTERM."""
 
-    announce: Callable[[str], None]
+    def __init__(self, config: uvicorn.Config, listeners: list[socket.socket], announce: Callable[[str], None]):
+        super().__init__(config)
+        self._listeners = listeners
+        self._announce = announce
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await super().startup(self._listeners)
         if self.started:
-            self.announce(_address(self.servers[0].sockets[0]))
+            self._announce(_address(self._listeners[0]))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop when the requests have ended; at a second SIGINT at once. uvicorn would raise the signal again."""
@@ -83,23 +98,25 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def new_server(app: ASGIApp, host: str, port: int, announce: Callable[[str], None]) -> Server:
+def new_server(app: ASGIApp, listeners: list[socket.socket], announce: Callable[[str], None]) -> Server:
     """Return a server; its `run` serves until SIGINT or SIGTERM, and then ends the requests that it has.
 
     Args:
         app: The application.
-        host: Address or name to listen on.
-        port: Port to listen on; 0 for a free one.
+        listeners: What `bind` returned.
         announce: Called with the address of the server once it answers.
 
     Raises:
-        InputError: If the server cannot listen there.
+        InputError: If another program has begun to listen there since then.
     """
+    for listener in listeners:
+        try:
+            listener.listen()
+        except OSError as error:
+            raise InputError(f"{_address(listener)}: {error.strerror or error}; give another --port") from None
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         http=Protocol,
         ws="none",
         lifespan="on",
@@ -109,23 +126,66 @@ def new_server(app: ASGIApp, host: str, port: int, announce: Callable[[str], Non
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         h11_max_incomplete_event_size=2**15,
     )
-    server = Server(config)
-    server.announce = announce
+    return Server(config, listeners, announce)
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Reserve the addresses of a server.
+
+    Args:
+        host: Address or name; of a name all addresses are reserved that this machine has.
+        port: Port; 0 for a free one, at the first address of the host.
+
+    Raises:
+        InputError: If the server could not listen there.
+    """
+    if not 0 <= port <= 65535:
+        raise InputError(f"--port must be in 0..65535, got {port}")
+    listeners: list[socket.socket] = []
+    problem: OSError | None = None
     try:
-        _bindable(host, port)
+        for family, kind, protocol, _, address in dict.fromkeys(_addresses(host, port)):
+            try:
+                listeners.append(_bound(family, kind, protocol, address))
+            except OSError as error:
+                if error.errno not in _ABSENT:
+                    raise
+                problem = error
+            if listeners and port == 0:
+                break
+        if not listeners:
+            raise problem or OSError("the host has no address")
     except OSError as error:
+        for listener in listeners:
+            listener.close()
         raise InputError(f"--host {host} --port {port}: {error.strerror or error}; give another one") from None
-    return server
+    return listeners
 
 
-def _bindable(host: str, port: int) -> None:
-    """Raise OSError if the server cannot listen; uvicorn would log this and exit."""
-    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[:1]:
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+_ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+"""Errors of an address that the machine lacks, such as that of localhost in IPv6."""
 
 
-def _address(listener: Any) -> str:
+def _addresses(host: str, port: int) -> Sequence[Any]:
+    try:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError as error:  # such as a label of more than 63 characters
+        raise OSError(str(error)) from None
+
+
+def _bound(family: int, kind: int, protocol: int, address: Any) -> socket.socket:
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:  # the same port in IPv4 is a listener of its own
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -53,7 +53,10 @@ def resources(pid: int) -> Resources:
 
 
 class Client(threading.Thread):
-    """Asks one request after another until a time; every third answer is left in the middle."""
+    """Asks one request after another until a time, and until it had an answer; leaves every third in the middle.
+
+    A request that is refused because too many wait is repeated.
+    """
 
     def __init__(self, number: int, address: str, model: str, expected: Sequence[Expected], end: float):
         super().__init__()
@@ -65,16 +68,17 @@ class Client(threading.Thread):
 
     def run(self) -> None:
         turn = self._number
-        while time.monotonic() < self._end:
+        while time.monotonic() < self._end or turn == self._number:
             request, text = self._expected[turn % len(self._expected)]
             try:
-                self._ask(request, text, is_streamed=turn % 2 == 0, leaves=turn % 3 == 0)
+                turn += self._ask(request, text, is_streamed=turn % 2 == 0, leaves=turn % 3 == 0)
             except (OSError, ValueError, KeyError) as error:
                 self.counts["failed"] += 1
                 self.wrong.append(f"{type(error).__name__}: {error}")
-            turn += 1
+                turn += 1
 
-    def _ask(self, request: dict[str, Any], text: str, is_streamed: bool, leaves: bool) -> None:
+    def _ask(self, request: dict[str, Any], text: str, is_streamed: bool, leaves: bool) -> bool:
+        """Send a request; return whether there was an answer to it."""
         begin = time.monotonic()
         connection = HTTPConnection(self._address, timeout=TIMEOUT)
         try:
@@ -85,15 +89,15 @@ class Client(threading.Thread):
                 response.read()
                 self.counts["busy"] += 1
                 time.sleep(float(response.getheader("Retry-After", "1")))
-                return
+                return False
             if response.status != 200:
                 self.counts["failed"] += 1
                 self.wrong.append(f"{response.status}: {response.read(300)!r}")
-                return
+                return True
             if leaves:
                 response.readline()
                 self.counts["left"] += 1
-                return
+                return True
             answer = _streamed(response) if is_streamed else json.loads(response.read())["choices"][0]["text"]
         finally:
             connection.close()
@@ -101,6 +105,7 @@ class Client(threading.Thread):
         self.counts["right" if answer == text else "wrong"] += 1
         if answer != text:
             self.wrong.append(f"{request['prompt'][:40]!r}: {answer!r} instead of {text!r}")
+        return True
 
 
 def _streamed(response: Any) -> str:
@@ -142,7 +147,7 @@ def under_load(
     _run(address, model, expected, n_clients, min(5.0, seconds))  # warms up
     before = _idle(address, pid)
     clients = _run(address, model, expected, n_clients, seconds)
-    after = _idle(address, pid)
+    after = _idle(address, pid, before.files)
     counts = sum((client.counts for client in clients), Counter())
     if wrong := [text for client in clients for text in client.wrong]:
         raise InputError(f"{title}: {len(wrong)} answers are wrong or missing, the first: {wrong[0]:.500}")
@@ -185,8 +190,12 @@ def _run(address: str, model: str, expected: Sequence[Expected], n_clients: int,
     return clients
 
 
-def _idle(address: str, pid: int) -> Resources:
-    """Wait until the server decodes nothing, and its connections are closed; return what it occupies then."""
+def _idle(address: str, pid: int, most_files: int | None = None) -> Resources:
+    """Wait until the server decodes nothing, and its connections are closed; return what it occupies then.
+
+    Connections count as closed when the number of open files is at most `most_files`, or, if that is None, has not
+    changed for a second.
+    """
     end = time.monotonic() + TIMEOUT
     while time.monotonic() < end:
         connection = HTTPConnection(address, timeout=TIMEOUT)
@@ -194,7 +203,23 @@ def _idle(address: str, pid: int) -> Resources:
         states = json.loads(connection.getresponse().read())["models"].values()
         connection.close()
         if not any(state["running"] or state["waiting"] for state in states):
-            time.sleep(1)  # until uvicorn has seen that this connection is closed
-            return resources(pid)
+            return _closed(pid, most_files)
         time.sleep(0.1)
     raise InputError("the server still decodes after all clients have left")
+
+
+def _closed(pid: int, most_files: int | None) -> Resources:
+    end = time.monotonic() + _CLOSING_SECONDS
+    last = resources(pid)
+    while True:
+        time.sleep(1)
+        now = resources(pid)
+        if now.files == last.files if most_files is None else now.files <= most_files:
+            return now
+        if time.monotonic() > end:
+            return now
+        last = now
+
+
+_CLOSING_SECONDS = 60
+"""An open file that the server keeps for so long after the last request counts as kept."""

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 import threading
+import time
 
 import httpx
 import numpy as np
@@ -15,7 +16,7 @@ from parity.data.tokenizer import ByteTokenizer
 from parity.loading import load_model_and_tokenizer
 from parity.serving.app import Options, make_app
 from parity.serving.engine import Engine
-from parity.serving.server import new_server
+from parity.serving.server import bind, new_server
 from support.models import probing_weights
 
 SECONDS = 120  # for the start or the end of a server under load
@@ -68,7 +69,7 @@ def serving(engines, **options):
         addresses.append(address)
         is_ready.set()
 
-    server = new_server(make_app(engines, Options(**options)), "127.0.0.1", 0, announce)
+    server = new_server(make_app(engines, Options(**options)), bind("127.0.0.1", 0), announce)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -95,3 +96,11 @@ def ask(app, *requests, address="http://127.0.0.1:8000"):
 def complete(app, *bodies, path="/v1/completions"):
     """Return the responses of an application to bodies that arrive at the same time."""
     return ask(app, *(("POST", path, {"json": body}) for body in bodies))
+
+
+def wait_until(condition):
+    """Wait for what another thread does; an error after 60 seconds."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
