@@ -23,9 +23,9 @@ from support.runs import run_script
 from support.s3_server import s3_environment
 
 from parity.errors import InputError
-from parity.storage import bucket, folder, remote
+from parity.storage import bucket, folder, remote, retry
 from parity.storage.remote import RemoteError, open_remote
-from parity.training import checkpoints, lease, loop, mirrored, uploads
+from parity.training import checkpoints, lease, loop, uploads
 from parity.training.args import JobArgs, parse_job_args
 from parity.training.lease import Lease, SupersededError
 from parity.training.mirror import fetch_newest, pull, pull_files
@@ -50,7 +50,7 @@ def address(request, tmp_path):
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(mirrored, "RETRY_SECONDS", (0, 0))
+    monkeypatch.setattr(retry, "RETRY_SECONDS", (0, 0))
     monkeypatch.setattr(uploads, "LONGEST_PAUSE", 0.01)
 
 
@@ -276,7 +276,9 @@ def test_the_older_of_two_machines_is_refused(tmp_path, address):
         older.request(20)
     assert open_remote(address).list() == before
     lines = printed.getvalue().splitlines()
-    assert any(re.search(r" written by process \d+ .*; this process uploads nothing any more", line) for line in lines)
+    assert any(
+        re.search(r" now written by process \d+ .*; this process no longer uploads anything", line) for line in lines
+    )
     assert lines[-1].startswith(f"mirror     step 10 is safe at {older.address}; step 20 is not (")
     with newer:
         newer.request(20)
@@ -287,7 +289,7 @@ def test_a_newcomer_learns_of_a_process_that_is_still_at_work(tmp_path, address,
     run = make_run(tmp_path / "run", [10])
     uploads_of(run, address, True)
     second = uploads.Uploads(address, run, SETTINGS, None)
-    assert re.search(r"; process \d+ on .* wrote it \d+ s ago and may not any more$", second.claim(False))
+    assert re.search(r"; process \d+ on .* last wrote to it \d+ s ago and can no longer write$", second.claim(False))
     with uploads_of(run, address)[0]:
         pass  # it says that it has ended
     assert uploads.Uploads(address, run, SETTINGS, None).claim(False) == second.address
@@ -306,7 +308,7 @@ def test_a_lease_is_renewed_while_nothing_is_uploaded(tmp_path, address, monkeyp
         uploads_of(run, address)
         mirror._thread.join(60)
         assert not mirror._thread.is_alive()
-    assert "is written by process" in printed.getvalue()
+    assert "is now written by process" in printed.getvalue()
 
 
 def test_of_many_leases_taken_at_once_one_is_the_last(address):
@@ -326,7 +328,7 @@ def test_of_many_leases_taken_at_once_one_is_the_last(address):
     assert len(valid) == 1
     assert len({one._number for one in leases}) == 8
     open_remote(address).write("lease/000009.json", b"\xff not json")
-    with pytest.raises(SupersededError, match="written by another process now"):
+    with pytest.raises(SupersededError, match="now written by another process"):
         valid[0].check()
 
 
@@ -369,6 +371,63 @@ def test_a_bucket_that_refuses_everything_ends_no_run(tmp_path, address, monkeyp
         f"--resume --run {run.path} --mirror {mirror.address}"
     )
     assert MirroredRun(open_remote(address)).steps() == [10]
+
+
+def test_a_bucket_that_fails_for_days(tmp_path, monkeypatch):
+    monkeypatch.setattr(uploads, "LONGEST_PAUSE", 0)
+    run = make_run(tmp_path / "run", [10])
+    mirror, printed = uploads_of(run, f"memory://{uuid.uuid4().hex}", True)
+    failures, failed = iter(range(1100)), threading.Event()
+
+    def fail(method, name):
+        if next(failures, None) is not None:
+            raise RemoteError("the bucket is full")
+        failed.set()
+
+    before_each_change(monkeypatch, fail)
+    with mirror:
+        mirror.request(10)
+        assert failed.wait(60)
+    assert mirror.safe == 10
+    assert "mirror     works again" in printed.getvalue()
+
+
+def test_failures_at_the_end_are_counted_in_a_row(tmp_path, address, monkeypatch):
+    run = make_run(tmp_path / "run", [10, 20])
+    mirror, _ = uploads_of(run, address, True)
+    tries = []
+
+    def fail(method, name):
+        if method == "put" and name.endswith("model.safetensors"):
+            mirror._ending = True
+            tries.append(name)
+            if len(tries) % uploads.TRIES_AT_THE_END:
+                raise RemoteError("the bucket is full")
+            if name.startswith("checkpoints/000010"):
+                mirror.request(20)
+
+    before_each_change(monkeypatch, fail)
+    with mirror:
+        mirror.request(10)
+    assert len(tries) == 2 * uploads.TRIES_AT_THE_END
+    assert mirror.safe == 20
+
+
+def test_an_error_that_nobody_expects_is_reported(tmp_path, address, monkeypatch):
+    run = make_run(tmp_path / "run", [10])
+    mirror, printed = uploads_of(run, address, True)
+
+    def renew(self, ended=False):
+        if ended:
+            raise KeyError("odd")
+
+    monkeypatch.setattr(Lease, "renew", renew)
+    with mirror:
+        mirror.request(10)
+    assert printed.getvalue().splitlines()[-2:] == [
+        "mirror     KeyError: 'odd'; this process no longer uploads anything",
+        f"mirror     step 10 is safe at {mirror.address}",
+    ]
 
 
 def test_an_object_that_arrives_with_another_size_is_uploaded_again(tmp_path, address, monkeypatch):
@@ -471,6 +530,33 @@ def test_the_newest_checkpoint_here_or_there_is_resumed(tmp_path, address):
     assert other.newest_intact().name == "000040"
 
 
+def test_a_checkpoint_that_is_deleted_while_it_is_fetched(tmp_path, address, monkeypatch):
+    """By the process that trains the run: the newer checkpoint is taken, unless the step was named."""
+    run = make_run(tmp_path / "run", [10])
+    upload(run, address, 10, is_new=True)
+    other = RunFolder(tmp_path / "other")
+    other.path.mkdir()
+    shutil.copy(run.config_file, other.config_file)
+    fetch_step = MirroredRun.fetch_step
+
+    def fetch_late(self, run_folder, step):
+        add_step(run, step + 10, keep=1)
+        upload(run, address, step + 10)
+        for name in open_remote(address).list(f"checkpoints/{step:06d}/"):
+            open_remote(address).remove(name)
+        monkeypatch.undo()
+        return fetch_step(self, run_folder, step)
+
+    monkeypatch.setattr(MirroredRun, "fetch_step", fetch_late)
+    assert pull(address, tmp_path / "copy").name == "000020"
+    monkeypatch.setattr(MirroredRun, "fetch_step", fetch_late)
+    assert fetch_newest(other, address) == []
+    assert other.newest_intact().name == "000030"
+    monkeypatch.setattr(MirroredRun, "fetch_step", fetch_late)
+    with pytest.raises(RemoteError, match=r"checkpoints/000030/manifest.json is missing"):
+        pull(address, tmp_path / "copy", 30)
+
+
 def test_metrics_without_a_checkpoint_are_not_fetched(tmp_path, address):
     """Of a run whose first upload was interrupted: it begins anew."""
     run = make_run(tmp_path / "run", [10])
@@ -500,6 +586,7 @@ def test_bad_options(tmp_path, address):
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
 def test_on_another_machine_the_run_goes_on_bit_for_bit(tmp_path, monkeypatch, backend):
+    """Also from the checkpoint before one that is damaged, which is then uploaded again with the same manifest."""
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog.\n" * 40)
     options = ("--preset", "tiny", "--steps", 6, "--eval-every", 2, "--sample-tokens", 4, "--drop-rate", 0.1)
@@ -515,13 +602,17 @@ def test_on_another_machine_the_run_goes_on_bit_for_bit(tmp_path, monkeypatch, b
         patch.setattr(loop, "learning_rate", lost)
         with pytest.raises(ConnectionAbortedError):
             train(backend, *options, "--corpus", text, "--run", tmp_path / "lost", "--mirror", address)
+    manifest = (tmp_path / "lost/checkpoints/000004/manifest.json").read_bytes()
+    flip(address, "checkpoints/000004/model.safetensors")
     shutil.rmtree(tmp_path / "lost")
-    printed = train(backend, "--run", tmp_path / "run", "--mirror", address, "--resume")
-    assert "resuming   after step 4" in printed
+    with pytest.warns(UserWarning, match="000004/ is damaged"):
+        printed = train(backend, "--run", tmp_path / "run", "--mirror", address, "--resume")
+    assert "resuming   after step 2" in printed
     assert printed.splitlines()[-1] == f"mirror     step 6 is safe at {address}"
     assert_same_result(tmp_path / "run", tmp_path / "uninterrupted")
     pull(address, tmp_path / "copy")
     assert_same_result(tmp_path / "copy", tmp_path / "uninterrupted")
+    assert (pull(address, tmp_path / "copy", 4) / "manifest.json").read_bytes() == manifest
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ import gpt_jax.train
 import gpt_torch.distributed
 from parity.data.windows import Windows
 from parity.errors import InputError
-from parity.training import agreement, job, job_data
+from parity.training import agreement, job, job_data, processes
 from parity.training import loop as fit
 from parity.training.args import JobArgs, parse_job_args
 from parity.training.job import load_job, start_run
@@ -468,6 +468,33 @@ def test_agreeing():
     assert Threads(2).run(lambda these: these.differences({f"{these.index}": ""})) == [["code or libraries"]] * 2
     assert ALONE.agree_on("x")
     assert ALONE.differences(facts[0]) == []
+
+
+def test_the_others_wait_in_turns_for_what_the_first_one_does(monkeypatch):
+    monkeypatch.setattr(processes, "TURN_SECONDS", 0.01)
+    waited = threading.Event()
+    turns = [0, 0]
+
+    def counting(these):
+        def all_reduce_max(number):
+            turns[these.index] += 1
+            if turns[1] > 5:
+                waited.set()
+            return these.all_reduce_max(number)
+
+        return dataclasses.replace(these, all_reduce_max=all_reduce_max)
+
+    def act():
+        assert waited.wait(60)
+        return "done"
+
+    assert Threads(2).run(lambda these: counting(these).first_does(act)) == ["done", None]
+
+    def fail():
+        raise InputError("the bucket is gone")
+
+    first, second = Threads(2).run(lambda these: these.first_does(fail))
+    assert (str(first), second) == ("the bucket is gone", None)
 
 
 def load_differently(monkeypatch, change, *arguments, other=()):

@@ -1,6 +1,7 @@
 """A training job: what to train, on which text, into which run folder."""
 
 import dataclasses
+import functools
 import json
 import math
 import secrets
@@ -70,6 +71,8 @@ class Job:
     loggers: Sequence[Logger] = ()
     uploads: Uploads | None = None
     """Of the first process of a run that is mirrored."""
+    damaged: Sequence[int] = ()
+    """The steps whose checkpoints at the address of the mirror were found damaged."""
     resumed_step: int | None = None
     """The step of the checkpoint that the run resumes from, once start_run() has verified it."""
     identity: checkpoints.RunIdentity = dataclasses.field(default_factory=checkpoints.RunIdentity)
@@ -116,10 +119,9 @@ def load_job(
             different options.
     """
     settings, config = args.settings, args.model
+    damaged = None
     if args.resume and args.mirror is not None and args.run is not None:
-        if processes.first:
-            fetch_newest(RunFolder(args.run), args.mirror)
-        processes.barrier()
+        damaged = processes.first_does(functools.partial(fetch_newest, RunFolder(args.run), args.mirror))
     started = datetime.fromtimestamp(processes.all_reduce_max(int(time.time())))
     number = processes.all_reduce_max(secrets.randbits(16))  # for runs that start in the same second
     folder = args.run or Path("runs") / f"{started:%Y%m%d-%H%M%S}-{args.preset}-{number:04x}"
@@ -133,6 +135,7 @@ def load_job(
         settings=settings,
         run=RunFolder(folder, writes=processes.first),
         processes=processes,
+        damaged=damaged or (),
         tokenizer=tokenizer,
         corpus_samples=None if data.corpus.is_verified else sampled_sha256(shards),
         **data._asdict(),
@@ -191,7 +194,7 @@ def start_run(job: Job, backend: str, device_info: Mapping[str, str], console: C
         uploads, mirror = None, ""
         if args.mirror is not None and job.processes.first:
             uploads = Uploads(args.mirror, run, job.settings, console)
-            mirror = uploads.claim(is_new=not args.resume)
+            mirror = uploads.claim(not args.resume, job.damaged)
     except BaseException:
         run.discard()
         raise
@@ -227,7 +230,7 @@ def _entries(job: Job) -> dict[str, Any]:
 
 
 def _state(run: RunFolder, resumed_step: int | None) -> str:
-    """Return what tells a run folder, and the checkpoint that is resumed, from any other; empty if there is none."""
+    """Return what distinguishes a run folder and the checkpoint that is resumed; empty if there is none."""
     files = [run.config_file]
     if resumed_step is not None:
         files.append(checkpoints.step_folder(run.checkpoints, resumed_step) / manifests.MANIFEST)

@@ -70,7 +70,7 @@ class Lease:
                 if number < newest:
                     self._remote.remove(_name(number))
             return self._holder(newest) if newest else None
-        raise InputError(f"{self._remote.address}: other processes take the lease of this run all the time")
+        raise InputError(f"{self._remote.address}: other processes keep taking the lease of this run; try again")
 
     def check(self) -> None:
         """Raise SupersededError if another process has taken the lease."""
@@ -78,7 +78,7 @@ class Lease:
         if newest > self._number:
             holder = self._holder(newest)
             who = "another process" if holder is None else holder.owner
-            raise SupersededError(f"{self._remote.address} is written by {who} now, which came later")
+            raise SupersededError(f"{self._remote.address} is now written by {who}, which started later")
 
     def renew(self, ended: bool = False) -> None:
         """Record that this process still writes, or that it has ended; raises SupersededError like check()."""

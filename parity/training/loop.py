@@ -26,7 +26,6 @@ from parity.training.trainer import Trainer
 
 SAMPLES_AT_ONCE = 32
 """Number of prompts that an evaluation continues in one batch. Each batch gathers the weights of a mesh."""
-_TURN = 10  # seconds that the first process waits for the last upload before it tells the others that it still does
 
 
 class Pending(NamedTuple):
@@ -86,8 +85,7 @@ def _resume_and_train(trainer: Trainer, job: Job, console: Console) -> int:
             )
     console.print(job.use.format(run=job.run.path), highlight=False, soft_wrap=True)
     if job.args.mirror is not None:  # all processes wait together, because none may leave before the others
-        while job.processes.all_reduce_max(int(job.uploads is not None and not job.uploads.finished(_TURN))):
-            pass
+        job.processes.wait_for_first(lambda seconds: job.uploads is None or job.uploads.finished(seconds))
     return status
 
 

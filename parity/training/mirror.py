@@ -8,10 +8,11 @@ from typing import Any
 
 from parity.errors import InputError
 from parity.storage.locks import LOCK, waiting_lock
-from parity.storage.remote import open_remote
+from parity.storage.remote import MissingError, open_remote
+from parity.storage.retry import retrying
 from parity.training import checkpoints
 from parity.training.checkpoints import step_folder
-from parity.training.mirrored import CONFIG, DamagedError, MirroredRun, retrying
+from parity.training.mirrored import CONFIG, DamagedCheckpointError, MirroredRun
 from parity.training.runs import RunFolder
 
 
@@ -33,12 +34,15 @@ def fetch_config(run: RunFolder, address: str) -> None:
     retrying(remote.get, CONFIG, run.config_file)
 
 
-def fetch_newest(run: RunFolder, address: str) -> None:
+def fetch_newest(run: RunFolder, address: str) -> list[int]:
     """Copy the newest complete checkpoint of a mirrored run into its folder, unless that has a newer intact one.
 
     Args:
         run: The run folder, which has a config.json. It is locked meanwhile.
         address: Where the run is mirrored.
+
+    Returns:
+        The steps after it whose checkpoints are damaged there.
 
     Raises:
         InputError: If another run is mirrored there, the checkpoint cannot be fetched, or none of them is intact.
@@ -48,16 +52,16 @@ def fetch_newest(run: RunFolder, address: str) -> None:
     try:
         check_id(run, retrying(mirrored.config), mirrored.remote.address)
         local = _newest_local(run)
-        later = [step for step in retrying(mirrored.steps) if step > local]
-        if later:
+        if _steps_after(mirrored, local):
             mirrored.fetch_files(run.path)
             try:
-                _fetch_first_intact(mirrored, run, later)
-            except DamagedError:
+                _fetch_newest_intact(mirrored, run, local)
+            except DamagedCheckpointError:
                 if local < 0:
                     raise
     finally:
         run.unlock()
+    return mirrored.damaged
 
 
 def pull(address: str, folder: Path, step: int | None = None) -> Path:
@@ -85,7 +89,7 @@ def pull(address: str, folder: Path, step: int | None = None) -> Path:
             raise InputError(
                 f"{mirrored.remote.address} has no {which}; it has {', '.join(map(str, steps)) or 'none yet'}"
             )
-        return _fetch_first_intact(mirrored, run, steps if step is None else [step])
+        return _fetch_newest_intact(mirrored, run) if step is None else _fetch_first_intact(mirrored, run, [step])
 
 
 def pull_files(address: str, folder: Path) -> RunFolder:
@@ -121,11 +125,30 @@ def _pull_files(mirrored: MirroredRun, folder: Path) -> RunFolder:
     return run
 
 
+def _steps_after(mirrored: MirroredRun, step: int) -> list[int]:
+    return [later for later in retrying(mirrored.steps) if later > step]
+
+
+def _fetch_newest_intact(mirrored: MirroredRun, run: RunFolder, after: int = -1) -> Path:
+    """Fetch the newest intact checkpoint after a step; see _fetch_first_intact().
+
+    A process that still trains the run may delete a checkpoint while it is fetched. Then it has uploaded a newer one.
+    """
+    steps = _steps_after(mirrored, after)
+    while True:
+        try:
+            return _fetch_first_intact(mirrored, run, steps)
+        except MissingError:
+            before, steps = steps, _steps_after(mirrored, after)
+            if steps == before:
+                raise
+
+
 def _fetch_first_intact(mirrored: MirroredRun, run: RunFolder, steps: list[int]) -> Path:
     """Fetch the last of these steps that is intact, with a warning for each that is not, and return its folder.
 
     Raises:
-        DamagedError: If none is intact.
+        DamagedCheckpointError: If none is intact.
     """
     reason = ""
     for step in reversed(steps):
@@ -134,10 +157,11 @@ def _fetch_first_intact(mirrored: MirroredRun, run: RunFolder, steps: list[int])
             return folder
         try:
             return mirrored.fetch_step(run, step)
-        except DamagedError as error:
+        except DamagedCheckpointError as error:
             reason = str(error)
+            mirrored.damaged.append(step)
             warnings.warn(f"a checkpoint is skipped: {error}", stacklevel=3)
-    raise DamagedError(f"{mirrored.remote.address} holds no intact checkpoint; {reason}")
+    raise DamagedCheckpointError(f"{mirrored.remote.address} holds no intact checkpoint; {reason}")
 
 
 def _newest_local(run: RunFolder) -> int:

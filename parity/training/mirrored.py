@@ -7,29 +7,25 @@ checkpoint; resuming removes what is newer.
 """
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from parity.errors import InputError
 from parity.storage import manifest as manifests
 from parity.storage.json import as_object, parse
 from parity.storage.manifest import MANIFEST
 from parity.storage.remote import MissingError, Remote, RemoteError
+from parity.storage.retry import retrying
 from parity.training import checkpoints
 from parity.training.checkpoints import step_folder
 from parity.training.runs import RunFolder
 
 CONFIG = "config.json"
-RETRY_SECONDS = (1, 2, 4)
-"""How long to wait before a failed request is repeated, when a run is fetched."""
 _CHECKPOINTS = "checkpoints/"
 
-Result = TypeVar("Result")
 
-
-class DamagedError(InputError):
+class DamagedCheckpointError(InputError):
     """A checkpoint in object storage that differs from its manifest."""
 
 
@@ -42,7 +38,9 @@ class MirroredRun:
 
     def __init__(self, remote: Remote):
         self.remote = remote
-        self._sent: dict[str, Any] = {}  # {name: what tells the content that this process uploaded from any other}
+        self.damaged: list[int] = []
+        """The steps whose checkpoints could not be fetched because they are damaged."""
+        self._sent: dict[str, Any] = {}  # {name: what distinguishes the content that this process uploaded}
 
     def config(self) -> dict[str, Any] | None:
         """Return the entries of config.json; None if there is no run here."""
@@ -135,7 +133,7 @@ class MirroredRun:
         """Copy a checkpoint into a run folder, verify it, and return its folder there.
 
         Raises:
-            DamagedError: If it differs from its manifest, or does not belong to the run.
+            DamagedCheckpointError: If it differs from its manifest, or does not belong to the run.
             RemoteError: If it cannot be fetched.
         """
         target, address = step_folder(run.checkpoints, step), f"{self.remote.address}/{_prefix(step)}"
@@ -146,19 +144,23 @@ class MirroredRun:
             sizes = self._fetch_manifest(step, unfinished)
             manifest = _read_manifest(unfinished, address)
             if missing := sorted(manifest.files.keys() - sizes.keys()):
-                raise DamagedError(f"{address} is damaged: {', '.join(missing)} is missing")
+                raise DamagedCheckpointError(f"{address} is damaged: {', '.join(missing)} is missing")
             checkpoints.require_space(unfinished, sum(sizes[name] for name in manifest.files))
             names = sorted(manifest.files)
-            for _ in range(2):  # what was altered on the way is correct the next time
+            for _ in range(2):  # a file that was corrupted in transit is correct when it is fetched again
                 for name in names:
                     (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
                     retrying(self.remote.get, f"{_prefix(step)}{name}", unfinished / name)
                 if not (names := manifests.altered(unfinished, manifest)):
                     break
             if damage := checkpoints.describe_damage(unfinished, run.identity()):
-                raise DamagedError(f"{address} is damaged: {damage}")
+                raise DamagedCheckpointError(f"{address} is damaged: {damage}")
             checkpoints.publish(unfinished, target)
         return target
+
+    def withdraw(self, step: int) -> None:
+        """Delete the manifest of a damaged checkpoint, so that its files are uploaded again or deleted."""
+        retrying(self.remote.remove, _prefix(step) + MANIFEST)
 
     def holds(self, folder: Path) -> bool:
         """Return whether a step folder has the manifest that the step has here."""
@@ -193,23 +195,11 @@ class MirroredRun:
             self.remote.write(path.name, file.read(size))
 
 
-def retrying(call: Callable[..., Result], *arguments: Any) -> Result:
-    """Return the result of a request, which is repeated after a failure that may be temporary."""
-    for seconds in RETRY_SECONDS:
-        try:
-            return call(*arguments)
-        except MissingError:
-            raise
-        except RemoteError:
-            time.sleep(seconds)
-    return call(*arguments)
-
-
 def _read_manifest(folder: Path, address: str) -> manifests.Manifest:
     try:
         return manifests.read(folder)
     except InputError as error:
-        raise DamagedError(f"{address} is damaged: {error}") from None
+        raise DamagedCheckpointError(f"{address} is damaged: {error}") from None
 
 
 def _is_run_file(name: str) -> bool:

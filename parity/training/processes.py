@@ -10,13 +10,19 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
+from typing import TypeVar
 
 from parity.errors import InputError, report_error
 from parity.streams import LossyStream
 
 JOIN_SECONDS = 300
 """How long a process waits at the start for the others, by default."""
+TURN_SECONDS = 10.0
+"""How long the processes wait for the first one in one collective operation. Libraries end a much longer one."""
 _RESUME = "Earlier checkpoints are intact: start all processes again with --resume"
+
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +73,28 @@ class Processes:
     def barrier(self) -> None:
         """Wait until every process has called this."""
         self.all_reduce_max(0)
+
+    def wait_for_first(self, is_done: Callable[[float], bool]) -> None:
+        """Collective: wait until is_done(seconds), which waits that long itself, returns True on process 0."""
+        while self.all_reduce_max(int(self.first and not is_done(TURN_SECONDS))):
+            pass
+
+    def first_does(self, action: Callable[[], Result]) -> Result | None:
+        """Collective: call a function, which may take hours, on process 0; return its result there, None elsewhere."""
+        if self.count == 1:
+            return action()
+        future: Future[Result] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(action())
+            except BaseException as error:
+                future.set_exception(error)
+
+        if self.first:
+            threading.Thread(target=work, daemon=True).start()
+        self.wait_for_first(lambda seconds: future in wait([future], seconds).done)
+        return future.result() if self.first else None
 
     def lost_peer_error(self, reason: str) -> InputError:
         """Return the error of a process that can no longer reach another one; `reason` is the library's message."""

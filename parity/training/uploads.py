@@ -8,6 +8,7 @@ or the run has ended.
 import contextlib
 import json
 import threading
+from collections.abc import Iterable
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -15,10 +16,11 @@ from rich.console import Console
 
 from parity.errors import InputError
 from parity.storage.remote import open_remote
+from parity.storage.retry import retrying
 from parity.training.checkpoints import step_folder
 from parity.training.lease import RENEWAL_SECONDS, Lease, SupersededError
 from parity.training.mirror import check_id
-from parity.training.mirrored import CONFIG, MirroredRun, retrying
+from parity.training.mirrored import CONFIG, MirroredRun
 from parity.training.runs import RunFolder
 from parity.training.settings import TrainSettings
 
@@ -48,7 +50,7 @@ class Uploads:
         console: Where to report.
 
     Raises:
-        RemoteError: If the address is none that can be written.
+        RemoteError: If the address cannot be written to.
     """
 
     def __init__(self, address: str, run: RunFolder, settings: TrainSettings, console: Console):
@@ -66,11 +68,12 @@ class Uploads:
         self._ending, self._problem = False, ""
         self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
 
-    def claim(self, is_new: bool) -> str:
+    def claim(self, is_new: bool, damaged: Iterable[int] = ()) -> str:
         """Take the lease of the address for this run, and return what the summary of the run says about it.
 
         Args:
             is_new: Whether the run begins, so that the address may hold none.
+            damaged: Steps whose checkpoints there are damaged. They are complete again when they are uploaded again.
 
         Raises:
             InputError: If the address holds another run, or a run at all if this one is new, or cannot be written.
@@ -86,6 +89,8 @@ class Uploads:
                 f"--mirror {self.address} holds checkpoints of a run whose {CONFIG} is missing; name another address"
             )
         former = retrying(self._lease.take)
+        for step in damaged:
+            self._mirrored.withdraw(step)
         if present is None:
             content = json.dumps(self._run.config(), indent=2).encode() + b"\n"
             with contextlib.suppress(FileExistsError):
@@ -93,7 +98,7 @@ class Uploads:
             check_id(self._run, retrying(self._mirrored.config), self.address)
         if former is None or not former.is_active:
             return self.address
-        return f"{self.address}; {former.owner} wrote it {former.age:.0f} s ago and may not any more"
+        return f"{self.address}; {former.owner} last wrote to it {former.age:.0f} s ago and can no longer write"
 
     def request(self, step: int) -> None:
         """Upload the checkpoint of a step, and the files of the run as they are now, as soon as possible."""
@@ -141,6 +146,14 @@ class Uploads:
                 self._report(self._state() + lost)
 
     def _work(self) -> None:
+        """Upload until the end of the run; whatever goes wrong ends neither the run nor this thread in silence."""
+        try:
+            self._upload_requests()
+        except Exception as error:
+            self._problem = f"{type(error).__name__}: {error}"
+            self._report(f"{self._problem}; this process no longer uploads anything")
+
+    def _upload_requests(self) -> None:
         """Upload what is requested, and renew the lease, until the end of the run."""
         failures = failures_at_the_end = 0
         while True:
@@ -157,7 +170,7 @@ class Uploads:
                     self._upload(upload)
             except SupersededError as error:
                 self._problem = str(error)
-                self._report(f"{error}; this process uploads nothing any more")
+                self._report(f"{error}; this process no longer uploads anything")
                 with self._changed:
                     self._running = self._waiting = None
                 return
@@ -171,11 +184,11 @@ class Uploads:
                     self._waiting, self._running = self._waiting or upload, None
                     if failures_at_the_end == TRIES_AT_THE_END:
                         return
-                    self._changed.wait(min(LONGEST_PAUSE, 2.0 ** (failures_at_the_end or failures)))
+                    self._changed.wait(min(LONGEST_PAUSE, 2.0 ** min(failures_at_the_end or failures, 6)))
                 continue
             if failures:
                 self._report("works again")
-            failures, self._problem, self._running = 0, "", None
+            failures, failures_at_the_end, self._problem, self._running = 0, 0, "", None
         with contextlib.suppress(InputError):
             self._lease.renew(ended=True)
 
