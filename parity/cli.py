@@ -24,6 +24,8 @@ from parity.storage.paths import user_path
 DEPRECATED = {"--init": "--init-from", "--initial": "--init-scheme", "--validation-part": "--validation-fraction"}
 # Options whose text is a name or a path.
 _NAMES_OR_PATHS = {"compare", "corpus", "eval_prompts", "init_from", "model", "source", "weights"}
+# The beginning of an address that was made a Path, which drops one of two slashes. A drive has one letter.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 # A line of a module's docstring that shows a command. tyro joins lines that are not indented.
 _EXAMPLE = re.compile(r"^(python|torchrun) ", re.MULTILINE)
 
@@ -62,7 +64,7 @@ def parse(
             options = tyro.cli(cls, description=text, args=arguments)
         else:
             options = tyro.cli(cls, description=text, args=arguments, default=default)
-    return _with_home_folder(options)
+    return _with_paths(options)
 
 
 def parse_known(cls: type[Options], args: Sequence[str] | None = None) -> Options:
@@ -74,7 +76,7 @@ def parse_known(cls: type[Options], args: Sequence[str] | None = None) -> Option
     arguments = _current_spellings(cls, sys.argv[1:] if args is None else args, warn=False)
     with _input_errors():
         options, _ = tyro.cli(cls, args=arguments, return_unknown_args=True, add_help=False)
-    return _with_home_folder(options)
+    return _with_paths(options)
 
 
 def changed_options(options: Any, default: Any) -> list[str]:
@@ -100,14 +102,24 @@ def argument_parser(cls: type, default: Any = None) -> Any:
     return tyro.extras.get_parser(cls, **({} if default is None else {"default": default}))
 
 
-def _with_home_folder(options: Any) -> Any:
-    """Expand a leading `~` in all options that are paths, or may be; see `user_path`."""
+def _with_paths(options: Any) -> Any:
+    """Expand a leading `~` in all options that are paths, or may be; see `user_path`.
+
+    Raises:
+        InputError: For an option that takes a path only and is given an address.
+    """
 
     def expand(name: str, value: Any) -> Any:
         if dataclasses.is_dataclass(value):
-            return _with_home_folder(value)
+            return _with_paths(value)
         if isinstance(value, tuple):
             return tuple(expand(name, part) for part in value)
+        if isinstance(value, Path) and _ADDRESS.match(str(value)):
+            advice = "copy the files between that address and a folder, and name the folder"
+            if name == "run" and hasattr(options, "mirror"):
+                advice = "name a folder, and the address as --mirror"
+            scheme = str(value).partition(":")[0]  # the rest may hold a secret
+            raise InputError(f"--{name.replace('_', '-')} takes a path, not an address ({scheme}://...); {advice}")
         is_path = isinstance(value, Path) or (isinstance(value, str) and name in _NAMES_OR_PATHS)
         return type(value)(user_path(value)) if is_path and str(value).startswith("~") else value
 

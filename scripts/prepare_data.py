@@ -54,30 +54,35 @@ class Args:
     """Fraction of the documents that are held out for validation."""
     shard_tokens: int = 100_000_000
     """Number of tokens per shard; each token takes two bytes."""
-    workers: int = usable_cores()
+    workers: int | None = None
     """Number of processes, each of which tokenizes one file at a time; where there are fewer files, number of threads
     that tokenize. By default one per CPU core that this program may use."""
     part: str | None = None
     """Do only one part of one pass, given as k/n: 0/4 is the first of four. The other parts may be done at any time, on
     any machine that shares the sources and --out, with the same options. By default everything is done."""
-    stage: Annotated[Literal[1, 2], tyro.conf.arg(name="pass")] = 1
-    """With --part, which of the two passes: 1 tokenizes files; 2, which needs all parts of pass 1, writes shards."""
+    stage: Annotated[Literal[1, 2] | None, tyro.conf.arg(name="pass")] = None
+    """With --part, which of the two passes: 1, the default, tokenizes files; 2, which needs all parts of pass 1, writes
+    shards."""
     finish: bool = False
     """After all parts of both passes, check that they are complete and write index.json."""
     ray: str | None = None
     """Do all of the work as tasks of a Ray cluster, each on one CPU core: the address of the cluster, "auto" for the
-    one of this machine, or "local" for one that is started on this machine, with --workers cores. This needs the
-    extra ray. By default no cluster is used."""
+    cluster running on this machine, or "local" for one that is started on this machine, with --workers cores. This
+    needs the extra ray. By default no cluster is used."""
     verify: Path | None = None
     """Prepare nothing; compare the shards in this folder with the sha256 in its index."""
 
 
+_OPTIONS = {"sources": "SOURCE", "stage": "--pass"}  # fields whose options have other names
+
+
 def main() -> None:
     args, console = parse(Args, __doc__), PlainConsole(lossy=True)
+    _check(args)
     if args.verify is not None:
         console.print(f"{shard_index.verify(args.verify)} shards of {args.verify} match their sha256")
         return
-    _check(args)
+    workers, stage = usable_cores() if args.workers is None else args.workers, args.stage or 1
     options: dict[str, Any] = {
         "sources": args.sources,
         "out": args.out,
@@ -89,17 +94,17 @@ def main() -> None:
     begin = time.perf_counter()
     with _progress_bar(console) as show:
         if args.part is not None:
-            prepare_part(Request(**options), parse_part(args.part), args.stage, args.workers, show)
+            prepare_part(Request(**options), parse_part(args.part), stage, workers, show)
         elif args.finish:
             finish_parts(Request(**options))
         elif args.ray is not None:
-            with RayCluster(args.ray, args.workers) as cluster:
+            with RayCluster(args.ray, workers) as cluster:
                 prepare_shards(**options, on_progress=show, engine=cluster)
         else:
-            prepare_shards(**options, workers=args.workers, on_progress=show)
+            prepare_shards(**options, workers=workers, on_progress=show)
     seconds = time.perf_counter() - begin
     if args.part is not None:
-        console.print(f"part {args.part} of pass {args.stage} is complete, {seconds:.1f} s", soft_wrap=True)
+        console.print(f"part {args.part} of pass {stage} is complete, {seconds:.1f} s", soft_wrap=True)
         return
     assert args.out is not None
     for split, written in shard_index.read_index(args.out)["splits"].items():
@@ -110,13 +115,21 @@ def main() -> None:
 
 def _check(args: Args) -> None:
     """Raise InputError for options that do not fit each other."""
+    if args.verify is not None:
+        given = [f.name for f in dataclasses.fields(args) if f.name != "verify" and getattr(args, f.name) != f.default]
+        if given:
+            names = ", ".join(_OPTIONS.get(name, f"--{name.replace('_', '-')}") for name in given)
+            raise InputError(f"--verify reads the shards of its folder and does nothing else; leave {names} out")
+        return
     if not args.sources or args.out is None:
         raise InputError("name the files to tokenize and, with --out, the folder for the shards")
     ways = [f"--{name}" for name in ("part", "finish", "ray") if getattr(args, name)]
     if len(ways) > 1:
         raise InputError(f"{ways[0]} and {ways[1]} exclude each other; choose one")
-    if args.stage != 1 and args.part is None:
+    if args.stage is not None and args.part is None:
         raise InputError("--pass needs --part k/n; without it, both passes are done")
+    if args.workers is not None and (args.finish or args.ray not in (None, "local")):
+        raise InputError(f"--workers has no effect with {ways[0]}; leave it out")
 
 
 @contextlib.contextmanager

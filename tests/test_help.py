@@ -13,6 +13,8 @@ import tyro
 
 import parity
 from parity import cli
+from parity.errors import InputError
+from parity.training.args import JobArgs, parse_job_args
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if "__main__" in path.read_text())
@@ -171,6 +173,23 @@ def test_paths_may_begin_with_the_home_folder(monkeypatch):
     assert (options.run, options.corpus, options.prompt) == (Path("/home/me/runs/x"), "/home/me/c.txt", "~/p")
     assert cli.parse_known(Paths, args=["--run=~/x", "--unknown"]).run == Path("/home/me/x")
     assert cli.parse(Paths, DESCRIPTION, Paths(run=Path("~/d")), args=[]).run == Path("/home/me/d")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--run", "s3://bucket/x"], r"^--run takes a path, not an address \(s3://...\); copy the files"),
+        (["a", "gs://key:secret@bucket"], r"^--sources takes a path, not an address \(gs://...\); copy the files"),
+        (["--run", "file:///x"], r"^--run takes a path, not an address \(file://...\)"),
+    ],
+)
+def test_addresses_in_the_place_of_paths_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message) as error:
+        cli.parse(Paths, DESCRIPTION, args=arguments)
+    assert "secret" not in str(error.value)
+    assert cli.parse(Paths, DESCRIPTION, args=["C:/x", "--corpus", "s3://bucket/x"]).corpus == "s3://bucket/x"
+    with pytest.raises(InputError, match=r"^--run takes a path.*; name a folder, and the address as --mirror"):
+        parse_job_args(JobArgs, None, ["--run", "s3://bucket/x"])
 
 
 def test_unknown_options_are_refused(capsys):

@@ -1,5 +1,6 @@
 """A corpus that is prepared in parts, or by several processes, has the same bytes as one that is prepared at once."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -22,7 +23,7 @@ from support.corpora import (
 from support.runs import ROOT, run_script
 
 from parity.data import assembly, preparation, shards, splits
-from parity.data.engines import Processes
+from parity.data.engines import Processes, ThisProcess
 from parity.data.shards import Request, finish_parts, prepare_part, prepare_shards
 from parity.data.token_files import read_bin
 from parity.data.tokenizer import ByteTokenizer, GPT2Tokenizer
@@ -85,6 +86,55 @@ def test_processes_give_the_same_bytes(tmp_path, mixed, vocab_bpe, monkeypatch):
     assert prepared_files(tmp_path / "2") == prepared_files(tmp_path / "1")
     assert progress[-1].shards == len(list((tmp_path / "1").glob("*.bin")))
     assert progress[-1].tokens == sum(shard["tokens"] for s in index["splits"].values() for shard in s["done"])
+
+
+def test_the_shards_of_one_file_are_written_by_several_processes(tmp_path, mixed, monkeypatch):
+    monkeypatch.setattr(shards, "_PROCESS_BYTES", 1000)
+    used = []
+    monkeypatch.setattr(shards, "Processes", lambda count, threads: used.append((count, threads)) or ThisProcess())
+    monkeypatch.setattr(shards, "ThisProcess", lambda threads: used.append((1, threads)) or ThisProcess())
+    source = mixed[0] / "a.jsonl"
+    index = prepare_shards([source], tmp_path / "out", BYTES, shard_tokens=1000, workers=8)
+    assert used[0] == (1, 8)
+    n_shards = sum(len(split["done"]) for split in index["splits"].values())
+    assert used[1:] == [(min(8, n_shards), 8 // min(8, n_shards))]
+    assert n_shards > 1
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_plain_call_overtakes_a_part_of_the_second_pass(tmp_path, mixed, monkeypatch, is_finished):
+    """It deletes tokens that are in shards, and at last all results, while the part reads them."""
+    (source, _), options = mixed, SETTINGS["shards larger than files"]
+    request = Request([source], tmp_path / "out", BYTES, **options)
+    prepare_part(request, Part(0, 1), 1)
+    content = assembly._content
+
+    def overtaken(preparation, starts, split, *rest):
+        if split == "train":
+            with monkeypatch.context() as patch:
+                patch.setattr(assembly, "_content", content)
+                if not is_finished:
+                    patch.setattr(shards, "finish", lambda *_: None)
+                with contextlib.nullcontext() if is_finished else pytest.raises(InputError, match="not fully prepared"):
+                    prepare_shards([source], request.out, BYTES, **options)
+        return content(preparation, starts, split, *rest)
+
+    monkeypatch.setattr(assembly, "_content", overtaken)
+    prepare_part(request, Part(0, 1), 2)
+    monkeypatch.undo()
+    finish_parts(request)
+    prepare_shards([source], tmp_path / "whole", BYTES, **options)
+    assert prepared_files(tmp_path / "out") == prepared_files(tmp_path / "whole")
+
+
+def test_a_file_that_vanishes_does_not_hide_the_reason(tmp_path, mixed):
+    class Failing(ThisProcess):
+        def map(self, function, calls):
+            (tmp_path / "out/work/000000.tokens").symlink_to("renamed")
+            raise InputError("the first bad file")
+
+    with pytest.raises(InputError, match="the first bad file"):
+        prepare_shards([mixed[0]], tmp_path / "out", BYTES, engine=Failing())
 
 
 @pytest.mark.parametrize(("tokenizer", "use", "stage"), [(KilledInFirstPass, 4, 1), (KilledInSecondPass, 1, 2)])
@@ -308,7 +358,10 @@ def test_tokens_are_deleted_as_soon_as_they_are_in_shards(tmp_path, mixed):
         (("--part", "3/3"), r"--part 3/3: give k/n"),
         (("--part", "0/3", "--finish"), "--part and --finish exclude each other"),
         (("--part", "0/3", "--ray", "auto"), "--part and --ray exclude each other"),
-        (("--pass", "2"), "--pass needs --part k/n"),
+        (("--pass", "1"), "--pass needs --part k/n"),
+        (("--ray", "auto", "--workers", "2"), "--workers has no effect with --ray"),
+        (("--finish", "--workers", "2"), "--workers has no effect with --finish"),
+        (("--verify", "out", "--part", "0/3"), "nothing else; leave SOURCE, --out, --tokenizer, --part out"),
         (("--ray", "127.0.0.1:1"), "--ray 127.0.0.1:1: there is no cluster to connect to"),
         (("--ray", "ray://127.0.0.1:10001"), "give auto, local, or HOST:PORT of the cluster's head"),
         (("--part", "0/3", "--workers", "0"), "workers must be at least 1"),

@@ -11,7 +11,7 @@ import pytest
 from support.s3_server import s3_environment
 
 from parity.errors import InputError
-from parity.storage import bucket, remote
+from parity.storage import bucket, download, remote
 from parity.storage.remote import MissingError, RemoteError, is_address, open_remote
 
 CONTENT = bytes(range(256)) * 5000
@@ -226,6 +226,27 @@ def test_a_web_server_is_read_only(web, tmp_path):
         with pytest.raises(RemoteError, match="for reading only"):
             attempt()
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
+    """Of a server that closes the connection in the middle of a file."""
+    monkeypatch.setattr(download, "_LONGEST_WAIT", 0)
+
+    class Cut(_Files):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.send_header("ETag", '"tag"')
+            self.end_headers()
+            self.wfile.write(b"half")
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Cut)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(RemoteError, match=r"\(5 tries\)"):
+        open_remote(f"http://127.0.0.1:{server.server_port}").get("x", tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+    server.shutdown()
+    server.server_close()
 
 
 def test_a_server_that_is_gone(tmp_path, monkeypatch):

@@ -28,6 +28,8 @@ from parity.data.shards import prepare_shards
 from parity.data.tokenizer import ByteTokenizer
 from parity.data.windows import Windows
 from parity.errors import InputError
+from parity.storage import retry
+from parity.storage.bucket import Bucket
 from parity.storage.remote import RemoteError, open_remote
 from parity.training.args import JobArgs, parse_job_args
 from parity.training.job import load_job, start_run
@@ -220,7 +222,7 @@ def test_what_a_killed_process_left_is_removed(bucket):
 
 
 def test_a_damaged_shard_is_named(bucket, prepared, monkeypatch, capsys):
-    monkeypatch.setattr(shard_cache, "_WAITS", (0.0,) * 9)
+    monkeypatch.setattr(retry, "LONG_RETRY_SECONDS", (0.0,) * 9)
     content = bytearray((prepared / "train_000001.bin").read_bytes())
     content[1500] ^= 1
     open_remote(bucket).write("train_000001.bin", bytes(content))
@@ -235,7 +237,7 @@ def test_a_damaged_shard_is_named(bucket, prepared, monkeypatch, capsys):
 
 
 def test_failures_that_pass_are_tried_again(bucket, prepared, monkeypatch, capsys):
-    monkeypatch.setattr(shard_cache, "_WAITS", (0.0,) * 3)
+    monkeypatch.setattr(retry, "LONG_RETRY_SECONDS", (0.0,) * 3)
     shard = load_corpus(bucket, TOKENIZER).train[0]
     get, failures = shard.cache.remote.get, [RemoteError("the bucket is busy")] * 2
 
@@ -254,11 +256,62 @@ def test_failures_that_pass_are_tried_again(bucket, prepared, monkeypatch, capsy
         shard[:]
 
 
+@pytest.mark.parametrize("limit", ["", "1GB"])
+def test_cached_shards_make_room_when_other_files_fill_the_disk(bucket, prepared, monkeypatch, limit):
+    monkeypatch.setenv("GPT_PARITY_CORPUS_CACHE", limit)
+    here, there = (load_corpus(str(name), TOKENIZER).train for name in (prepared, bucket))
+
+    def two_shards(path):
+        free = 2 * SIZE + 100 - sum(file.stat().st_size for file in corpora_folder().glob("*/*.bin"))
+        return shutil._ntuple_diskusage(10**9, 10**9 - free, free)
+
+    there[0][:1]
+    monkeypatch.setattr(shard_cache.shutil, "disk_usage", two_shards)
+    for number in range(4):
+        assert np.array_equal(here[number][:], there[number][:])
+        os.utime(next(corpora_folder().glob(f"*/train_{number:06d}.bin")), ns=(0, 10**9 * number))
+    assert cached() == [f"train_{n:06d}.bin" for n in ((2, 3) if limit else (3,))]
+
+
+@pytest.mark.parametrize("size", [SIZE, SIZE - 2, SIZE + 2, 0])
+def test_a_cached_shard_that_was_altered_is_fetched_again(prepared, bucket, capsys, size):
+    here, there = (load_corpus(str(name), TOKENIZER).train[1] for name in (prepared, bucket))
+    assert np.array_equal(here[:], there[:])
+    file = next(corpora_folder().glob("*/train_000001.bin"))
+    file.write_bytes(bytes(size))
+    if size == SIZE:  # only a new process reads all of it
+        there = load_corpus(bucket, TOKENIZER).train[1]
+    assert np.array_equal(here[:], there[:])
+    assert capsys.readouterr().err == f"{file} is damaged; it is fetched again\n"
+
+
 def test_no_room_on_the_disk(bucket, monkeypatch):
     shard = load_corpus(bucket, TOKENIZER).train[0]
     monkeypatch.setattr(shard_cache.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 100))
     with pytest.raises(InputError, match=r"has 100 bytes free, but memory://.*train_000000.bin needs 2,424"):
         shard[:]
+
+
+def test_an_index_that_cannot_be_read_at_first(bucket, monkeypatch):
+    monkeypatch.setattr(retry, "RETRY_SECONDS", (0, 0))
+    read, failures = Bucket.read, [RemoteError("the bucket is busy")] * 2
+
+    def fails(*args):
+        if failures:
+            raise failures.pop()
+        return read(*args)
+
+    monkeypatch.setattr(Bucket, "read", fails)
+    assert len(load_corpus(bucket, TOKENIZER).train) > 10
+
+
+def test_steps_look_ahead_from_time_to_time(bucket, monkeypatch):
+    data, counts = Windows(load_corpus(bucket, TOKENIZER).train, 16, 257), []
+    batch_windows = Windows.batch_windows
+    monkeypatch.setattr(Windows, "batch_windows", lambda *args: counts.append(args[2]) or batch_windows(*args))
+    for step in range(3, 19):
+        data.batch(0, step, 2)
+    assert sorted(counts) == sorted([*range(3, 19), *range(3, 19), *range(11, 27)])
 
 
 def test_bad_corpora_at_addresses(bucket, prepared, monkeypatch):
@@ -357,7 +410,7 @@ class _Faulty(http.server.BaseHTTPRequestHandler):
 
 @pytest.mark.clusters
 def test_a_server_that_fails_and_cuts_answers_off(prepared, monkeypatch):
-    monkeypatch.setattr(shard_cache, "_WAITS", (0.0,) * 5)
+    monkeypatch.setattr(retry, "LONG_RETRY_SECONDS", (0.0,) * 5)
     server = S3Server()
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)

@@ -22,7 +22,7 @@ from parity.data.sources import find_sources
 from parity.data.tokenizer import ByteTokenizer
 from parity.errors import InputError
 from parity.parts import Part
-from parity.storage import bucket
+from parity.storage import bucket, retry
 from parity.storage.remote import RemoteError, open_remote
 
 TOKENIZER = ByteTokenizer()
@@ -84,6 +84,41 @@ def test_folders_and_objects_give_the_shards_of_the_files(texts, address, tmp_pa
         assert source["tag"]
     assert prepare([address, f"{address}/a.txt"], tmp_path / "there") == index  # finished: nothing is done
     assert {path.name for path in (tmp_path / "there").iterdir()} == {p.name for p in (tmp_path / "here").iterdir()}
+
+
+def test_names_with_the_special_characters_of_addresses(address, tmp_path):
+    folder, bucket = tmp_path / "folder", f"{address}/special"
+    folder.mkdir()
+    for name in ("a%20b.jsonl", "a b.jsonl", "part#1.jsonl", "c?d.txt", "e[1]*.txt", "ä+&=@.txt", "x%2Fy.txt"):
+        (folder / name).write_text(json.dumps({"text": name}) if name.endswith(".jsonl") else name)
+    upload(folder, bucket)
+    expected = prepare([folder], tmp_path / "here")
+    index = prepare([bucket], tmp_path / "there")
+    assert index["splits"] == expected["splits"]
+    assert prepare([bucket], tmp_path / "there") == index
+    files = [source["path"] for source in index["sources"]]
+    assert prepare(files, tmp_path / "again")["splits"] == index["splits"]
+
+
+def test_requests_that_fail_for_a_while(memory, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(retry, "RETRY_SECONDS", (0,) * 3)
+    monkeypatch.setattr(retry, "LONG_RETRY_SECONDS", (0,) * 3)
+    expected = prepare([memory], tmp_path / "expected")
+    for method in ("entries", "entry", "get"):
+        original, calls = getattr(bucket.Bucket, method), []
+
+        def fails(self, *args, original=original, calls=calls):
+            calls.append(args)
+            if len(calls) % 3:
+                raise RemoteError("the bucket is busy")
+            return original(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(bucket.Bucket, method, fails)
+            assert prepare([memory, f"{memory}/a.txt"], tmp_path / method)["sources"][:-1] == expected["sources"]
+        assert len(calls) >= 3
+        assert not list((tmp_path / method).glob("work"))
+    assert "the bucket is busy; trying again in 0 s" in capsys.readouterr().err
 
 
 def test_parts_and_mixed_sources(texts, tmp_path):

@@ -37,8 +37,17 @@ def make_shard(preparation: Preparation, split: str, number: int) -> dict[str, A
     """
     preparation.check_worker()
     entry = load_shard(preparation, split, number)
-    if entry is not None:
-        return entry
+    if entry is None:
+        try:
+            entry = _write_shard(preparation, split, number)
+        except (InputError, OSError):  # another process may have written it, and deleted the tokens
+            entry = load_shard(preparation, split, number)
+            if entry is None:
+                raise
+    return entry
+
+
+def _write_shard(preparation: Preparation, split: str, number: int) -> dict[str, Any]:
     starts = preparation.read(preparation.work / "starts.json")
     if starts is None:
         raise InputError(f"{preparation.work / 'starts.json'} is missing; run the first pass again")

@@ -13,12 +13,12 @@ from parity.data.shard_cache import (
     RemoteTokens,
     Shard,
     ShardCache,
-    cache_limit,
     corpora_folder,
 )
 from parity.errors import InputError
 from parity.storage.atomic import replace_text
 from parity.storage.remote import MissingError, Remote, open_remote
+from parity.storage.retry import retrying
 
 
 def open_prepared(address: str, id_limit: int) -> tuple[str, dict[str, Any], dict[str, list[RemoteTokens]]]:
@@ -36,7 +36,8 @@ def open_prepared(address: str, id_limit: int) -> tuple[str, dict[str, Any], dic
     """
     remote = open_remote(address)
     folder, index = _cached_index(remote)
-    limit = cache_limit()
+    cache = ShardCache(remote, folder)
+    limit = cache.limit
     splits = {
         split: [Shard(entry["name"], entry["tokens"], entry["sha256"]) for entry in index["splits"][split]["done"]]
         for split in shard_index.SPLITS
@@ -54,7 +55,6 @@ def open_prepared(address: str, id_limit: int) -> tuple[str, dict[str, Any], dic
             f"of them; make room, raise {LIMIT_VARIABLE}, or name another disk with GPT_PARITY_CACHE",
             stacklevel=2,
         )
-    cache = ShardCache(remote, folder, limit)
     return (
         remote.address,
         index,
@@ -65,7 +65,7 @@ def open_prepared(address: str, id_limit: int) -> tuple[str, dict[str, Any], dic
 def _cached_index(remote: Remote) -> tuple[Path, dict[str, Any]]:
     """Return the folder of the cache for the corpus, which holds its index.json, and the content of that."""
     try:
-        content = remote.read(shard_index.INDEX)
+        content = retrying(remote.read, shard_index.INDEX)
     except MissingError as error:
         raise InputError(
             f"{error}; a corpus at an address is a folder that scripts/prepare_data.py wrote, copied as it is"

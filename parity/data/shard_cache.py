@@ -1,8 +1,9 @@
 """Shards of a corpus at an address: each is fetched whole when it is first needed, and kept in the cache folder.
 
 All processes of a machine share the folder; a lock per shard lets one of them download it. A shard appears under its
-name only when its sha256 has been compared. When the cache has reached its limit, the shards that have not been used
-for the longest time are deleted.
+name only when its sha256 has been compared; each process compares it again before it first uses a shard that it has not
+fetched itself. When the cache has reached its limit, or the disk is full, the shards that have not been used for the
+longest time are deleted.
 """
 
 import contextlib
@@ -12,7 +13,6 @@ import re
 import shutil
 import sys
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -23,15 +23,15 @@ import numpy as np
 from parity.data.token_files import Tokens, bin_header
 from parity.errors import InputError
 from parity.storage.locks import waiting_lock
+from parity.storage.manifest import hash_file
 from parity.storage.paths import cache_folder
-from parity.storage.remote import DamagedError, MissingError, Remote, RemoteError
+from parity.storage.remote import Remote
+from parity.storage.retry import retrying_long
 from parity.streams import LossyStream
 
 LIMIT_VARIABLE = "GPT_PARITY_CORPUS_CACHE"
 _HEADER = len(bin_header(0))
 _THREADS = 4
-_WAITS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 60.0, 60.0)
-"""Seconds between two tries to fetch a shard: a bucket may be out of reach for five minutes."""
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -56,6 +56,8 @@ def corpora_folder() -> Path:
 def cache_limit() -> int:
     """Return the number of bytes that cached shards may take, of all corpora together.
 
+    By default this is nine tenths of what the disk has free now, or would have without them.
+
     Raises:
         InputError: If GPT_PARITY_CORPUS_CACHE is not a size.
     """
@@ -76,11 +78,14 @@ class ShardCache:
     Args:
         remote: Where they are.
         folder: Where they are kept; its parent holds the other corpora.
-        limit: Number of bytes that the shards of all corpora together may take, besides those being fetched.
     """
 
-    def __init__(self, remote: Remote, folder: Path, limit: int):
-        self.remote, self.folder, self.limit = remote, folder, limit
+    def __init__(self, remote: Remote, folder: Path):
+        self.remote, self.folder = remote, folder
+        self.limit = cache_limit()
+        """Number of bytes that the shards of all corpora together may take, besides those being fetched."""
+        self._verified: set[str] = set()
+        """The names of the shards whose content this process has compared with their sha256."""
         self._queue: queue.SimpleQueue[tuple[Shard, Future[None]]] = queue.SimpleQueue()
         self._pending: dict[str, Future[None]] = {}
         self._lock = threading.Lock()
@@ -94,20 +99,24 @@ class ShardCache:
             InputError: If the disk has no room for it.
         """
         path, begin = self.folder / shard.name, min(ids.start, ids.stop)
+        count, offset = max(0, ids.stop - begin), _HEADER + 2 * begin
         while True:
-            with contextlib.suppress(FileNotFoundError):  # another process may delete it at any moment
-                os.utime(path)  # what was used last is deleted last
-                return np.fromfile(path, "<u2", max(0, ids.stop - begin), offset=_HEADER + 2 * begin)[:: ids.step]
+            if shard.name in self._verified:
+                with contextlib.suppress(FileNotFoundError), path.open("rb") as file:  # others may delete it
+                    if os.fstat(file.fileno()).st_size == shard.size:
+                        os.utime(path)  # what was used last is deleted last
+                        return np.fromfile(file, "<u2", count, offset=offset)[:: ids.step]
+                self._verified.discard(shard.name)
             self._fetched(shard).result()
 
     def want(self, shards: Iterable[Shard]) -> None:
-        """Let shards be fetched on other threads, in this order, as far as half of the cache holds them."""
+        """Let shards be fetched or verified on other threads, in this order, as far as half of the cache holds them."""
         room = self.limit // 2
         for shard in shards:
             room -= shard.size
             if room < 0:
                 return
-            if not (self.folder / shard.name).exists():
+            if shard.name not in self._verified or not (self.folder / shard.name).exists():
                 self._fetched(shard)
 
     def _fetched(self, shard: Shard) -> "Future[None]":
@@ -141,47 +150,49 @@ class ShardCache:
 
     def _fetch(self, shard: Shard) -> None:
         path = self.folder / shard.name
-        with waiting_lock(path.with_name(f"{path.name}.lock")):
-            if path.exists():  # another process has fetched it in the meantime
-                return
-            for part in self.folder.glob(f"{shard.name}.*.part"):  # of a process that was killed
-                part.unlink(missing_ok=True)
-            with waiting_lock(self.folder.parent / "room.lock"):
-                make_room(self.folder.parent, self.limit - shard.size)
-            if (free := shutil.disk_usage(self.folder).free) < shard.size:
-                raise InputError(
-                    f"{self.folder} has {free:,} bytes free, but {self.remote.address}/{shard.name} needs "
-                    f"{shard.size:,}; make room, or name another folder with GPT_PARITY_CACHE"
-                )
-            self._download(shard, path)
+        if not self._is_intact(shard):
+            with waiting_lock(path.with_name(f"{path.name}.lock")):
+                if not self._is_intact(shard):  # otherwise another process has fetched it in the meantime
+                    if path.exists():
+                        LossyStream(sys.stderr).write(f"{path} is damaged; it is fetched again\n")
+                        path.unlink(missing_ok=True)
+                    for part in self.folder.glob(f"{shard.name}.*.part*"):  # of a process that was killed
+                        part.unlink(missing_ok=True)
+                    retrying_long(self._download, shard, path)
+        self._verified.add(shard.name)
+
+    def _is_intact(self, shard: Shard) -> bool:
+        """Return whether a shard is cached with its content."""
+        path = self.folder / shard.name
+        try:
+            return path.stat().st_size == shard.size and hash_file(path) == shard.sha256
+        except FileNotFoundError:
+            return False
 
     def _download(self, shard: Shard, path: Path) -> None:
-        is_damaged = False
-        for wait in (*_WAITS, None):
-            try:
-                return self.remote.get(shard.name, path, shard.sha256)
-            except MissingError:
-                raise
-            except RemoteError as error:
-                if wait is None or is_damaged:
-                    raise
-                is_damaged = isinstance(error, DamagedError)  # by the way, perhaps: a second copy will tell
-                LossyStream(sys.stderr).write(f"{error}; trying again in {wait:g} s\n")
-                time.sleep(wait)
-        raise AssertionError("the last try returns or raises")
+        with waiting_lock(self.folder.parent / "room.lock"):
+            self.limit = cache_limit()
+            make_room(self.folder.parent, self.limit - shard.size, shard.size)
+        if (free := shutil.disk_usage(self.folder).free) < shard.size:
+            raise InputError(
+                f"{self.folder} has {free:,} bytes free, but {self.remote.address}/{shard.name} needs "
+                f"{shard.size:,}; make room, or name another folder with GPT_PARITY_CACHE"
+            )
+        self.remote.get(shard.name, path, shard.sha256)
 
 
-def make_room(folder: Path, limit: int) -> None:
-    """Delete the cached shards that have not been used for the longest time, until the rest has at most `limit` bytes.
+def make_room(folder: Path, limit: int, free: int = 0) -> None:
+    """Delete the cached shards that have not been used for the longest time, as many as necessary.
 
     Args:
         folder: What corpora_folder() returns.
-        limit: Number of bytes that the shards of all corpora together may have.
+        limit: Number of bytes that the rest may have, of all corpora together.
+        free: Number of bytes that the disk must have free.
     """
     cached = sorted(_cached(folder), key=lambda item: item[1].st_mtime_ns)
     total = sum(status.st_size for _, status in cached)
     for path, status in cached:
-        if total <= limit:
+        if total <= limit and shutil.disk_usage(folder).free >= free:
             return
         path.unlink(missing_ok=True)
         total -= status.st_size

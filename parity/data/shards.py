@@ -25,7 +25,7 @@ from parity.data.passes import (
     write_shards,
 )
 from parity.data.preparation import Preparation, Unit, begin
-from parity.data.shard_index import INDEX, load_index, read_index, write_unfinished
+from parity.data.shard_index import INDEX, SPLITS, load_index, read_index, write_unfinished
 from parity.data.sources import find_sources
 from parity.data.splits import find_starts, shard_list
 from parity.data.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ from parity.parts import Part
 from parity.storage.json import LISTING, get_entry, read_object
 from parity.storage.locks import LOCK, lock_folder
 
-_PROCESS_BYTES = 2**24  # of sources per process; for less, starting it would not pay
+_PROCESS_BYTES = 2**24  # of sources or shards per process; for less, starting it would not pay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +124,13 @@ def prepare_shards(
             preparation, units = begun
             write_unfinished(out, {**load_index(out), "process": os.getpid()})
             with _discarding(preparation, is_new):
-                engine = engine or _local_engine(units, workers)
-                counts = tokenize_units(preparation, units, range(len(units)), engine, on_progress)
+                first = engine or _first_engine(units, workers)
+                counts = tokenize_units(preparation, units, range(len(units)), first, on_progress)
                 starts = check_first_pass(preparation, units)
+                shards = shard_list(preparation, starts)
                 delete = functools.partial(delete_used_tokens, preparation, starts)
-                write_shards(preparation, shard_list(preparation, starts), engine, on_progress, counts, delete)
+                second = engine or _second_engine(starts, len(shards), len(shards), workers)
+                write_shards(preparation, shards, second, on_progress, counts, delete)
                 finish(preparation, units)
     return read_index(out)
 
@@ -150,16 +152,27 @@ def prepare_part(request: Request, part: Part, stage: int, workers: int = 1, on_
     begun = _join(request)
     if begun is None:
         return
-    preparation, units = begun
+    try:
+        _make_part(*begun, part, stage, workers, on_progress)
+    except (InputError, OSError):
+        if not _is_complete(request.out):  # otherwise another process has finished it, and deleted what this one needs
+            raise
+
+
+def _make_part(
+    preparation: Preparation, units: list[Unit], part: Part, stage: int, workers: int, on_progress: OnProgress
+) -> None:
     if stage == 1:
         numbers = part.of(len(units))
-        engine = _local_engine([units[number] for number in numbers], workers)
+        engine = _first_engine([units[number] for number in numbers], workers)
         tokenize_units(preparation, units, numbers, engine, on_progress)
         if all(preparation.unit_file(number, "json").exists() for number in range(len(units))):
             find_starts(preparation, len(units))  # once, and not in every part of the second pass
     else:
-        shards = shard_list(preparation, check_first_pass(preparation, units, part.count))
-        write_shards(preparation, [shards[n] for n in part.of(len(shards))], _local_engine(units, workers), on_progress)
+        starts = check_first_pass(preparation, units, part.count)
+        shards = shard_list(preparation, starts)
+        chosen = [shards[number] for number in part.of(len(shards))]
+        write_shards(preparation, chosen, _second_engine(starts, len(chosen), len(shards), workers), on_progress)
 
 
 def finish_parts(request: Request) -> dict[str, Any]:
@@ -187,15 +200,31 @@ def _join(request: Request) -> tuple[Preparation, list[Unit]] | None:
     return begin(request.out, entries, request.tokenizer)
 
 
+def _is_complete(out: Path) -> bool:
+    try:
+        return load_index(out)["complete"]
+    except InputError:
+        return False
+
+
 def _check_workers(workers: int) -> None:
     if workers < 1:
         raise InputError(f"workers must be at least 1, got {workers}")
 
 
-def _local_engine(units: Sequence[Unit], workers: int) -> Engine:
-    """Return an engine for some units: as many processes of this machine as pay, which share the workers."""
-    size = sum(source["bytes"] for unit in units for source in unit)
-    processes = min(workers, len(units), size // _PROCESS_BYTES)
+def _first_engine(units: Sequence[Unit], workers: int) -> Engine:
+    """Return an engine that tokenizes some units."""
+    return _local_engine(len(units), sum(source["bytes"] for unit in units for source in unit), workers)
+
+
+def _second_engine(starts: dict[str, Any], count: int, n_shards: int, workers: int) -> Engine:
+    """Return an engine that writes `count` of all shards."""
+    return _local_engine(count, 2 * sum(starts[split][-1] for split in SPLITS) * count // n_shards, workers)
+
+
+def _local_engine(count: int, size: int, workers: int) -> Engine:
+    """Return an engine for pieces of work of so many bytes: as many processes as pay, which share the workers."""
+    processes = min(workers, count, size // _PROCESS_BYTES)
     return Processes(processes, workers // processes) if processes > 1 else ThisProcess(workers)
 
 
@@ -224,7 +253,7 @@ def _discarding(preparation: Preparation, is_new: bool) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        made = any(file.stat().st_size for file in preparation.work.glob("*.tokens"))
+        made = any(_has_content(file) for file in preparation.work.glob("*.tokens"))
         if not made and not any(preparation.work.glob("*_*.json")):  # neither tokens nor shards
             with contextlib.suppress(OSError):
                 shutil.rmtree(preparation.work)
@@ -233,3 +262,11 @@ def _discarding(preparation: Preparation, is_new: bool) -> Iterator[None]:
                     (preparation.out / LOCK).unlink()
                     preparation.out.rmdir()
         raise
+
+
+def _has_content(file: Path) -> bool:
+    """Return whether a file is not empty; False if a worker that is still at work has just given it another name."""
+    try:
+        return file.stat().st_size > 0
+    except FileNotFoundError:
+        return False

@@ -9,7 +9,9 @@ from urllib.parse import urlsplit
 
 from parity.data import documents
 from parity.errors import InputError
+from parity.storage.bucket import CLIENTS
 from parity.storage.remote import MissingError, Remote, is_address, open_remote
+from parity.storage.retry import retrying, retrying_long
 
 
 def find_sources(sources: Sequence[str | Path]) -> list[dict[str, Any]]:
@@ -36,7 +38,9 @@ def find_sources(sources: Sequence[str | Path]) -> list[dict[str, Any]]:
 
 def current_entry(path: str) -> dict[str, Any]:
     """Return the entry of index.json for a file or object as it is now."""
-    return _entry(open_remote(path)) if is_address(path) else {"path": path, "bytes": Path(path).stat().st_size}
+    if is_address(path):
+        return retrying_long(_entry, open_remote(path))
+    return {"path": path, "bytes": Path(path).stat().st_size}
 
 
 def change_time(path: str) -> int:
@@ -60,12 +64,11 @@ def local_copy(path: str, folder: Path) -> Iterator[Path]:
         yield Path(path)
         return
     remote = open_remote(path)
-    name = urlsplit(path).path.rpartition("/")[2]
     with tempfile.TemporaryDirectory(prefix="source-", dir=folder) as temporary:
-        copy = Path(temporary) / name
-        before = _entry(remote)
-        remote.get("", copy)
-        if _entry(remote) != before:
+        copy = Path(temporary) / remote.address.rpartition("/")[2]
+        before = retrying_long(_entry, remote)
+        retrying_long(remote.get, "", copy)
+        if retrying_long(_entry, remote) != before:
             raise InputError(f"{remote.address} changed while it was read; run again")
         try:
             yield copy
@@ -74,29 +77,29 @@ def local_copy(path: str, folder: Path) -> Iterator[Path]:
 
 
 def _find_objects(address: str) -> list[dict[str, Any]]:
-    if urlsplit(address).query:
+    remote, parts = open_remote(address), urlsplit(address)
+    if parts.scheme not in CLIENTS and (parts.query or parts.fragment):
         raise InputError(
-            f"{open_remote(address).address}: an address with a query (?) may hold a secret, and index.json would "
-            "record it; name the file without one, or download it first"
+            f"{remote.address}: an address with a query (?) or a fragment (#) may hold a secret, and index.json would "
+            "record it; name the file without one, or download it first. In file:// addresses, write ? as %3F, # as %23"
         )
-    remote = open_remote(address)
     if documents.ends_with(remote.address, documents.REFUSED):
         raise InputError(f"{remote.address}: {documents.NOT_SUPPORTED}")
-    if documents.ends_with(remote.address, documents.SUFFIXES) or urlsplit(address).scheme in ("http", "https"):
-        return [_entry(remote)]
-    suitable = {n: e for n, e in remote.entries().items() if documents.ends_with(n, documents.SUFFIXES)}
+    if documents.ends_with(remote.address, documents.SUFFIXES) or parts.scheme in ("http", "https"):
+        return [retrying(_entry, remote)]
+    suitable = {n: e for n, e in retrying(remote.entries).items() if documents.ends_with(n, documents.SUFFIXES)}
     if not suitable:
         raise InputError(f"{remote.address} holds no object that ends with {', '.join(documents.SUFFIXES)}")
     # In the order in which paths are sorted.
     names = sorted(suitable, key=lambda name: name.split("/"))
-    return [_as_entry(f"{remote.address}/{name}", *suitable[name]) for name in names]
+    return [_as_entry(remote.address_of(name), *suitable[name]) for name in names]
 
 
 def _entry(remote: Remote) -> dict[str, Any]:
-    found = remote.entry("")
-    if found is None:
+    entry = remote.entry("")
+    if entry is None:
         raise MissingError(f"{remote.address} is missing")
-    return _as_entry(remote.address, *found)
+    return _as_entry(remote.address, *entry)
 
 
 def _as_entry(path: str, size: int, tag: str | None) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from parity.errors import InputError
 
 _STEPS_AHEAD = 16
 """Number of batches whose shards are fetched, if they are at an address, before the first of them is needed."""
+_STEPS_BETWEEN = 8
+"""Number of steps after which the shards of further batches are looked for."""
 
 
 class Dataset(Protocol):
@@ -80,6 +82,8 @@ class Windows:
     ):
         self.shards, self.n_ctx, self.n_vocab, self.name, self.order = list(shards), n_ctx, n_vocab, name, order
         self.stride = n_ctx if stride is None else stride
+        self._looked_ahead = range(0)
+        """The steps that need not look for the shards of later steps, because an earlier one has done so."""
         if self.stride < 1:
             raise InputError(f"stride must be at least 1, got {self.stride}")
         counts = [max(0, (len(shard) - n_ctx - 1) // self.stride + 1) for shard in self.shards]
@@ -108,9 +112,9 @@ class Windows:
         from the next epoch, so that no batch is short.
         """
         chosen = range(size) if places is None else places
-        if any(isinstance(shard, RemoteTokens) for shard in self.shards[:1]):
-            later = range(step, step + _STEPS_AHEAD)
-            batches = [self.batch_windows(seed, number, size) for number in later]
+        if step not in self._looked_ahead and any(isinstance(shard, RemoteTokens) for shard in self.shards[:1]):
+            self._looked_ahead = range(step, step + _STEPS_BETWEEN)
+            batches = [self.batch_windows(seed, number, size) for number in range(step, step + _STEPS_AHEAD)]
             ahead = [windows[place] for windows in batches for place in chosen]
             fetch_ahead(self.shards[number] for number in dict.fromkeys(self._shard_numbers(ahead)))
         windows = self.batch_windows(seed, step, size)

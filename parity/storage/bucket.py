@@ -57,13 +57,13 @@ class Bucket(Remote):
         folder = self._check(prefix).rpartition("/")[0]
         with self._errors(folder):
             try:
-                found = self._files.find(self._path(folder), detail=True)
+                infos = self._files.find(self._path(folder), detail=True)
             except FileNotFoundError:
                 if self._scheme != "memory":  # where prefixes need not exist, this is a bucket that is missing
                     raise
-                found = {}
+                infos = {}
         inside = f"{self._root}/"
-        named = {path.removeprefix(inside): info for path, info in found.items() if path.startswith(inside)}
+        named = {path.removeprefix(inside): info for path, info in infos.items() if path.startswith(inside)}
         # Consoles represent an empty folder by an object whose name ends with a slash.
         return {name: _entry(named[name]) for name in sorted(named) if name.startswith(prefix) and name[-1:] not in "/"}
 

@@ -21,6 +21,10 @@ class Folder(Remote):
             raise RemoteError(f"{shown}: write a folder of this machine as file:///PATH, with three slashes")
         self._root = path
 
+    def address_of(self, name: str) -> str:
+        # The path in a file:// address is percent-encoded; what need not be encoded stays as it is.
+        return super().address_of(name.translate({ord(character): f"%{ord(character):02X}" for character in "%#?"}))
+
     def read(self, name: str) -> bytes:
         with self._errors(name):
             return self._path(name).read_bytes()

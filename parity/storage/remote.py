@@ -68,10 +68,17 @@ def open_remote(address: str) -> Remote:
 
 
 def shown_address(address: str) -> str:
-    """Return an address without user, password, query and fragment, any of which may hold a secret."""
+    """Return an address without user, password, query and fragment, any of which may hold a secret.
+
+    In a bucket, "?" and "#" are characters of a name like any other.
+    """
     try:
         parts = urlsplit(address)
-        host = parts.netloc.rpartition("@")[2]
-        return urlunsplit((parts.scheme, host, parts.path, "", "")) if host else address.partition("?")[0]
     except ValueError:
         return "the address"
+    scheme, _, rest = address.partition("://")
+    if scheme.lower() in CLIENTS:
+        bucket, slash, name = rest.partition("/")
+        return f"{scheme}://{bucket.rpartition('@')[2]}{slash}{name}"
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "", "")) if host else address.partition("?")[0]

@@ -74,6 +74,10 @@ class Remote(abc.ABC):
     def _fetch(self, name: str, part: Path, entry: Entry) -> None:
         """Copy an object to a new file."""
 
+    def address_of(self, name: str) -> str:
+        """Return the address of an object, as open_remote() takes it."""
+        return f"{self.address}/{name}"
+
     def size(self, name: str) -> int | None:
         """Return the size of an object in bytes; None if there is none of this name."""
         entry = self.entry(name)

@@ -46,8 +46,12 @@ class Web(Remote):
         raise self._read_only(name)
 
     def _fetch(self, name: str, part: Path, entry: Entry) -> None:
-        with self._errors(name):
-            transfer(RemoteFile(name, entry.size), part, self._url(name))
+        try:
+            with self._errors(name):
+                transfer(RemoteFile(name, entry.size), part, self._url(name))
+        finally:
+            for end in ("part", "part.etag"):  # what a failed transfer leaves, under a name that is never used again
+                part.with_name(f"{part.name}.{end}").unlink(missing_ok=True)
 
     def _url(self, name: str) -> str:
         if not name:
