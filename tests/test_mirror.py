@@ -133,8 +133,8 @@ def test_a_process_that_is_killed_leaves_whole_checkpoints_only(tmp_path, monkey
         target.remote.write("checkpoints/000005/left", b"")
         remaining[0] = moment
         try:
-            target.push(run, 20, {}, lambda: None)
-            target.retain(20, 1, None, None, lambda: None)
+            names = target.push(run, 20, {}, lambda: None)
+            target.retain(names, 20, 1, None, None, lambda: None)
         except KilledError:
             pass
         left, remaining[0] = remaining[0], 10**6
@@ -144,8 +144,8 @@ def test_a_process_that_is_killed_leaves_whole_checkpoints_only(tmp_path, monkey
                 shutil.rmtree(tmp_path / f"copy-{moment}-{step}")
         assert {10, 20} & set(target.steps())
         again = MirroredRun(open_remote(address))
-        again.push(run, 20, {}, lambda: None)
-        again.retain(20, 1, None, None, lambda: None)
+        names = again.push(run, 20, {}, lambda: None)
+        again.retain(names, 20, 1, None, None, lambda: None)
         assert again.steps() == [20]
         expected = {n: len(c) for n, c in files_of(run.path).items() if not n.startswith("checkpoints/000010")}
         assert without_lease(target.remote.list()) == expected
@@ -166,6 +166,20 @@ def test_files_that_grow_meanwhile_are_uploaded_as_they_were(tmp_path, address, 
     upload(run, address, 10, is_new=True)
     files = open_remote(address)
     assert (files.read("metrics.jsonl"), files.read("samples.txt")) == before
+
+
+def test_an_upload_lists_the_objects_twice(tmp_path, address, monkeypatch):
+    """Before it and after it, also if it deletes others."""
+    run = make_run(tmp_path / "run", [10, 20])
+    settings = dataclasses.replace(SETTINGS, keep=1, keep_every=None)
+    upload(run, address, 10, is_new=True)
+    mirror, _ = uploads_of(run, address, settings=settings)
+    listed, entries = [], remote.Remote.list
+    monkeypatch.setattr(remote.Remote, "list", lambda self, prefix="": listed.append(prefix) or entries(self, prefix))
+    with mirror:
+        mirror.request(20)
+    assert [prefix for prefix in listed if prefix != "lease/"] == ["", ""]
+    assert MirroredRun(open_remote(address)).steps() == [20]
 
 
 def test_the_mirror_keeps_the_checkpoints_that_the_folder_keeps(tmp_path, address):

@@ -1,6 +1,7 @@
 """A Ray cluster with two working nodes prepares the same bytes as one process, whatever dies meanwhile."""
 
 import os
+import sys
 
 import pytest
 from support.corpora import (
@@ -12,7 +13,7 @@ from support.corpora import (
     prepared_files,
     write_mixed,
 )
-from support.runs import ROOT, run_script
+from support.runs import ROOT, run_program, run_script
 
 from parity.data.engines import RayCluster
 from parity.data.shards import prepare_shards
@@ -90,6 +91,22 @@ def test_the_first_bad_file_is_reported_in_one_line(tmp_path, engine):
     files = [tmp_path / f"{number}.jsonl" for number in range(6)]
     with pytest.raises(InputError, match=r"^\S*2\.jsonl, line 1 is not valid JSON"):
         prepare_shards(files, tmp_path / "out", BYTES, engine=engine)
+
+
+_STATISTICS = """
+import os
+from parity.data.engines import RayCluster
+with RayCluster("local") as cluster:
+    from ray._common.usage.usage_lib import usage_stats_enabled
+    print(usage_stats_enabled(), *cluster.map(os.getenv, [("RAY_USAGE_STATS_ENABLED",)]))
+"""
+
+
+def test_a_cluster_of_its_own_sends_no_usage_statistics():
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_USAGE_STATS_ENABLED"}
+    result = run_program([sys.executable, "-c", _STATISTICS], env={**environment, "PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "False 0"
 
 
 def test_the_script_starts_a_cluster_of_its_own(tmp_path, mixed):

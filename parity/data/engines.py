@@ -93,7 +93,7 @@ def _end_with_parent(held: Connection) -> None:
 
 
 class RayCluster:
-    """Makes calls as tasks of a Ray cluster, each on one CPU; a task whose worker or node dies is made again.
+    """Makes calls as tasks of a Ray cluster, each on one CPU; a task whose worker or node dies is retried.
 
     Args:
         address: Address of the cluster; "auto" for the one of this machine, "local" for a new one on this machine.

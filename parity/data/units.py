@@ -25,7 +25,7 @@ from parity.storage.atomic import named_errors, replace_text
 
 _SAVE_EVERY = 2**26  # tokens
 _WRITE_EVERY = 2**18  # tokens
-_LEAST_SAVED = 2**20  # tokens; fewer are made again in less than a second
+_LEAST_SAVED = 2**20  # tokens; fewer are tokenized again in less than a second
 _COPY_BYTES = 2**24
 
 

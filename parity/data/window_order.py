@@ -8,7 +8,7 @@ import numpy as np
 WindowOrder = Literal["shuffled", "keyed"]
 
 _ROUNDS = 8
-# Words that tell the keys from other random streams of the same seed and epoch.
+# Words that separate the keys from other random streams of the same seed and epoch.
 _STREAM = (0x6B657965, 0x64)
 
 

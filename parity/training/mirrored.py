@@ -6,8 +6,9 @@ files of the run (metrics, samples, configuration) come before the manifest, so 
 checkpoint; resuming removes what is newer.
 """
 
+import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,9 @@ class MirroredRun:
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, in ascending order."""
-        return sorted(step for step, names in self._checkpoints().items() if MANIFEST in names)
+        return complete_steps(self.remote.list(_CHECKPOINTS))
 
-    def push(self, run: RunFolder, step: int, sizes: Mapping[str, int], check: Callable[[], None]) -> None:
+    def push(self, run: RunFolder, step: int, sizes: Mapping[str, int], check: Callable[[], None]) -> list[str]:
         """Upload a checkpoint and the files of its run. What an interrupted call has left is replaced.
 
         Args:
@@ -63,6 +64,9 @@ class MirroredRun:
             step: The step of the checkpoint.
             sizes: {file of the run: number of bytes to upload}, for those that another thread appends to meanwhile.
             check: Called before each change; raises an error if this process may not write.
+
+        Returns:
+            The names of all objects afterwards.
 
         Raises:
             InputError: If the checkpoint is incomplete, an upload fails, or objects have other sizes than the files.
@@ -104,22 +108,39 @@ class MirroredRun:
         if not is_complete:
             check()
             self.remote.write(prefix + MANIFEST, content)
-        for name in present:
-            if name.startswith(prefix) and name not in (*files, prefix + MANIFEST):  # of a former save of this step
+        wanted = {*files, prefix + MANIFEST}
+        for name in sorted(present):
+            if name.startswith(prefix) and name not in wanted:  # of a former save of this step
                 check()
                 self.remote.remove(name)
+        return sorted(wanted.union(name for name in present if not name.startswith(prefix)))
 
     def retain(
-        self, newest: int, keep: int, keep_every: int | None, best: int | None, check: Callable[[], None]
+        self,
+        names: Iterable[str],
+        newest: int,
+        keep: int,
+        keep_every: int | None,
+        best: int | None,
+        check: Callable[[], None],
     ) -> None:
-        """Delete the checkpoints before step `newest` that checkpoints.retain() deletes, and those left incomplete."""
-        present = self._checkpoints()
-        complete = [step for step, names in present.items() if MANIFEST in names]
+        """Delete the checkpoints before step `newest` that checkpoints.retain() deletes, and those left incomplete.
+
+        Args:
+            names: The names of all objects, as push() returns them.
+            newest: The step that was uploaded last.
+            keep: See checkpoints.retain(), as for the next two.
+            keep_every: See `keep`.
+            best: See `keep`.
+            check: Called before each change; raises an error if this process may not write.
+        """
+        present = _by_step(names)
+        complete = complete_steps(names)
         unwanted = set(checkpoints.superfluous(complete, newest, keep, keep_every, best))
-        for step, names in present.items():
+        for step, files in present.items():
             if step in unwanted or (step < newest and step not in complete):
                 check()
-                for name in sorted(names, key=lambda name: name != MANIFEST):  # the manifest first
+                for name in sorted(files, key=lambda name: name != MANIFEST):  # the manifest first
                     self.remote.remove(_prefix(step) + name)
 
     def fetch_files(self, folder: Path) -> None:
@@ -177,15 +198,6 @@ class MirroredRun:
         retrying(self.remote.get, prefix + MANIFEST, folder / MANIFEST)
         return {name.removeprefix(prefix): size for name, size in objects.items()}
 
-    def _checkpoints(self) -> dict[int, list[str]]:
-        """Return {step: names of its objects}, of complete and incomplete checkpoints."""
-        present: dict[int, list[str]] = {}
-        for name in self.remote.list(_CHECKPOINTS):
-            step, _, file = name.removeprefix(_CHECKPOINTS).partition("/")
-            if file and step.isascii() and step.isdecimal() and step == f"{int(step):06d}":
-                present.setdefault(int(step), []).append(file)
-        return present
-
     def _put_start(self, path: Path, size: int) -> None:
         """Upload the first `size` bytes of a file."""
         if size == path.stat().st_size:
@@ -193,6 +205,21 @@ class MirroredRun:
             return
         with path.open("rb") as file:
             self.remote.write(path.name, file.read(size))
+
+
+def complete_steps(names: Iterable[str]) -> list[int]:
+    """Return the steps of the complete checkpoints among objects with these names, in ascending order."""
+    return sorted(step for step, files in _by_step(names).items() if MANIFEST in files)
+
+
+def _by_step(names: Iterable[str]) -> dict[int, list[str]]:
+    """Return {step: names of its objects beneath its prefix}, of complete and incomplete checkpoints."""
+    present: dict[int, list[str]] = {}
+    for name in names:
+        match = re.fullmatch(rf"{_CHECKPOINTS}([0-9]{{6,15}})/(.+)", name)
+        if match and name.startswith(_prefix(int(match[1]))):
+            present.setdefault(int(match[1]), []).append(match[2])
+    return present
 
 
 def _read_manifest(folder: Path, address: str) -> manifests.Manifest:

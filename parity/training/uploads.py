@@ -20,7 +20,7 @@ from parity.storage.retry import retrying
 from parity.training.checkpoints import step_folder
 from parity.training.lease import RENEWAL_SECONDS, Lease, SupersededError
 from parity.training.mirror import check_id
-from parity.training.mirrored import CONFIG, MirroredRun
+from parity.training.mirrored import CONFIG, MirroredRun, complete_steps
 from parity.training.runs import RunFolder
 from parity.training.settings import TrainSettings
 
@@ -194,22 +194,23 @@ class Uploads:
 
     def _upload(self, upload: Upload) -> None:
         settings = self._settings
-        self._mirrored.push(self._run, upload.step, upload.sizes, self._lease.check)
+        names = self._mirrored.push(self._run, upload.step, upload.sizes, self._lease.check)
         if self.safe != upload.step:
             self.safe = upload.step
             if not self._ending:
                 self._report(self._state())
         if upload.best not in (None, upload.step) and self._waiting is None:
-            self._upload_best(upload)
-        self._mirrored.retain(upload.step, settings.keep, settings.keep_every, upload.best, self._lease.check)
+            names = self._upload_best(upload, names)
+        self._mirrored.retain(names, upload.step, settings.keep, settings.keep_every, upload.best, self._lease.check)
         self._lease.renew()
 
-    def _upload_best(self, upload: Upload) -> None:
-        """Upload the best checkpoint, if a newer one took its place while it waited."""
+    def _upload_best(self, upload: Upload, names: list[str]) -> list[str]:
+        """Upload the best checkpoint, if a newer one took its place while it waited; return the objects' names."""
         assert upload.best is not None
         is_local = step_folder(self._run.checkpoints, upload.best).is_dir()
-        if is_local and upload.best not in self._mirrored.steps():
-            self._mirrored.push(self._run, upload.best, upload.sizes, self._lease.check)
+        if is_local and upload.best not in complete_steps(names):
+            return self._mirrored.push(self._run, upload.best, upload.sizes, self._lease.check)
+        return names
 
     def _state(self) -> str:
         return f"{'no step' if self.safe is None else f'step {self.safe}'} is safe at {self.address}"

@@ -45,8 +45,8 @@ def main():
         if (child := os.fork()) == 0:
             print(os.getpid(), flush=True)
             mirrored = MirroredRun(open_remote(address))
-            mirrored.push(RunFolder(Path(path)), int(step), {}, lambda: None)
-            mirrored.retain(int(step), 1, None, None, lambda: None)
+            names = mirrored.push(RunFolder(Path(path)), int(step), {}, lambda: None)
+            mirrored.retain(names, int(step), 1, None, None, lambda: None)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         print("end", os.waitstatus_to_exitcode(status), flush=True)
