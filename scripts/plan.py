@@ -104,9 +104,8 @@ class Plan:
         return USABLE * RESERVED * self.memory_bytes
 
     def memory(self, micro_size: int | None = None):
-        dtype, args = self.settings.dtype, self.args
         micro_size = micro_size or self.settings.micro_size
-        options = dtype, args.remat, args.attention
+        options = self.settings.dtype, self.args.remat, self.args.attention
         return memory(self.config, self.shape, micro_size, *options, lora=self.lora)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import numpy_oracle as oracle
 from support.models import probing_weights, random_batch
-from support.tolerances import LOGITS_ATOL
+from support.tolerances import LOGITS_ATOL, logits_bound
 
 import gpt_jax.adapter
 import gpt_torch.adapter
@@ -35,7 +35,7 @@ def test_logits(backend, config, dtype):
     got = backend.logits(config, {name: w.astype(dtype) for name, w in weights.items()}, tokens)
     assert got.dtype == dtype
     used = {name: w.astype(dtype).astype(np.float64) for name, w in weights.items()}
-    print(check("logits", got, oracle.logits(config, used, tokens), LOGITS_ATOL[dtype]))
+    print(check("logits", got, oracle.logits(config, used, tokens), logits_bound(config, used, tokens, dtype)))
 
 
 def both(config, weights, x, run):
@@ -141,8 +141,15 @@ def test_bfloat16_is_bfloat16_and_gives_float32_logits():
         assert 1e-5 < compare("bfloat16", got, exact, 1.0).error < 0.02
 
 
-def test_gelu_is_the_formula_of_the_paper_bit_for_bit():
-    """The model multiplies in another order, which XLA recognizes; halving a float is exact."""
-    x = jnp.asarray(np.random.default_rng(0).normal(scale=3, size=100_000), jnp.float32)
-    expected = jax.jit(lambda x: 0.5 * x * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))(x)
-    assert np.array_equal(jax.jit(GELU().__call__)(x), expected)
+def test_gelu_is_the_formula_of_the_paper():
+    """The model multiplies in another order. Its error in float32 is that of a few roundings, in units of |x|.
+
+    The argument of tanh is rounded five times, which moves tanh by at most 5 * 0.45 u, because y / cosh(y)**2 is below
+    0.45; tanh itself is right to 5 u; of the sum 1 + tanh and the two products each is rounded once.
+    """
+    x = np.random.default_rng(0).normal(scale=3, size=100_000).astype(np.float32)
+    x64 = x.astype(np.float64)
+    expected = 0.5 * x64 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x64 + 0.044715 * x64**3)))
+    bound = (0.5 * (5 * 0.45 + 5) + 3) * 2.0**-24 * np.abs(x64)
+    check("JAX", np.asarray(jax.jit(GELU().__call__)(x)), expected, bound)
+    check("torch", gpt_torch.model.GELU()(torch.from_numpy(x)).numpy(), expected, bound)

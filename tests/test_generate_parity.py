@@ -5,6 +5,7 @@ other one. The tests print each such position, verify it in float64, and count i
 """
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -81,11 +82,19 @@ def compare(config, built, options, seed, rows=ROWS, new=NEW):
     return tokens, boundaries
 
 
+def most_boundaries(tokens):
+    """Return how many choices may differ on any processor: those whose random number is within 1e-6 of a boundary.
+
+    A float32 sum of probabilities errs by less, and about 200 tokens have a probability that matters to it.
+    """
+    return math.ceil(tokens * 2 * 200 * 1e-6)
+
+
 def report(results):
     tokens = sum(count for count, _ in results)
     boundaries = [place for _, places in results for place in places]
     print(f"{tokens:,} sampled tokens compared, {len(boundaries)} at a boundary: {boundaries}")
-    assert len(boundaries) <= -(-tokens // 100_000)
+    assert len(boundaries) <= most_boundaries(tokens)
     return tokens
 
 
@@ -107,7 +116,8 @@ def test_same_tokens_at_the_widths_of_124m(grid, new):
     config = dataclasses.replace(PRESETS["124M"], n_layer=2)
     built = build(config)
     results = [compare(config, built, options, seed, new=new) for seed, options in enumerate(grid)]
-    assert report(results) >= (len(grid) * ROWS - 1) * new  # at most one row ends at a boundary
+    most = most_boundaries(len(grid) * ROWS * new)
+    assert report(results) >= (len(grid) * ROWS - most) * new  # a row ends at a boundary
 
 
 @pytest.mark.optimized

@@ -164,7 +164,8 @@ def test_a_shift_of_all_logits_costs_no_precision(function):
     model.tok_emb.embedding[...] = model.tok_emb.embedding[...].at[:, 0].set(logits)
     exact = logits + 1000.0 - np.log(np.exp(logits + np.float64(1000)).sum())
     tokens, logprobs = function(model, np.arange(TINY.n_vocab))
-    assert np.abs(np.asarray(logprobs) - exact[np.asarray(tokens)]).max() < 1e-6
+    # A few roundings of a float32 near 8; a float32 near 1000 is rounded by 3e-5.
+    assert np.abs(np.asarray(logprobs) - exact[np.asarray(tokens)]).max() < 3e-6
 
 
 @pytest.mark.parametrize("remat", ["products", "all"])

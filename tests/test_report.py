@@ -22,6 +22,7 @@ from parity import taps
 from parity.comparison import report, sections
 from parity.comparison.case import Case, random_tokens, sharp_weights
 from parity.comparison.compare import compare
+from parity.comparison.error_bounds import UNIT_ROUNDOFF
 from parity.comparison.implementation import Implementation, open_implementation
 from parity.comparison.protocol import Compute
 from parity.config import PRESETS
@@ -151,8 +152,12 @@ def test_without_errors_everything_is_within_its_bound(dtype):
         "activations", "gradients", "AdamW updates", "losses", "cached decoding", "sampled tokens",
     }  # fmt: skip
     assert report.first_failure(rows) is None
-    for section in ("activations", "gradients", "AdamW updates", "losses"):
-        assert max(row.share for row in rows if row.section == section) > 0.02  # the bound is not far too large
+    # The bounds are not far too large. Each of these sections has 40 rows or more, of many elements that are rounded.
+    for section in ("activations", "gradients", "AdamW updates"):
+        assert max(row.share for row in rows if row.section == section) > 0.02
+    # A loss may be right to its last bit.
+    last_bit = UNIT_ROUNDOFF[dtype] * np.log(TINY.n_vocab)
+    assert all(row.bound < 50 * last_bit for row in rows if row.section == "losses")
 
 
 def test_hugging_face_and_numpy_take_part():
