@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import transformers
 
+from gpt_torch.devices import choose_device
 from gpt_torch.weights import to_numpy
 from parity import taps
 from parity.comparison.protocol import DEFAULT_COMPUTE, Compute, Weights
@@ -44,7 +45,11 @@ def build(
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
     assert set(missing) <= {"lm_head.weight"}, missing  # absent if the head is tied
-    return model.to(getattr(torch, compute.dtype_for(weights)))
+    return model.to(choose_device(compute.device), getattr(torch, compute.dtype_for(weights)))
+
+
+def to_device(ids: np.ndarray, compute: Compute) -> torch.Tensor:
+    return torch.from_numpy(ids).long().to(choose_device(compute.device))
 
 
 def logits(
@@ -55,7 +60,7 @@ def logits(
     folder: Path | None = None,
 ) -> np.ndarray:
     with torch.inference_mode():
-        return to_numpy(build(config, weights, compute, folder)(torch.from_numpy(tokens).long()).logits)
+        return to_numpy(build(config, weights, compute, folder)(to_device(tokens, compute)).logits)
 
 
 def activations(
@@ -93,7 +98,7 @@ def activations(
             record(module, f"blocks.{number}.{name}", which)
     record(model.transformer.ln_f, "ln_f", "output")
     with torch.inference_mode():
-        output = model(torch.from_numpy(tokens).long(), output_attentions=True)
+        output = model(to_device(tokens, compute), output_attentions=True)
     cache["logits"] = output.logits
     heads = (config.n_head, config.head_width)
     for number, pattern in enumerate(output.attentions):
@@ -113,7 +118,7 @@ def cached_logits(
     compute: Compute = DEFAULT_COMPUTE,
     folder: Path | None = None,
 ) -> np.ndarray:
-    model, ids = build(config, weights, compute, folder), torch.from_numpy(tokens).long()
+    model, ids = build(config, weights, compute, folder), to_device(tokens, compute)
     cache, rows = None, []
     with torch.inference_mode():
         for end in range(start, ids.shape[1]):
@@ -133,11 +138,9 @@ def loss_and_gradients(
     folder: Path | None = None,
 ) -> tuple[float, dict[str, np.ndarray]]:
     model: Any = build(config, weights, compute, folder)
-    logits = model(torch.from_numpy(inputs).long()).logits.flatten(0, 1)
+    logits = model(to_device(inputs, compute)).logits.flatten(0, 1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = torch.nn.functional.cross_entropy(
-        logits, torch.from_numpy(targets).long().flatten(), ignore_index=IGNORE_INDEX
-    )
+    loss = torch.nn.functional.cross_entropy(logits, to_device(targets, compute).flatten(), ignore_index=IGNORE_INDEX)
     loss.backward()
     gradients = {name.removeprefix("transformer."): to_numpy(p.grad) for name, p in model.named_parameters()}
     return loss.item(), gradients

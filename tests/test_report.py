@@ -10,6 +10,7 @@ import types
 
 import check_parity
 import numpy as np
+import parity_hf
 import pytest
 import torch
 from einops import rearrange
@@ -169,6 +170,14 @@ def test_hugging_face_and_numpy_take_part():
     rows = list(sections.compare_implementations(sides["numpy"], sides["jax"], case(), recipe("small").settings))
     assert report.first_failure(rows) is None
     assert all(row.error_a == 0 for row in rows if row.section == "activations")
+
+
+def test_transformers_computes_on_the_chosen_device(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(parity_hf, "choose_device", lambda name: chosen.append(name) or torch.device("cpu"))
+    given = case("float32")
+    parity_hf.logits(given.config, given.weights, given.inputs, Compute("float32", "cuda"))
+    assert chosen == ["cuda", "cuda"]  # the model and the tokens
 
 
 def test_transformers_computes_what_the_folders_own_configuration_says(tmp_path, monkeypatch):
