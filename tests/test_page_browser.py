@@ -2,19 +2,23 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from playwright.sync_api import expect, sync_playwright
 from support.browser import launch, needs_browser
 from support.models import TINY, probing_weights
 from support.sampling_rules import RULES, check_rules, rule_cases
-from support.served import run_engine, serving
+from support.served import run_engine, serving, wait_until
 
 import gpt_torch.serving
 from parity.data.tokenizer import load_tokenizer
+from parity.serving import agreement, inspect
 from parity.serving.engine import Engine
 
 SECONDS = 120  # for one step under load; nothing waits that long
@@ -38,6 +42,9 @@ def run_folder(shared_run):
 def runs(run_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     shutil.copytree(run_folder, folder / "growing")
+    shutil.copytree(run_folder, folder / "growing2")
+    newest = max(file.stat().st_mtime for file in folder.rglob("*")) + 10
+    os.utime(folder / "growing2" / "metrics.jsonl", (newest, newest))  # it is the first of the list
     shutil.copytree(run_folder, folder / "<img src=x onerror=alert(1)>", ignore=lambda *_: ["checkpoints"])
     return folder
 
@@ -159,12 +166,12 @@ def test_a_token_shows_what_the_model_thought_and_sliders_ask_nobody(visit):
     before = rows.nth(0).inner_text()
     n_requests = len(visit.requests)
     for name, value in (("temperature", "0.1"), ("topK", "0.3"), ("topP", "0.5"), ("minP", "0.3")):
-        page.locator(f"#slider-{name}").first.fill(value)
+        page.fill(f"#complete-slider-{name}", value)
     assert rows.nth(0).inner_text() != before
     kept = int(fact(page, "kept").split()[0])
     assert 1 <= kept <= 5
     assert page.locator("#complete .alternatives tr.dropped").count() >= 10 - kept
-    page.locator("#slider-temperature").first.fill("0")
+    page.fill("#complete-slider-temperature", "0")
     assert rows.nth(0).locator("td").nth(2).inner_text() == "100.0%"
     page.click("#complete .inspector button")
     assert rows.nth(0).inner_text() == before
@@ -177,64 +184,130 @@ def test_the_sliders_follow_the_rules_in_this_browser(visit):
     check_rules(page.evaluate(program, rule_cases()))
 
 
+def tab_to(page, selector, key="Tab"):
+    """Press Tab until an element has the focus; everything on the way must show that it has it."""
+    for _ in range(60):
+        page.keyboard.press(key)
+        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
+        if page.evaluate("(selector) => document.activeElement.matches(selector)", selector):
+            return
+    raise AssertionError(selector)
+
+
 def test_the_page_works_with_the_keyboard_alone(visit):
     page = visit().page
-    page.focus("#tab-complete")
-    page.keyboard.press("ArrowRight")
+    keys = page.keyboard
+    tab_to(page, "#tab-complete")
+    keys.press("ArrowRight")
     expect(page.locator("#inside")).to_be_visible()
-    page.keyboard.press("ArrowLeft")
-    page.keyboard.press("Tab")
-    page.keyboard.press("ControlOrMeta+A")
-    page.keyboard.type("To be")
-    page.focus("#complete-max_new_tokens")
-    page.keyboard.press("ControlOrMeta+A")
-    page.keyboard.type("9")
-    page.keyboard.press("Enter")
+    keys.press("ArrowLeft")
+    tab_to(page, "#complete textarea")
+    keys.press("ControlOrMeta+A")
+    keys.type("To be")
+    tab_to(page, "#complete-max_new_tokens")
+    keys.press("ControlOrMeta+A")
+    keys.type("9")
+    keys.press("Enter")
     expect(page.locator("#complete .verdict")).to_have_text(re.compile("^equal"))
-    page.locator("#complete .column .token").first.focus()
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowRight")
-    expect(page.locator("#complete .token[aria-selected=true]")).to_have_attribute("data-index", "2")
-    page.keyboard.press("End")
+    selected = page.locator("#complete .token[aria-selected=true]")
+    tab_to(page, "#complete .column .token")
+    keys.press("ArrowRight")
+    keys.press("ArrowRight")
+    expect(selected).to_have_attribute("data-index", "2")
+    keys.press("End")
     last = page.locator("#complete .column").first.locator(".token").count() - 1
-    expect(page.locator("#complete .token[aria-selected=true]")).to_have_attribute("data-index", str(last))
+    expect(selected).to_have_attribute("data-index", str(last))
     page.wait_for_selector("#complete .inspector[data-drawn]")
-    page.focus("#slider-temperature")
-    page.keyboard.press("Home")
+    tab_to(page, "#complete .column:last-child .token")
+    keys.press("ArrowRight")
+    expect(selected).to_have_count(1)  # in the other text none is any more
+    page.wait_for_selector("#complete .inspector[data-drawn]")
+    expect(page.locator("#complete-slider-temperature")).to_be_enabled()
+    tab_to(page, "#complete-slider-temperature")
+    keys.press("Home")
     assert page.locator("#complete .sliders output").first.inner_text() == "greedy"
-    # Each control can be reached, and shows that it has the focus.
-    page.focus("#tab-complete")
-    for _ in range(6):
-        page.keyboard.press("Tab")
-        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
+    page.wait_for_selector("#complete .details[data-share]")
+    tab_to(page, "#complete .agreement svg")
+    reading = page.locator("#complete .agreement .reading")
+    expect(reading).to_have_text(re.compile(r"^token 1: difference .*, bound .*; jax .*, torch .* against float64$"))
+    keys.press("ArrowRight")
+    expect(reading).to_contain_text("token 2: difference")
+    assert page.evaluate("document.activeElement.getAttribute('aria-valuetext')") == reading.inner_text()
+    keys.press("Enter")
+    expect(selected).to_have_attribute("data-index", "1")
+
+    tab_to(page, "#tab-complete", "Shift+Tab")
+    expect(reading).to_have_text("\u00a0")
+    keys.press("ArrowRight")
+    tab_to(page, "#inside form.common textarea")
+    keys.press("ControlOrMeta+A")
+    keys.type("To be")
+    tab_to(page, "#inside form.common button.go")
+    keys.press("Enter")
+    expect(page.locator("#inside-loss .token")).to_have_count(5)
+    tab_to(page, "#inside [data-view=loss]")
+    keys.press("ArrowRight")
+    summary = page.locator("#inside-attention .summary")
+    expect(summary).to_contain_text("head 0")
+    tab_to(page, "#inside-attention .heads button")
+    keys.press("ArrowRight")
+    expect(summary).to_contain_text("head 1: “e” looks most at")
+    tab_to(page, "#inside-attention [role=listbox] [role=option]")
+    keys.press("ArrowLeft")
+    expect(summary).to_contain_text("“b” looks most at")
+    expect(page.locator("#inside-attention [role=option][aria-selected=true]")).to_have_text("b")
+
+    tab_to(page, "#tab-inside", "Shift+Tab")
+    keys.press("ArrowRight")
+    expect(page.locator("#runs path.training")).to_have_count(1)
+    tab_to(page, "#runs .list button")
+    tab_to(page, "#runs .run svg")
+    reading = page.locator("#runs .reading")
+    keys.press("End")
+    expect(reading).to_contain_text("validation")
+    at_end = reading.inner_text()
+    assert page.evaluate("document.activeElement.getAttribute('aria-valuetext')") == at_end
+    keys.press("ArrowLeft")
+    expect(reading).not_to_have_text(at_end)
+    expect(reading).to_contain_text("at step")
 
 
-def test_stop_ends_the_generation(visit, served):
+@pytest.fixture
+def hold(monkeypatch):
+    """Function of an engine, which from then on waits after the first tokens of each batch until the event is set."""
+
+    def hold(engine):
+        go, decode = threading.Event(), engine.serving.decode
+
+        def waiting(model, request):
+            for chunk in decode(model, request):
+                yield chunk
+                assert go.wait(SECONDS)
+
+        monkeypatch.setattr(engine.serving, "decode", waiting)
+        return go
+
+    return hold
+
+
+def test_stop_ends_the_generation(visit, served, hold):
+    engine = served.engines["tiny-jax"]
+    go = hold(engine)
     page = visit().page
     page.select_option("#complete select", "tiny-jax")
-    # The next completion streams until it is stopped, however fast the machine is.
-    endless = """() => {
-      const fetched = window.fetch;
-      window.fetch = (path, options) => path !== 'page/complete' ? fetched(path, options) : new Promise((resolve) => {
-        const encode = (data) => new TextEncoder().encode(`data: ${JSON.stringify(data)}\\n\\n`);
-        resolve(new Response(new ReadableStream({start(controller) {
-          controller.enqueue(encode({prompt: [65]}));
-          controller.enqueue(encode({tokens: [{id: 66, text: 'B', logprob: -1}], finish_reason: null}));
-          options.signal.addEventListener('abort', () => controller.error(options.signal.reason));
-        }})));
-      });
-    }"""
-    page.evaluate(endless)
     page.fill("#complete textarea", "A")
     page.click("#complete button.go")
-    expect(page.locator("#complete .column:visible .token")).to_have_count(1)
+    expect(page.locator("#complete .column:visible .token").first).to_be_attached()
+    assert engine.n_running == 1
     page.click("#complete button.stop")
     expect(page.locator("#complete .column:visible .status")).to_have_text("stopped")
+    wait_until(lambda: engine.n_running == 0)  # while the batch is held
+    go.set()
     expect(page.locator("#complete button.go")).to_be_enabled()
     assert page.locator("#complete form .error").inner_text() == ""
 
 
-def test_errors_are_shown_where_they_happened(visit):
+def test_errors_are_shown_where_they_happened(visit, monkeypatch):
     visit = visit()
     page = visit.page
     complete(page, top_p=3)
@@ -243,6 +316,11 @@ def test_errors_are_shown_where_they_happened(visit):
     page.evaluate("document.querySelector('#complete-max_new_tokens').max = 9999")
     complete(page, max_new_tokens=5000)
     expect(page.locator("#complete form .error")).to_contain_text("5000 more were requested")
+    monkeypatch.setattr(agreement, "MOST_COMPARED", 4)
+    complete(page)
+    expect(page.locator("#complete .agreement .error")).to_contain_text("error bounds are derived for up to 4")
+    expect(page.locator("#complete .details")).to_have_text("The logits were not compared.")
+    complete(page, top_p=3)
     page.click("#tab-inside")
     compute(page, "attention", "x" * 300)
     expect(page.locator("#inside-attention .error")).to_contain_text("shorten it")
@@ -338,10 +416,19 @@ def prompts_that_part(served):
 
 def test_a_run_is_followed_while_it_trains(visit, runs):
     page = visit().page
+    complete(page)
+    page.locator("#complete .token").first.click()
+    page.wait_for_selector("#complete .inspector[data-drawn]")
+    page.wait_for_selector("#complete .details[data-share]")
+    page.click("#tab-inside")
+    for view in ("loss", "attention", "lens", "attribution", "ablation"):
+        compute(page, view)
     page.click("#tab-runs")
-    page.get_by_role("button", name="growing").click()
     run = page.locator("#runs .run")
+    expect(run.locator("h3")).to_have_text("growing2")
+    page.get_by_role("button", name="growing", exact=True).click()
     expect(run.locator("h3")).to_have_text("growing")
+    expect(page.locator("#runs tr[aria-current] th")).to_have_text(["growing"])
     expect(run.locator("path.training")).to_have_count(1)
     before = run.locator("path.training").get_attribute("d")
     last = page.locator("#runs select[name=step] option").count()
@@ -359,6 +446,15 @@ def test_a_run_is_followed_while_it_trains(visit, runs):
     page.click("#runs .load button")
     expect(run.locator(".loaded")).to_contain_text("now use step")
     expect(page.locator("h1")).to_contain_text("growing, step")
+    # Nothing is left of what the weights before have computed.
+    for selector in (".token", ".cell", ".heads button", "table.parts", ".top", ".inspector[data-drawn]", "circle"):
+        expect(page.locator(f"#complete {selector}, #inside {selector}")).to_have_count(0)
+    expect(page.locator("#complete .verdict")).to_have_text("\u00a0")
+    page.click("#tab-inside")
+    expect(page.locator("#inside-ablation .summary")).to_contain_text("What changes without one head")
+    compute(page, "lens")
+    expect(page.locator("#inside-lens .cell").first).to_be_visible()
+    page.click("#tab-runs")
     # The other run has markup for a name.
     page.get_by_role("button", name="<img").click()
     expect(run.locator("h3")).to_have_text("<img src=x onerror=alert(1)>")
@@ -382,6 +478,23 @@ def test_where_backends_part_the_margin_is_shown(visit, run_folder):
         assert page.locator("#complete circle.outside").count() > 0
         complete(page, max_new_tokens=14, temperature=0)
         expect(page.locator("#complete .margin")).to_contain_text("between the two largest logits")
+        complete(page, max_new_tokens=14, temperature=0, repetition_penalty=3)
+        verdict = page.locator("#complete .verdict")
+        expect(verdict).to_have_text(re.compile(r"^equal: the first \d+ of 14 tokens$"))
+        n_equal = int(re.search(r"\d+", verdict.inner_text())[0])
+        shown = page.locator("#complete .margin")
+        expect(shown).to_contain_text("between the two largest logits")
+        for name, engine in engines.items():
+            ids = list(TEXT.encode())
+            if n_equal:
+                [ids] = engine.backend.generate(engine.model, [ids], n_equal, temperature=0, repetition_penalty=3)
+            subject = inspect.Subject.of(engine.backend, engine.model, engine.tokenizer)
+            z = inspect.token_logits(subject, ids)[-1].copy()
+            seen = sorted(set(ids))
+            z[seen] = np.where(z[seen] > 0, z[seen] / 3, z[seen] * 3)
+            second, first = np.sort(z)[-2:]
+            margin = float(re.search(rf"{name}: (\S+) between", shown.inner_text())[1])
+            assert margin == pytest.approx(first - second, abs=2e-3), name
 
 
 def new_config(weights, run_folder):
@@ -390,38 +503,83 @@ def new_config(weights, run_folder):
     return read_run(RunFolder(run_folder)).model
 
 
-def test_a_conversation_with_a_tuned_model(visit):
-    """The model is not a good one; what it is asked is the rendered conversation, with all turns."""
+@pytest.fixture
+def tuned():
+    """(an engine whose model continues everything with "aaa", the prompts that it had)"""
     config = dataclasses.replace(TINY, n_vocab=257, n_ctx=256)
     model = gpt_torch.GPTModel(config)
+    weights = {name: np.zeros_like(array) for name, array in gpt_torch.export_weights(model).items()}
+    weights["ln_f.bias"] += 1
+    weights["wte.weight"][ord("a")] = 1
+    gpt_torch.load_weights(model, weights)
     engine = Engine("tuned", gpt_torch, gpt_torch.serving, model, load_tokenizer("bytes"), template="plain")
     asked = []
     submit = engine.submit
-    engine.submit = lambda rows, *rest: (asked.append(rows[0].prompt), submit(rows, *rest))[1]
+
+    def noting(rows, *rest):
+        asked.append(bytes(id for id in rows[0].prompt if id < 256).decode())
+        return submit(rows, *rest)
+
+    engine.submit = noting
+    return engine, asked
+
+
+def say(page, text):
+    page.fill("#chat textarea", text)
+    page.keyboard.press("Enter")
+
+
+def test_a_conversation_with_a_tuned_model(visit, tuned):
+    """What the model is asked is the rendered conversation, with all turns."""
+    engine, asked = tuned
     with serving({"tuned": engine}) as address:
-        visit = visit(address)
-        page = visit.page
+        page = visit(address).page
         page.click("#tab-chat")
         page.fill("#chat-max_new_tokens", "5")
-        page.fill("#chat-temperature", "1")
         for number, text in enumerate(("<b>One</b>", "Two"), 1):
-            page.fill("#chat textarea", text)
-            page.keyboard.press("Enter")
+            say(page, text)
             expect(page.locator("#chat .conversation li")).to_have_count(number)
             expect(page.locator("#chat button.stop")).to_be_disabled()
             expect(page.locator("#chat textarea")).to_have_value("")
         turns = page.locator("#chat .conversation li")
-        assert turns.nth(0).locator("p").nth(0).inner_text() == "<b>One</b>"
-        answer = turns.nth(0).locator("p").nth(1).inner_text()
-        assert answer
-        first, second = (bytes(ids).decode("utf-8", "replace") for ids in ([i for i in a if i < 256] for a in asked))
-        assert first == "### Instruction:\n<b>One</b>\n\n### Response:\n"
-        assert second.startswith(first)
-        assert second.endswith("### Instruction:\nTwo\n\n### Response:\n")
+        assert turns.nth(0).locator("p").all_inner_texts() == ["<b>One</b>", "aaaaa"]
+        first = "### Instruction:\n<b>One</b>\n\n### Response:\n"
+        assert asked == [first, f"{first}aaaaa### Instruction:\nTwo\n\n### Response:\n"]
         page.click("#chat button.new")
         expect(page.locator("#chat .conversation li")).to_have_count(0)
-        visit.close()
-        visit.problems = []
+
+
+def test_a_conversation_is_stopped_and_begun_again_during_an_answer(visit, tuned, hold):
+    engine, asked = tuned
+    go = hold(engine)
+    with serving({"tuned": engine}) as address:
+        page = visit(address).page
+        page.click("#tab-chat")
+        say(page, "One")
+        answers = page.locator("#chat .conversation p:last-child")
+        expect(answers).to_have_text("a")
+        expect(page.locator("#chat textarea")).to_have_value("")
+        page.fill("#chat textarea", "typed meanwhile")
+        page.click("#chat button.stop")
+        expect(page.locator("#chat button.stop")).to_be_disabled()
+        expect(page.locator("#chat textarea")).to_have_value("typed meanwhile")
+        wait_until(lambda: engine.n_running == 0)
+        say(page, "Two")  # after what the model has said until it was stopped
+        wait_until(lambda: len(asked) == 2)
+        assert asked[1].startswith(f"{asked[0]}a")
+        go.set()
+        expect(page.locator("#chat button.stop")).to_be_disabled()
+        go.clear()
+        say(page, "Three")
+        expect(answers.nth(2)).to_have_text("a")
+        page.click("#chat button.new")
+        expect(page.locator("#chat .conversation li")).to_have_count(0)
+        expect(page.locator("#chat button.stop")).to_be_disabled()
+        go.set()
+        say(page, "Four")
+        expect(page.locator("#chat .conversation li")).to_have_count(1)
+        expect(page.locator("#chat button.stop")).to_be_disabled()
+        assert asked[-1] == "### Instruction:\nFour\n\n### Response:\n"
 
 
 def test_a_server_with_a_key_asks_for_it(browser, run_folder):
@@ -441,34 +599,89 @@ def test_a_server_with_a_key_asks_for_it(browser, run_folder):
         visit.close()
 
 
+CONTRAST = """(cases) => {
+  const context = new OffscreenCanvas(1, 1).getContext('2d', {willReadFrequently: true});
+  const light = (layers) => {
+    for (const [color, opacity] of layers) {
+      context.globalAlpha = opacity;
+      context.fillStyle = color;
+      context.fillRect(0, 0, 1, 1);
+    }
+    const [r, g, b] = [...context.getImageData(0, 0, 1, 1).data].map((x) => x / 255)
+      .map((x) => x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  return cases.map(([selector, property, pseudo]) => {
+    const element = document.querySelector(selector);
+    if (!element.checkVisibility()) throw new Error(`${selector} is hidden`);
+    const {opacity} = getComputedStyle(element);
+    const behind = [];
+    const innermost = property === 'color' ? element : element.parentElement;
+    for (let e = innermost; e; e = e.parentElement) {
+      behind.unshift([getComputedStyle(e).backgroundColor, e === element ? opacity : 1]);
+    }
+    const [a, b] = [light(behind), light([...behind, [getComputedStyle(element, pseudo)[property], opacity]])];
+    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  });
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_and_lines_have_enough_contrast(visit, scheme):
+    """WCAG AA: 4.5 for text, 3 for lines and the borders of inputs."""
+    page = visit(viewport={"width": 1600, "height": 900}, color_scheme=scheme).page
+
+    def check(least, *cases):
+        found = dict(zip(cases, page.evaluate(CONTRAST, cases), strict=True))
+        assert min(found.values()) >= least, found
+
+    complete(page)
+    page.wait_for_selector("#complete .details[data-share]")
+    page.locator("#complete .token").first.click()
+    page.wait_for_selector("#complete .inspector[data-drawn]")
+    texts = ("h1", ".model-shape", ".legend", "#complete button.go", "#complete .given", "#complete .token")
+    check(4.5, *((selector, "color") for selector in texts))
+    check(4.5, *((f"#complete {selector}", "color") for selector in (".subject", "dt", ".alternatives td")))
+    edges = ("#complete input", "#complete select", "#complete textarea", "#complete .inspector button")
+    check(3, *((selector, "borderTopColor") for selector in edges))
+    check(3, ("#complete svg .inside", "fill"), ("#complete svg .bound", "stroke"))
+    check(3, ("#complete .bar", "backgroundColor"))
+    page.click("#tab-inside")
+    compute(page, "loss", "é\nab")
+    page.evaluate("document.querySelectorAll('.token').forEach((token) => token.style.setProperty('--tint', '70%'))")
+    marks = ("#inside-loss .token.newline", "#inside-loss .token[data-mark]")
+    check(4.5, *((selector, "color", "::before") for selector in marks), ("#inside-loss .token", "color"))
+    compute(page, "attention", "é\nab")
+    page.locator("#inside-attention .token").first.hover()
+    later = "#inside-attention .token.later"
+    check(4.5, (later, "color"), *((f"{later}{mark}", "color", "::before") for mark in (".newline", "[data-mark]")))
+    page.click("#tab-runs")
+    expect(page.locator("#runs path.validation")).to_have_count(1)
+    check(3, ("#runs path.training", "stroke"), ("#runs path.validation", "stroke"))
+
+
 @pytest.mark.parametrize("width", [400, 1600])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_layout_fits_and_does_not_jump(visit, width, scheme):
     page = visit(viewport={"width": width, "height": 900}, color_scheme=scheme).page
-    contrast = """() => {
-      const channels = (color) => color.match(/[\\d.]+/g).slice(0, 3).map((x) => x / 255)
-        .map((x) => x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
-      const light = (color) => { const [r, g, b] = channels(color); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-      const paper = light(getComputedStyle(document.body).backgroundColor);
-      return ['h1', '.model-shape', '.legend', 'button.go'].map((selector) => {
-        const style = getComputedStyle(document.querySelector(selector));
-        const back = style.backgroundColor.includes('0, 0, 0, 0') ? paper : light(style.backgroundColor);
-        const text = light(style.color);
-        return (Math.max(text, back) + 0.05) / (Math.min(text, back) + 0.05);
-      });
+    observe = """() => {
+      window.shift = 0;
+      const add = (entries) => { for (const entry of entries) window.shift += entry.value; };
+      window.shifts = new PerformanceObserver((list) => add(list.getEntries()));
+      window.shifts.observe({type: 'layout-shift', buffered: false});
+      window.total = async () => {
+        for (let i = 0; i < 3; i += 1) await new Promise(requestAnimationFrame); // what was changed is drawn
+        add(window.shifts.takeRecords());
+        return window.shift;
+      };
     }"""
-    assert min(page.evaluate(contrast)) >= 4.5  # WCAG AA
-    observe = """() => { window.shift = 0; new PerformanceObserver((list) => {
-      for (const entry of list.getEntries()) window.shift += entry.value;
-    }).observe({type: 'layout-shift', buffered: false}); }"""
     page.evaluate(observe)
     complete(page)
     page.wait_for_selector("#complete .details[data-share]")
     page.locator("#complete .column .token").nth(1).click()
     page.wait_for_selector("#complete .inspector[data-drawn]")
-    page.locator("#slider-topP").first.fill("0.3")
-    page.wait_for_timeout(200)
-    assert page.evaluate("window.shift") < 0.01
+    page.fill("#complete-slider-topP", "0.3")
+    assert page.evaluate("window.total()") < 0.01
     for tab in ("complete", "inside", "runs"):
         page.click(f"#tab-{tab}")
         if tab == "inside":

@@ -24,7 +24,7 @@ def commands(content):
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
 def test_every_workflow_is_well_formed(path):
     content = workflow(path.name)
-    assert content["on"].keys() == {"push", "pull_request"}
+    assert content["on"].keys() in ({"push", "pull_request"}, {"schedule", "workflow_dispatch"})
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for job in content["jobs"].values():
         assert job["runs-on"]
@@ -53,6 +53,13 @@ def test_checks_run_linters_and_packaging():
 
 def test_programs_are_compiled_for_gpus():
     assert commands(workflow("gpu-program.yml")) == ["make test-gpu-program"]
+
+
+def test_slow_tests_run_every_week():
+    content = workflow("slow.yml")
+    assert commands(content) == ["make test-slow"]
+    [schedule] = content["on"]["schedule"]
+    assert re.fullmatch(r"\d+ \d+ \* \* \d", schedule["cron"])
 
 
 def test_the_page_is_tested_in_a_browser():

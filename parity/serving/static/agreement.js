@@ -1,6 +1,6 @@
 // The agreement of both backends: equal tokens, and the differences of logits against their bounds.
 
-import {$, number, scaled, svg} from "./dom.js";
+import {$, $$, cannotWalk, number, scaled, svg, walk} from "./dom.js";
 
 const HEIGHT = 120;
 const LEFT = 52;
@@ -15,7 +15,10 @@ export function drawAgreement(view, result) {
     details.textContent = "\u00a0";
     $(".margin", view).textContent = "\u00a0";
     $(".error", view).textContent = "";
-    scaled(chart, HEIGHT, () => chart.replaceChildren());
+    $(".reading", view).textContent = "\u00a0";
+    scaled(chart, HEIGHT, () => {});
+    chart.replaceChildren();
+    cannotWalk(chart);
     return;
   }
   const {equal, total, compared, margins, onSelect} = result;
@@ -32,6 +35,25 @@ export function drawAgreement(view, result) {
   details.textContent = `Largest difference of a logit: ${number(largest.difference)}. Largest error against float64: ${(100 * share).toFixed(0)}% of the bound for ${dtype}.`;
   details.dataset.share = share;
   scaled(chart, HEIGHT, (WIDTH) => draw(chart, WIDTH, rows, onSelect));
+  const reading = $(".reading", view);
+  walk(chart, {
+    count: rows.length,
+    show: (index) => {
+      $$("circle", chart).forEach((dot, i) => dot.classList.toggle("reached", i === index));
+      reading.textContent = describe(rows[index], index);
+      return reading.textContent;
+    },
+    leave: () => {
+      for (const dot of $$("circle", chart)) dot.classList.remove("reached");
+      reading.textContent = "\u00a0";
+    },
+    select: onSelect,
+  });
+}
+
+function describe(row, index) {
+  const errors = Object.entries(row.errors).map(([name, error]) => `${name} ${number(error)}`).join(", ");
+  return `token ${index + 1}: difference ${number(row.difference)}, bound ${number(row.bound)}; ${errors} against float64`;
 }
 
 function draw(chart, WIDTH, rows, onSelect) {
@@ -52,7 +74,7 @@ function draw(chart, WIDTH, rows, onSelect) {
   rows.forEach((row, i) => {
     const dot = svg("circle", {cx: x(i), cy: y(row.difference), r: 3, class: row.difference > 2 * row.bound ? "outside" : "inside"});
     const title = svg("title");
-    title.textContent = `token ${i + 1}: difference ${number(row.difference)}, bound ${number(row.bound)}; ${Object.entries(row.errors).map(([name, error]) => `${name} ${number(error)}`).join(", ")} against float64`;
+    title.textContent = describe(row, i);
     dot.append(title);
     dot.addEventListener("click", () => onSelect?.(i));
     parts.push(dot);

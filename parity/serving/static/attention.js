@@ -38,7 +38,7 @@ export class Attention {
       return el("button", {type: "button", click: () => this.choose(head)}, picture, el("span", {}, `head ${head}`));
     }));
     this.text.replaceChildren(...this.tokens.map((token, index) => {
-      const span = el("span.token", {tabindex: index ? -1 : 0, focus: () => this.look(index)}, token.text);
+      const span = el("span.token", {role: "option", tabindex: index ? -1 : 0, focus: () => this.look(index)}, token.text);
       span.dataset.index = index;
       if (/^\n+$/.test(token.text)) span.classList.add("newline");
       else if (token.text === "") span.dataset.mark = token.shown?.startsWith("<") ? token.shown : "·";
@@ -46,6 +46,13 @@ export class Attention {
     }));
     this.query = length - 1;
     this.choose(this.head);
+  }
+
+  clear() {
+    this.tokens = null;
+    this.heads.replaceChildren();
+    this.text.replaceChildren();
+    this.canvas.width = this.canvas.height = 8; // which clears it
   }
 
   choose(head) {
@@ -72,6 +79,8 @@ export class Attention {
       const weight = key <= query ? this.weight(query, key) : 0;
       tint(span, Math.sqrt(weight));
       span.title = key <= query ? percent(weight) : "a later token";
+      span.setAttribute("aria-label", `${visible(this.tokens[key].shown ?? this.tokens[key].text)}, ${span.title}`);
+      span.setAttribute("aria-selected", key === query);
       span.classList.toggle("query", key === query);
       span.classList.toggle("later", key > query);
       span.tabIndex = key === query ? 0 : -1;

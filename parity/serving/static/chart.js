@@ -1,6 +1,6 @@
-// Loss curves as SVG, with the values under the pointer.
+// Loss curves as SVG, with the values under the pointer, or at the step that the arrow keys reached.
 
-import {number, scaled, svg} from "./dom.js";
+import {cannotWalk, number, scaled, svg, walk} from "./dom.js";
 
 const HEIGHT = 320;
 const [LEFT, RIGHT, TOP, BOTTOM] = [52, 12, 12, 36];
@@ -26,6 +26,7 @@ function draw(chart, WIDTH, {training, validation}) {
     const note = svg("text", {x: WIDTH / 2, y: HEIGHT / 2, "text-anchor": "middle"});
     note.textContent = "no step has been logged yet";
     chart.replaceChildren(note);
+    cannotWalk(chart);
     return;
   }
   const last = Math.max(1, ...points.map(([step]) => step));
@@ -55,17 +56,23 @@ function draw(chart, WIDTH, {training, validation}) {
   chart.replaceChildren(...parts, line);
   const nearest = (list, step) => list.reduce((a, b) => (Math.abs(b[0] - step) < Math.abs(a[0] - step) ? b : a), list[0]);
   const read = chart.parentElement.querySelector(".reading");
-  chart.onpointermove = (event) => {
-    const box = chart.getBoundingClientRect();
-    const step = (((event.clientX - box.left) / box.width) * WIDTH - LEFT) / (WIDTH - LEFT - RIGHT) * last;
+  const show = (step) => {
     const found = [["training", nearest(training, step)], ["validation", nearest(validation, step)]].filter(([, point]) => point);
     line.setAttribute("x1", x(found[0][1][0]));
     line.setAttribute("x2", x(found[0][1][0]));
     line.setAttribute("visibility", "visible");
     read.textContent = found.map(([name, [at, loss]]) => `${name} ${number(loss, 4)} at step ${at.toLocaleString("en")}`).join("; ");
+    return read.textContent;
   };
-  chart.onpointerleave = () => {
+  const leave = () => {
     line.setAttribute("visibility", "hidden");
     read.textContent = "\u00a0";
   };
+  chart.onpointermove = (event) => {
+    const box = chart.getBoundingClientRect();
+    show((((event.clientX - box.left) / box.width) * WIDTH - LEFT) / (WIDTH - LEFT - RIGHT) * last);
+  };
+  chart.onpointerleave = leave;
+  const steps = [...new Set(points.map(([step]) => step))].sort((a, b) => a - b);
+  walk(chart, {count: steps.length, show: (index) => show(steps[index]), leave});
 }

@@ -18,10 +18,13 @@ export function setUp(info) {
   let messages = [];
   let controller = null;
 
-  $("button.new", form).addEventListener("click", () => {
+  function clear() {
     controller?.abort();
     messages = [];
     list.replaceChildren();
+  }
+  $("button.new", form).addEventListener("click", () => {
+    clear();
     input.focus();
   });
   stop.addEventListener("click", () => controller?.abort());
@@ -37,25 +40,29 @@ export function setUp(info) {
     if (controller || !input.value.trim()) return;
     attempt($(".error", form), go, async () => {
       const body = {...options.read(), model: $("select", form).value};
+      const own = messages; // a new conversation, which may begin before the answer ends, has another list
       const asked = {role: "user", content: input.value};
       const answer = el("p.text");
       const turn = el("li", {}, el("h3", {}, "You"), el("p.text", {}, input.value), el("h3", {}, "Model"), answer);
       list.append(turn);
+      input.value = "";
       controller = new AbortController();
       stop.disabled = false;
       let text = "";
       try {
-        for await (const part of events("page/complete", {...body, messages: [...messages, asked]}, controller.signal)) {
+        for await (const part of events("page/complete", {...body, messages: [...own, asked]}, controller.signal)) {
           for (const token of part.tokens ?? []) text += token.text;
           answer.textContent = text;
           turn.scrollIntoView({block: "nearest"});
         }
-        if (text.trim()) messages.push(asked, {role: "assistant", content: text});
+        if (text.trim()) own.push(asked, {role: "assistant", content: text});
         else answer.replaceWith(el("p.quiet", {}, "The model answered nothing, so the conversation goes on without this turn."));
-        input.value = "";
       } catch (problem) {
-        if (problem.name === "AbortError" && text) messages.push(asked, {role: "assistant", content: text});
-        else turn.remove();
+        if (problem.name === "AbortError" && text) own.push(asked, {role: "assistant", content: text});
+        else {
+          turn.remove();
+          if (own === messages && !input.value) input.value = asked.content; // to be sent again
+        }
         throw problem;
       } finally {
         controller = null;
@@ -63,4 +70,5 @@ export function setUp(info) {
       }
     });
   });
+  return clear;
 }

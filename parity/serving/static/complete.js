@@ -4,7 +4,7 @@ import {events, post, unpack} from "./api.js";
 import {$, attempt, el, number} from "./dom.js";
 import {Inspector} from "./inspector.js";
 import {OptionsForm, modelSelect} from "./options.js";
-import {choose, distribution} from "./sampling.js";
+import {choose, distribution, penalized} from "./sampling.js";
 import {drawAgreement} from "./agreement.js";
 import {TokenText} from "./tokens.js";
 
@@ -19,7 +19,7 @@ export function setUp(info, vocabulary) {
   const options = new OptionsForm($(".options", form), "complete");
   options.limit(info.config);
   modelSelect(select, info.models, true);
-  const inspector = new Inspector($(".inspector", panel), vocabulary);
+  const inspector = new Inspector($(".inspector", panel), vocabulary, "complete");
   const columns = info.models.map((model) => {
     const text = el("div.text", {"aria-label": `Text of ${model.name}`, tabindex: -1});
     const status = el("p.status", {role: "status"}, "\u00a0");
@@ -30,6 +30,7 @@ export function setUp(info, vocabulary) {
     return column;
   });
   let controller = null;
+  let comparison = null;
 
   function chosen() {
     return columns.filter(({model}) => select.value === "both" || select.value === model);
@@ -43,7 +44,7 @@ export function setUp(info, vocabulary) {
   arrange();
 
   async function inspect(column, index) {
-    for (const other of columns) if (other !== column) other.text.container.classList.remove("current");
+    for (const other of columns) if (other !== column) other.text.deselect();
     await inspector.show({
       model: column.model,
       ids: [...column.prompt, ...column.text.tokens.map((token) => token.id)],
@@ -81,6 +82,7 @@ export function setUp(info, vocabulary) {
       controller = new AbortController();
       stop.disabled = false;
       go.disabled = true;
+      comparison?.abort();
       inspector.clear();
       drawAgreement($(".agreement", panel), null);
       const running = chosen();
@@ -109,15 +111,20 @@ export function setUp(info, vocabulary) {
     while (equal < length && texts[0][equal] === texts[1][equal]) equal += 1;
     const total = Math.max(texts[0].length, texts[1].length);
     drawAgreement(view, {equal, total});
+    comparison = new AbortController();
+    const {signal} = comparison;
     await attempt($(".error", view), null, async () => {
       const ids = [...both[0].prompt, ...texts[0].slice(0, equal)];
       const first = both[0].prompt.length;
       if (equal < total) {
         const where = {ids, seed: body.seed ?? 0};
-        const sides = await Promise.all(both.map((column) => post("page/logits", {...where, model: column.model})));
+        const sides = await Promise.all(both.map((column) => post("page/logits", {...where, model: column.model}, signal)));
         drawAgreement(view, {equal, total, margins: sides.map((side, i) => margin(side, both[i], ids, body))});
       }
-      const compared = await post("page/compare", {ids, first});
+      const compared = await post("page/compare", {ids, first}, signal).catch((problem) => {
+        if (problem.name !== "AbortError") $(".details", view).textContent = "The logits were not compared.";
+        throw problem;
+      });
       drawAgreement(view, {equal, total, compared, onSelect: (index) => {
         const column = both[0];
         if (column.text.tokens[index]) column.text.spans[index].click();
@@ -128,14 +135,26 @@ export function setUp(info, vocabulary) {
   // How close a choice was: in probability for a sampled token, in logits for a greedy one.
   function margin(side, column, ids, body) {
     const logits = unpack(side.logits, "float32");
+    const seen = new Set(ids);
     const rules = {
       temperature: body.temperature, topK: body.top_k, topP: body.top_p, minP: body.min_p, repetitionPenalty: body.repetition_penalty,
     };
     if (body.temperature === 0) {
-      const [first, second] = Float64Array.from(logits).sort().slice(-2).reverse();
+      const [first, second] = penalized(logits, seen, body.repetition_penalty).sort().slice(-2).reverse();
       return `${column.model}: ${number(first - second)} between the two largest logits`;
     }
-    const drawn = choose(distribution(logits, new Set(ids), rules), side.uniform);
+    const drawn = choose(distribution(logits, seen, rules), side.uniform);
     return `${column.model}: u = ${side.uniform.toFixed(6)} is ${number(drawn.margin, 6)} from the end of the interval of “${vocabulary[drawn.id]}”`;
   }
+
+  return () => {
+    controller?.abort();
+    comparison?.abort();
+    for (const column of columns) {
+      column.text.clear();
+      column.status.textContent = "\u00a0";
+    }
+    inspector.clear();
+    drawAgreement($(".agreement", panel), null);
+  };
 }

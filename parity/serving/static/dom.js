@@ -65,6 +65,42 @@ export function roving(container, selector, {columns = () => 0, onMove = () => {
   });
 }
 
+const places = new WeakMap(); // the point of each chart that was reached last
+
+// Makes a chart one tab stop, at which the arrow keys, Page Up and Down, Home and End go from point to point.
+//   count: number of points; show(i): shows what point i is, and returns it as text; leave(): ends that; select(i): called
+//   at Enter.
+export function walk(chart, {count, show, leave, select}) {
+  const go = (index) => {
+    places.set(chart, Math.max(0, Math.min(count - 1, index)));
+    chart.setAttribute("aria-valuenow", places.get(chart) + 1);
+    chart.setAttribute("aria-valuetext", show(places.get(chart)));
+  };
+  const here = () => go(places.get(chart) ?? 0);
+  const attributes = {role: "slider", tabindex: 0, "aria-valuemin": 1, "aria-valuemax": count, "aria-valuenow": 1};
+  for (const [name, value] of Object.entries(attributes)) chart.setAttribute(name, value);
+  chart.onfocus = here;
+  chart.onblur = leave;
+  chart.onkeydown = (event) => {
+    const page = Math.max(2, Math.round(count / 10));
+    const steps = {ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: page, PageDown: -page, Home: -count, End: count};
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key === "Enter") select?.(places.get(chart));
+    else if (event.key in steps) go(places.get(chart) + steps[event.key]);
+    else return;
+    event.preventDefault();
+  };
+  if (document.activeElement === chart) here(); // it was drawn again
+}
+
+// Undoes walk(), for a chart that has no points any more.
+export function cannotWalk(chart) {
+  places.delete(chart);
+  chart.onfocus = chart.onblur = chart.onkeydown = null;
+  for (const name of ["tabindex", "aria-valuemin", "aria-valuemax", "aria-valuenow", "aria-valuetext"]) chart.removeAttribute(name);
+  chart.setAttribute("role", "img");
+}
+
 const drawings = new WeakMap(); // what draws each chart
 const resized = new ResizeObserver((entries) => entries.forEach(({target}) => drawings.get(target)?.()));
 

@@ -35,6 +35,8 @@ export function setUp(info, vocabulary) {
   }
   const request = () => ({text: textOf(), model: select.value});
   const pending = {}; // view: the request that is being computed for it
+  let work = new AbortController(); // of all requests of the views
+  const ask = (path, body) => post(path, body, work.signal);
   async function compute() {
     const name = current;
     const wanted = request();
@@ -56,13 +58,13 @@ export function setUp(info, vocabulary) {
 
   // Loss of each token.
   const lossView = $("#inside-loss");
-  const inspector = new Inspector($(".inspector", lossView), vocabulary);
+  const inspector = new Inspector($(".inspector", lossView), vocabulary, "loss");
   let scored = null;
   const lossText = new TokenText($(".text", lossView), (index) => inspector.show({
     model: scored.model, ids: scored.ids, position: index + 1, token: scored.tokens[index], options: {}, n_vocab: info.config.n_vocab,
   }));
   async function loss(request) {
-    scored = {model: request.model, ...(await post("page/loss", request))};
+    scored = {model: request.model, ...(await ask("page/loss", request))};
     inspector.clear();
     lossText.clear();
     for (const token of scored.tokens) lossText.add(token);
@@ -77,7 +79,7 @@ export function setUp(info, vocabulary) {
   let attended = null;
   async function attention(request) {
     attended = request;
-    const result = await post("page/attention", {...request, layer: Number(layerSelect.value)});
+    const result = await ask("page/attention", {...request, layer: Number(layerSelect.value)});
     pattern.show(result, unpack(result.pattern, "uint16"));
   }
   layerSelect.addEventListener("change", () => {
@@ -87,7 +89,7 @@ export function setUp(info, vocabulary) {
   // Logit lens.
   const lensView = $("#inside-lens");
   async function lens(request) {
-    const result = await post("page/lens", request);
+    const result = await ask("page/lens", request);
     const columns = result.tokens.map((token) => visible(token.shown ?? token.text) || "·");
     const rows = [...result.layers].reverse();
     const nameOf = (row) => (rows[row].name === "embed" ? "embedding" : `layer ${rows[row].name.split(".")[1]}`);
@@ -123,7 +125,7 @@ export function setUp(info, vocabulary) {
       token: attributed.token.value === "" ? null : Number(attributed.token.value),
       minus: attributed.minus.value === "" ? null : Number(attributed.minus.value),
     } : {};
-    const result = await post("page/attribution", {...request, ...given});
+    const result = await ask("page/attribution", {...request, ...given});
     attributedText = request;
     offerPositions(attributed.position, result);
     const choices = (value) => [...result.top, ...(value && !result.top.some(({id}) => id === value.id) ? [value] : [])].map(({id}) => el("option", {value: id}, shown(id)));
@@ -147,12 +149,12 @@ export function setUp(info, vocabulary) {
   let sweep = null;
   async function forEachLayer(view, path, body, draw) {
     sweep?.abort();
-    const controller = new AbortController();
-    sweep = controller;
+    sweep = new AbortController();
+    const signal = AbortSignal.any([sweep.signal, work.signal]);
     const layers = [];
     $(".top-tables", view).replaceChildren();
     for (let layer = 0; layer < n_layer; layer += 1) {
-      layers.push(await post(path, {...body, layer}, controller.signal));
+      layers.push(await post(path, {...body, layer}, signal));
       draw(layers);
     }
   }
@@ -227,4 +229,21 @@ export function setUp(info, vocabulary) {
     });
   }
   open("loss");
+
+  // Forgets what was computed, and what is being computed.
+  const summaries = $$(".summary", panel).map((element) => [element, element.textContent]);
+  return () => {
+    work.abort();
+    work = new AbortController();
+    for (const name of Object.keys(computed)) delete computed[name];
+    for (const name of Object.keys(pending)) delete pending[name];
+    for (const [element, text] of summaries) element.textContent = text;
+    for (const element of $$(".grid, .top-tables", panel)) element.replaceChildren();
+    for (const element of $$(".grid", panel)) delete element.dataset.shape;
+    for (const element of [...Object.values(attributed), ablated.position]) element.replaceChildren();
+    attended = attributedText = ablatedText = null;
+    pattern.clear();
+    lossText.clear();
+    inspector.clear();
+  };
 }

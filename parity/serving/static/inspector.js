@@ -9,8 +9,8 @@ import {choose, distribution, kept, largest} from "./sampling.js";
 const N_ROWS = 10;
 
 export class Inspector {
-  // vocabulary: the texts of all tokens by id.
-  constructor(root, vocabulary) {
+  // vocabulary: the texts of all tokens by id; prefix: of the ids of its sliders.
+  constructor(root, vocabulary, prefix) {
     this.root = root;
     this.vocabulary = vocabulary;
     this.rows = [];
@@ -26,7 +26,7 @@ export class Inspector {
       this.rows.push({row, ...cells});
       body.append(row);
     }
-    this.sliders = new Sliders($(".sliders", root), () => this.redraw());
+    this.sliders = new Sliders($(".sliders", root), prefix, () => this.redraw());
     this.reset = $("button", root);
     this.reset.addEventListener("click", () => {
       this.sliders.set(this.subject.options, this.subject.n_vocab);
@@ -36,8 +36,10 @@ export class Inspector {
   }
 
   clear() {
+    this.request?.abort();
     this.subject = null;
     this.stored = null;
+    delete this.root.dataset.drawn;
     $(".subject", this.root).textContent = "Choose a token";
     for (const name of ["logprob", "rank", "entropy", "kept", "drawn"]) this.fact(name, "–");
     for (const {row, token, bar, after, model} of this.rows) {
@@ -58,6 +60,9 @@ export class Inspector {
 
   // subject: {model, ids, position, token: {id, text, shown, logprob, rank?, entropy?}, options, n_vocab}
   async show(subject) {
+    this.request?.abort();
+    this.request = new AbortController();
+    const {signal} = this.request;
     this.subject = subject;
     this.stored = null;
     const {token} = subject;
@@ -68,8 +73,7 @@ export class Inspector {
     this.sliders.set(subject.options, subject.n_vocab);
     await attempt($(".error", this.root), null, async () => {
       const body = {model: subject.model, ids: subject.ids.slice(0, subject.position), seed: subject.options.seed ?? 0};
-      const stored = await post("page/logits", body);
-      if (this.subject !== subject) return;
+      const stored = await post("page/logits", body, signal);
       this.stored = {logits: unpack(stored.logits, "float32"), uniform: stored.uniform, seen: new Set(body.ids)};
       const {logits} = this.stored;
       this.fact("rank", (1 + logits.reduce((n, z) => n + (z > logits[token.id] ? 1 : 0), 0)).toLocaleString("en"));

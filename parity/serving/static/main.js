@@ -35,10 +35,11 @@ async function start() {
   $("#key").hidden = true;
   $("main").hidden = false;
   describe(info);
-  complete.setUp(info, shown);
-  inside.setUp(info, shown);
-  chat.setUp(info);
-  refreshRuns = runs.setUp(info, () => !$("#runs").hidden, describe);
+  const clearings = [complete.setUp(info, shown), inside.setUp(info, shown), chat.setUp(info)];
+  refreshRuns = runs.setUp(info, () => !$("#runs").hidden, (loaded) => {
+    describe(loaded);
+    for (const clear of clearings) clear(); // what the weights before have computed
+  });
   for (const tab of tabs) tab.addEventListener("click", () => open(tab.dataset.panel));
   roving($("nav [role=tablist]"), "[role=tab]:not([hidden])", {onMove: (tab) => open(tab.dataset.panel)});
   addEventListener("hashchange", () => open(location.hash.slice(1)));

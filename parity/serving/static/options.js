@@ -57,13 +57,13 @@ const SCALES = {
 };
 
 export class Sliders {
-  constructor(container, onChange) {
+  constructor(container, prefix, onChange) {
     this.sliders = {};
     this.outputs = {};
     this.values = {};
     this.n_vocab = 2;
     for (const [name, {label}] of Object.entries(SCALES)) {
-      const id = `slider-${name}`;
+      const id = `${prefix}-slider-${name}`;
       const slider = el("input", {type: "range", id, min: 0, max: 1, step: 0.005, input: () => {
         this.values[name] = SCALES[name].from(Number(slider.value), this.n_vocab);
         this.show(name);

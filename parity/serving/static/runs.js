@@ -22,7 +22,7 @@ export function setUp(info, isVisible, onLoad) {
     $(".none", panel).hidden = runs.length > 0;
     list.replaceChildren(...runs.map((run, index) => {
       const button = el("button.link", {type: "button", tabindex: index ? -1 : 0, click: () => open(run.path)}, run.name);
-      return el("tr", {"aria-current": run.path === shown ? "true" : null},
+      return el("tr", {"data-path": run.path, "aria-current": run.path === shown ? "true" : null},
         el("th", {scope: "row"}, button),
         el("td", {}, run.problem ? `${run.state}: ${run.problem}` : run.state),
         el("td.figure", {}, run.steps === null ? "" : `${run.steps.toLocaleString("en")} of ${run.planned_steps.toLocaleString("en")}`),
@@ -34,10 +34,11 @@ export function setUp(info, isVisible, onLoad) {
   async function open(path) {
     shown = path;
     version = null;
-    for (const row of list.children) row.removeAttribute("aria-current");
+    for (const row of list.children) {
+      if (row.dataset.path === path) row.setAttribute("aria-current", "true");
+      else row.removeAttribute("aria-current");
+    }
     await attempt($(".error", view), null, look);
-    const row = [...list.children].find((element) => element.textContent.startsWith($("h3", view).textContent));
-    row?.setAttribute("aria-current", "true");
   }
 
   // Asks for the run; the server answers without it if nothing has changed.

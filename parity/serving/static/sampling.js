@@ -1,13 +1,17 @@
 // The rules of parity/sampling.py from logits to a token, in float64 and in the same order.
 
+// Logits in float64 after the repetition penalty, which is off by default; seen: Set of ids that are in the text.
+export function penalized(logits, seen, penalty = 1) {
+  const z = Float64Array.from(logits);
+  if (penalty !== 1) for (const id of seen) z[id] = z[id] > 0 ? z[id] / penalty : z[id] * penalty;
+  return z;
+}
+
 // Probabilities after the rules; 0 for a token that a rule drops.
 //   logits: array [V]; seen: Set of ids that are in the text; options: an option that is undefined is off.
 export function distribution(logits, seen, options) {
   const {temperature = 1, topK, topP, minP, repetitionPenalty} = options;
-  const z = Float64Array.from(logits);
-  if (repetitionPenalty !== undefined && repetitionPenalty !== 1) {
-    for (const id of seen) z[id] = z[id] > 0 ? z[id] / repetitionPenalty : z[id] * repetitionPenalty;
-  }
+  const z = penalized(logits, seen, repetitionPenalty);
   let best = 0;
   for (let id = 1; id < z.length; id += 1) if (z[id] > z[best]) best = id;
   const probs = new Float64Array(z.length);

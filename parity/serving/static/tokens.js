@@ -56,6 +56,11 @@ export class TokenText {
     span.setAttribute("aria-label", `${visible(this.tokens[index].shown ?? this.tokens[index].text)}, ${percent(Math.exp(logprob))}`);
   }
 
+  deselect() {
+    this.selected = -1;
+    for (const span of this.spans) span.setAttribute("aria-selected", "false");
+  }
+
   select(index) {
     if (!this.tokens[index]) return;
     this.spans.forEach((span, number) => {
