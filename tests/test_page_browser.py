@@ -233,6 +233,9 @@ def test_the_page_works_with_the_keyboard_alone(visit):
     keys.press("ArrowRight")
     expect(reading).to_contain_text("token 2: difference")
     assert page.evaluate("document.activeElement.getAttribute('aria-valuetext')") == reading.inner_text()
+    page.set_viewport_size({"width": 1000, "height": 700})  # the chart is drawn again
+    expect(page.locator("#complete .agreement svg")).to_have_attribute("viewBox", re.compile(r"^0 0 [3-6]\d\d 120$"))
+    expect(page.locator("#complete circle.reached")).to_have_count(1)
     keys.press("Enter")
     expect(selected).to_have_attribute("data-index", "1")
 

@@ -34,20 +34,22 @@ export function drawAgreement(view, result) {
   const share = Math.max(...rows.flatMap((row) => Object.values(row.errors).map((error) => error / row.bound)));
   details.textContent = `Largest difference of a logit: ${number(largest.difference)}. Largest error against float64: ${(100 * share).toFixed(0)}% of the bound for ${dtype}.`;
   details.dataset.share = share;
-  scaled(chart, HEIGHT, (WIDTH) => draw(chart, WIDTH, rows, onSelect));
   const reading = $(".reading", view);
-  walk(chart, {
-    count: rows.length,
-    show: (index) => {
-      $$("circle", chart).forEach((dot, i) => dot.classList.toggle("reached", i === index));
-      reading.textContent = describe(rows[index], index);
-      return reading.textContent;
-    },
-    leave: () => {
-      for (const dot of $$("circle", chart)) dot.classList.remove("reached");
-      reading.textContent = "\u00a0";
-    },
-    select: onSelect,
+  scaled(chart, HEIGHT, (WIDTH) => {
+    draw(chart, WIDTH, rows, onSelect);
+    walk(chart, {
+      count: rows.length,
+      show: (index) => {
+        $$("circle", chart).forEach((dot, i) => dot.classList.toggle("reached", i === index));
+        reading.textContent = describe(rows[index], index);
+        return reading.textContent;
+      },
+      leave: () => {
+        for (const dot of $$("circle", chart)) dot.classList.remove("reached");
+        reading.textContent = "\u00a0";
+      },
+      select: onSelect,
+    });
   });
 }
 
