@@ -2,17 +2,18 @@
 PYTHON ?= python3
 VENV := .venv
 # The major version of the NVIDIA driver, or nothing. With one that can run CUDA 13, JAX's CUDA build is installed as well;
-# PyTorch's package for Linux contains CUDA. EXTRAS and TEST_EXTRAS overrule the choice.
+# PyTorch's package for Linux contains CUDA. EXTRAS and TEST_EXTRAS overrule the choice, without cuda13 if they do not name it.
 DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | grep -oE '^[0-9]+' | head -n 1)
 OLDEST_DRIVER := 580
 CUDA := $(shell test "$(DRIVER)" -ge $(OLDEST_DRIVER) 2>/dev/null && echo ,cuda13)
 EXTRAS ?= jax$(CUDA)
 TEST_EXTRAS ?= jax,torch,tf,test,dev$(CUDA)
-ifneq ($(origin EXTRAS) $(origin TEST_EXTRAS),file file)
-else ifdef CUDA
-SAY_DRIVER := echo "NVIDIA driver $(DRIVER): JAX for CUDA 13; for the CPU alone: make EXTRAS=jax TEST_EXTRAS=jax,torch,tf,test,dev"
+ifdef CUDA
+SAY_CUDA := echo "NVIDIA driver $(DRIVER): JAX for CUDA 13; for the CPU alone: make EXTRAS=jax TEST_EXTRAS=jax,torch,tf,test,dev"
+SAY_CPU := echo "NVIDIA driver $(DRIVER) can run CUDA 13, but without the extra cuda13 JAX uses the CPU alone"
+say_driver = $(if $(findstring cuda,$(1)),$(SAY_CUDA),$(SAY_CPU))
 else ifdef DRIVER
-SAY_DRIVER := echo "NVIDIA driver $(DRIVER) cannot run CUDA 13: only the CPU is used. Update the driver to $(OLDEST_DRIVER) or later"
+say_driver = echo "NVIDIA driver $(DRIVER) cannot run CUDA 13: only the CPU is used. Update the driver to $(OLDEST_DRIVER) or later"
 endif
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check
@@ -37,7 +38,7 @@ $(RUN):
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.extras-%: pyproject.toml constraints.txt | $(RUN)
-	@$(SAY_DRIVER)
+	@$(call say_driver,$*)
 	$(PIP) install --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
@@ -46,7 +47,7 @@ $(VENV)/.vocabulary: constraints-vocabulary.txt | $(RUN)
 	touch $@
 
 train: $(FOR_TRAINING)
-	@$(SAY_DRIVER)
+	@$(call say_driver,$(EXTRAS))
 	$(RUN) scripts/train_jax.py $(if $(findstring cuda,$(EXTRAS)),--device gpu) $(ARGS)
 
 test: $(FOR_TESTS)

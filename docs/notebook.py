@@ -16,41 +16,57 @@
 
 This notebook builds GPT-2 step by step: tokens, windows, attention, the block, the model, the loss, training,
 decoding, saving, OpenAI's weights, a look inside, and tuning. Every piece is written twice, in PyTorch and beside it
-in JAX, and compared with this project's own models. Every number is computed here, and every claim is an `assert`: if
-the last cell prints its list, all of them hold.
+in JAX, and compared with this project's own: the batches, each part of the model, the loss and its gradient, the
+evaluation, training steps, greedy and sampled tokens, and LoRA. Every number is computed here, and every claim is an
+`assert`: if the last cell prints its list, all of them hold.
 
 ## Quick Start
 
-Run all cells from top to bottom.
+To open the notebook in Jupyter, run this in the folder of the project, and then run all cells from top to bottom:
 
-- **Time:** less than two minutes on two CPU cores; most of it is training, once in each framework.
+```
+make setup EXTRAS=jax,torch
+source .venv/bin/activate
+pip install --constraint constraints.txt jupyterlab
+jupyter lab docs/notebook.ipynb
+```
+
+- **Time:** about a minute on two quiet CPU cores; most of it is training, once in each framework.
 - **Hardware:** a CPU. A GPU is not needed, and is not used if there is one, because the model is small.
 - **Network:** not needed once the packages are installed. If OpenAI's 124M is in the cache or can be downloaded (498
   MB), the section on OpenAI's weights uses it. To forbid the download, set the environment variable
   `GPT_PARITY_OFFLINE=1` before you start.
-- **What should come out:** in the working folder, `loss-plot.pdf`, `model_and_optimizer.pth` and `params.npz`; a
-  sample of text before training and one after it; a validation loss below that of the best bigram model; the same
-  losses and the same sampled tokens in both frameworks.
+- **What should come out:** a sample of text before training and one after it; a validation loss below that of the
+  best bigram model; the same losses and the same sampled tokens in both frameworks.
+- **Files:** all are written into the folder `output`, beside the notebook: the figure `loss-plot.pdf`; the models
+  `model.pth` with its `config.json`, `model_and_optimizer.pth`, and `params.npz`; the folder `adapter` of LoRA; and, if
+  OpenAI's 124M cannot be had, the folder `gpt2/small` in its format.
 
-The names are those of the notebook that this project grew from, which follows Sebastian Raschka's book *Build a Large
-Language Model (From Scratch)*. In JAX the model is a set of plain functions of a parameter tree, which is how JAX code
-is written without a library of layers: `MultiHeadAttention` in PyTorch is `multi_head_attention` in JAX. Where a name
-would be the same in both, JAX's ends in `_jax`.
+The names are those of the original notebook, from which this project grew and which follows Sebastian Raschka's book
+*Build a Large Language Model (From Scratch)*. In JAX the model is a set of plain functions of a parameter tree, which
+is how JAX code is written without a library of layers: `MultiHeadAttention` in PyTorch is `multi_head_attention` in
+JAX. Where a name would be the same in both, JAX's ends in `_jax`.
 """
 
 # %%
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
-# Only needed where the project is not installed, such as on a hosted notebook service (not tried there yet): the
-# address of the repository that you opened this notebook from.
+# Set this only if the notebook is not in a copy of its repository, such as on a hosted notebook service (not tried
+# there yet): the address of the repository that you opened it from, https://...
 REPOSITORY = ""
 
-if any(importlib.util.find_spec(name) is None for name in ("gpt_torch", "torch", "jax", "optax")):
-    assert REPOSITORY, "gpt-parity is not installed here: set REPOSITORY to the address of its repository, https://..."
-    package = f"gpt-parity[jax,torch] @ git+{REPOSITORY}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", package], check=True)
+if any(importlib.util.find_spec(name) is None for name in ("gpt_torch", "gpt_jax", "torch", "jax", "flax", "optax")):
+    clone = Path.cwd().parent
+    if (clone / "gpt_torch" / "notebook.py").is_file():
+        packages = [f"{clone}[jax,torch]", "--constraint", f"{clone / 'constraints.txt'}"]
+    else:
+        assert REPOSITORY, "gpt-parity is not installed here: set REPOSITORY above to the address of its repository"
+        packages = [f"gpt-parity[jax,torch] @ git+{REPOSITORY}"]
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *packages], check=True)
+    importlib.invalidate_caches()
 
 # %%
 import os
@@ -60,11 +76,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
 
 import collections
+import contextlib
 import functools
+import io
 import itertools
+import json
 import math
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -76,10 +94,11 @@ from torch import nn
 
 import gpt_jax
 import gpt_jax.model
+import gpt_jax.notebook
 import gpt_torch
 import gpt_torch.model
 import gpt_torch.notebook
-from parity import InputError, as_config, load_tokenizer
+from parity import as_config, load_tokenizer
 from parity.arrays import as_numpy
 from parity.comparison.error_bounds import activation_bounds
 from parity.data.windows import order
@@ -88,6 +107,8 @@ from parity.sampling import uniforms
 from parity.weights import convert, initial_weights, shapes
 
 torch.set_num_threads(1)
+OUTPUT = Path("output")  # everything that is written
+OUTPUT.mkdir(exist_ok=True)
 START = time.perf_counter()
 print("torch", torch.__version__, "and jax", jax.__version__)
 
@@ -225,7 +246,7 @@ GPT_CONFIG = {
     "emb_dim": 64,
     "n_heads": 4,
     "n_layers": 2,
-    "drop_rate": 0.0,  # as in GPT-2's released weights; the original notebook trains with 0.1
+    "drop_rate": 0.0,  # the JAX functions below have no dropout; the original notebook trains with 0.1
     "qkv_bias": True,
     "tied_head": True,  # the output head is the token embedding, as in GPT-2
 }
@@ -287,6 +308,10 @@ Each position makes a query, and each position offers a key and a value. The sco
 keys, divided by the root of the head's width; a position may not look at later ones, so these scores become minus
 infinity. The softmax of the scores is the pattern, whose rows sum to 1, and the output is the average of the values
 weighted by it. N heads do this side by side, each on its own part of the width.
+
+`load_attention` copies OpenAI's weights into the PyTorch module. Two things differ: OpenAI has queries, keys and
+values in one matrix, and stores matrices as [in, out], where PyTorch has [out, in]. A square matrix that is not
+transposed raises no error, and the model is wrong; the check sees it. JAX's functions take OpenAI's tree as it is.
 """
 
 
@@ -320,14 +345,27 @@ class MultiHeadAttention(nn.Module):
         return self.out_proj(context.transpose(1, 2).flatten(2))
 
 
+def assign(parameter, array):
+    """Copy an array into a parameter of the same shape."""
+    assert tuple(parameter.shape) == array.shape, f"{tuple(parameter.shape)} is not {array.shape}"
+    with torch.no_grad():
+        parameter.copy_(torch.from_numpy(np.array(array)))
+
+
+def load_linear(layer, w, b):
+    assign(layer.weight, w.T)
+    assign(layer.bias, b)
+
+
+def load_attention(att, attn):
+    parts = zip(*(np.split(attn["c_attn"][name], 3, axis=-1) for name in "wb"), strict=True)
+    for layer, (w, b) in zip((att.W_query, att.W_key, att.W_value), parts, strict=True):
+        load_linear(layer, w, b)
+    load_linear(att.out_proj, **attn["c_proj"])
+
+
 attention = MultiHeadAttention(config.n_embd, config.n_embd, config.n_ctx, 0.0, config.n_head, qkv_bias=True)
-w, b = params["blocks"][0]["attn"]["c_attn"].values()
-for layer, matrix, bias in zip(
-    (attention.W_query, attention.W_key, attention.W_value), np.split(w, 3, axis=-1), np.split(b, 3), strict=True
-):
-    layer.weight.data, layer.bias.data = torch.tensor(matrix.T), torch.tensor(bias)  # PyTorch stores [out, in]
-attention.out_proj.weight.data = torch.tensor(params["blocks"][0]["attn"]["c_proj"]["w"].T)
-attention.out_proj.bias.data = torch.tensor(params["blocks"][0]["attn"]["c_proj"]["b"])
+load_attention(attention, params["blocks"][0]["attn"])
 check("blocks.0.attn.out", attention(torch.tensor(cache["blocks.0.ln_1"])))
 
 
@@ -397,13 +435,24 @@ class FeedForward(nn.Module):
         return self.layers(x)
 
 
-norm = LayerNorm(config.n_embd)
-norm.scale.data = torch.tensor(params["blocks"][0]["ln_1"]["g"])
-norm.shift.data = torch.tensor(params["blocks"][0]["ln_1"]["b"])
+def load_norm(norm, source):
+    assign(norm.scale, source["g"])
+    assign(norm.shift, source["b"])
+
+
+def load_feed_forward(ff, mlp):
+    load_linear(ff.layers[0], **mlp["c_fc"])
+    load_linear(ff.layers[2], **mlp["c_proj"])
+
+
+norm, ff = LayerNorm(config.n_embd), FeedForward(GPT_CONFIG)
+load_norm(norm, params["blocks"][0]["ln_1"])
+load_feed_forward(ff, params["blocks"][0]["mlp"])
 check("blocks.0.ln_1", norm(torch.tensor(cache["embed"])))
 grid = np.linspace(-4, 4, 1001, dtype=np.float32)
 GELU_BOUND = 2.0**-19  # a few roundings of numbers up to 4
 check("GELU", GELU()(torch.tensor(grid)), gpt_torch.model.GELU()(torch.tensor(grid)), GELU_BOUND)
+check("blocks.0.mlp.out", ff(torch.tensor(cache["blocks.0.ln_2"])))
 
 
 # %% tags=["jax"]
@@ -458,6 +507,18 @@ class TransformerBlock(nn.Module):
         return x + self.drop_shortcut(self.ff(self.norm2(x)))
 
 
+def load_block(block, source):
+    load_norm(block.norm1, source["ln_1"])
+    load_attention(block.att, source["attn"])
+    load_norm(block.norm2, source["ln_2"])
+    load_feed_forward(block.ff, source["mlp"])
+
+
+block = TransformerBlock(GPT_CONFIG)
+load_block(block, params["blocks"][0])
+check("blocks.0.resid_post", block(torch.tensor(cache["embed"])))
+
+
 # %% tags=["jax"]
 def transformer_block(block, x, num_heads):
     """x [B, T, D] -> [B, T, D]"""
@@ -473,11 +534,6 @@ check("blocks.0.resid_post", transformer_block(params_jax["blocks"][0], cache["e
 
 Token and position embeddings are added, the blocks follow, then a last LayerNorm and the output head, whose matrix is
 that of the token embedding. The result is a logit for each token of the vocabulary at each position.
-
-`load_weights_into_gpt` copies OpenAI's weights into the PyTorch model. Three things differ between the layouts: OpenAI
-has queries, keys and values in one matrix, stores matrices as [in, out], where PyTorch has [out, in], and has other
-names. A square matrix that is not transposed raises no error, and the model is wrong; the check below sees it. JAX's
-functions take OpenAI's tree as it is.
 """
 
 
@@ -502,35 +558,13 @@ class GPTModel(nn.Module):
         return self.out_head(x)
 
 
-def assign(left, right):
-    """Copy an array into a parameter of the same shape."""
-    assert tuple(left.shape) == right.shape, f"{tuple(left.shape)} is not {right.shape}"
-    with torch.no_grad():
-        left.copy_(torch.from_numpy(np.array(right)))
-
-
 def load_weights_into_gpt(gpt, params):
     """Copy OpenAI's weights, as nested by `download_and_load_gpt2`, into a GPTModel."""
     assign(gpt.tok_emb.weight, params["wte"])
     assign(gpt.pos_emb.weight, params["wpe"])
-    assign(gpt.final_norm.scale, params["g"])
-    assign(gpt.final_norm.shift, params["b"])
+    load_norm(gpt.final_norm, params)  # its "g" and "b" are at the top of the tree
     for block, source in zip(gpt.trf_blocks, params["blocks"], strict=True):
-        att, attn, mlp = block.att, source["attn"], source["mlp"]
-        parts = zip(*(np.split(attn["c_attn"][name], 3, axis=-1) for name in "wb"), strict=True)
-        for layer, (w, b) in zip((att.W_query, att.W_key, att.W_value), parts, strict=True):
-            assign(layer.weight, w.T)
-            assign(layer.bias, b)
-        for layer, stored in (
-            (att.out_proj, attn["c_proj"]),
-            (block.ff.layers[0], mlp["c_fc"]),
-            (block.ff.layers[2], mlp["c_proj"]),
-        ):
-            assign(layer.weight, stored["w"].T)
-            assign(layer.bias, stored["b"])
-        for layer, stored in ((block.norm1, source["ln_1"]), (block.norm2, source["ln_2"])):
-            assign(layer.scale, stored["g"])
-            assign(layer.shift, stored["b"])
+        load_block(block, source)
 
 
 model = GPTModel(GPT_CONFIG)
@@ -547,7 +581,7 @@ def gpt_model(params, tokens, num_heads=GPT_CONFIG["n_heads"]):
     x = params["wte"][tokens] + params["wpe"][: tokens.shape[1]]  # [B, T, D]
     for block in params["blocks"]:
         x = transformer_block(block, x, num_heads)
-    x = layer_norm(params, x)  # the last LayerNorm's "g" and "b" are at the top of the tree
+    x = layer_norm(params, x)
     return x @ params["wte"].T
 
 
@@ -563,8 +597,9 @@ The loss is the cross-entropy: the mean of -log p of the right next token, in na
 nothing has log 257 = 5.55. The perplexity is exp(loss): the number of equally probable tokens that would be as hard to
 guess from.
 
-The loss cannot change by more than twice the largest change of a logit, so twice the bound of the logits is a bound of
-the loss. Its gradient must agree within 1e-4 of its largest element.
+The loss cannot change by more than twice the largest change of a logit, so the tolerance is twice the bound of the
+logits. That is not quite a bound, since the softmax and the mean round as well. For the gradient, the tolerance is
+1e-4 of its largest element, a number that we chose.
 """
 
 
@@ -574,8 +609,8 @@ def calc_loss_batch(input_batch, target_batch, model):
     return nn.functional.cross_entropy(logits.flatten(0, 1), torch.as_tensor(target_batch).flatten())
 
 
-def calc_loss_loader(data_loader, model, num_batches):
-    """Return the mean loss of the first batches."""
+def calc_loss_loader(data_loader, model, num_batches=None):
+    """Return the mean loss of the first batches, or of all."""
     with torch.no_grad():
         losses = [calc_loss_batch(*batch, model).item() for batch in itertools.islice(data_loader, num_batches)]
     return sum(losses) / len(losses)
@@ -597,8 +632,8 @@ def calc_loss_batch_jax(params, input_batch, target_batch):
     return -jnp.take_along_axis(log_probs, target_batch[..., None], axis=-1).mean()
 
 
-def calc_loss_loader_jax(data_loader, params, num_batches):
-    """Return the mean loss of the first batches."""
+def calc_loss_loader_jax(data_loader, params, num_batches=None):
+    """Return the mean loss of the first batches, or of all."""
     losses = [float(calc_loss_batch_jax(params, *batch)) for batch in itertools.islice(data_loader, num_batches)]
     return sum(losses) / len(losses)
 
@@ -628,14 +663,13 @@ SETTINGS = {"num_epochs": 1, "eval_freq": 80, "eval_iter": 50, "start_context": 
 LEARNING_RATE, WEIGHT_DECAY, BETAS = 5e-3, 0.1, (0.9, 0.95)
 
 
-def loaders():
-    """Return the batches for training and for validation, from their first epoch on."""
-    options = {"batch_size": 32, "max_length": config.n_ctx, "stride": config.n_ctx}
-    train = create_dataloader_v1(text[:split], seed=1, **options)
-    return train, create_dataloader_v1(text[split:], shuffle=False, **options)
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
 
 
+adamw_jax = optax.adamw(LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], weight_decay=WEIGHT_DECAY)
 initial = to_params(initial_weights(config, seed=123))  # the same for both frameworks
+initial_jax = jax.tree.map(jnp.asarray, initial)
 
 # %% [markdown]
 """
@@ -656,9 +690,19 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
 
 
 def generate_and_print_sample(model, tokenizer, start_context):
+    model.eval()
     idx = torch.tensor([tokenizer.encode(start_context)])
     [row] = generate_text_simple(model, idx, max_new_tokens=50, context_size=config.n_ctx)
     print("   ", repr(tokenizer.decode(row.tolist())))
+    model.train()
+
+
+def evaluate_model(model, train_loader, val_loader, eval_iter):
+    """Return the mean losses of training and validation batches, without dropout."""
+    model.eval()
+    losses = [calc_loss_loader(loader, model, eval_iter) for loader in (train_loader, val_loader)]
+    model.train()
+    return losses
 
 
 def train_model_simple(
@@ -669,25 +713,19 @@ def train_model_simple(
     tokens_seen, global_step = 0, 0
     for epoch in range(num_epochs):
         for input_batch, target_batch in train_loader:
-            if global_step % eval_freq == 0:
-                train_losses.append(calc_loss_loader(train_loader, model, eval_iter))
-                val_losses.append(calc_loss_loader(val_loader, model, eval_iter))
-                track_tokens_seen.append(tokens_seen)
-                print(f"Epoch {epoch + 1}, step {global_step:04d}: {train_losses[-1]:.3f} {val_losses[-1]:.3f}")
             optimizer.zero_grad()
             calc_loss_batch(input_batch, target_batch, model).backward()
             optimizer.step()
             tokens_seen += input_batch.size
+            if global_step % eval_freq == 0:
+                train_loss, val_loss = evaluate_model(model, train_loader, val_loader, eval_iter)
+                train_losses.append(train_loss)
+                val_losses.append(val_loss)
+                track_tokens_seen.append(tokens_seen)
+                print(f"Epoch {epoch + 1}, step {global_step:04d}: {train_loss:.3f} {val_loss:.3f}")
             global_step += 1
         generate_and_print_sample(model, tokenizer, start_context)
     return train_losses, val_losses, track_tokens_seen
-
-
-load_weights_into_gpt(model, initial)
-optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
-print("before training:")
-generate_and_print_sample(model, tokenizer, SETTINGS["start_context"])
-history = train_model_simple(model, *loaders(), optimizer, tokenizer=tokenizer, **SETTINGS)
 
 
 # %% tags=["jax"]
@@ -714,6 +752,11 @@ def generate_and_print_sample_jax(params, tokenizer, start_context):
     print("   ", repr(tokenizer.decode(row.tolist())))
 
 
+def evaluate_model_jax(params, train_loader, val_loader, eval_iter):
+    """Return the mean losses of training and validation batches."""
+    return [calc_loss_loader_jax(loader, params, eval_iter) for loader in (train_loader, val_loader)]
+
+
 def train_model_simple_jax(
     params, train_loader, val_loader, optimizer, num_epochs, eval_freq, eval_iter, start_context, tokenizer
 ):
@@ -730,71 +773,122 @@ def train_model_simple_jax(
     tokens_seen, global_step = 0, 0
     for epoch in range(num_epochs):
         for input_batch, target_batch in train_loader:
-            if global_step % eval_freq == 0:
-                train_losses.append(calc_loss_loader_jax(train_loader, params, eval_iter))
-                val_losses.append(calc_loss_loader_jax(val_loader, params, eval_iter))
-                track_tokens_seen.append(tokens_seen)
-                print(f"Epoch {epoch + 1}, step {global_step:04d}: {train_losses[-1]:.3f} {val_losses[-1]:.3f}")
             params, opt_state = train_step(params, opt_state, input_batch, target_batch)
             tokens_seen += input_batch.size
+            if global_step % eval_freq == 0:
+                train_loss, val_loss = evaluate_model_jax(params, train_loader, val_loader, eval_iter)
+                train_losses.append(train_loss)
+                val_losses.append(val_loss)
+                track_tokens_seen.append(tokens_seen)
+                print(f"Epoch {epoch + 1}, step {global_step:04d}: {train_loss:.3f} {val_loss:.3f}")
             global_step += 1
         generate_and_print_sample_jax(params, tokenizer, start_context)
     return params, (train_losses, val_losses, track_tokens_seen)
 
 
-initial_jax = jax.tree.map(jnp.asarray, initial)
-optimizer_jax = optax.adamw(LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], weight_decay=WEIGHT_DECAY)
-print("before training:")
-generate_and_print_sample_jax(initial_jax, tokenizer, SETTINGS["start_context"])
-trained_jax, history_jax = train_model_simple_jax(
-    initial_jax, *loaders(), optimizer_jax, tokenizer=tokenizer, **SETTINGS
-)
+# %% [markdown]
+"""
+Are these the package's functions? With the random weights of above, the greedy tokens must be the same. From the same
+initial weights, ten steps in two short epochs must give the same losses. They are compared within 1e-3, a tolerance
+that we chose: training is chaotic, and each step turns tiny differences of rounding into larger ones. (The package's
+tests train in float64, with clipping and a schedule, and compare 100 steps much more closely.) The evaluation is
+compared with a large dropout, which must have no effect on it.
+"""
+
+# %%
+SHORT = {"num_epochs": 2, "eval_freq": 1, "eval_iter": 2, "start_context": SETTINGS["start_context"]}
+greedy, short = {}, {}  # by the name of the implementation
+
+
+def loaders(create=create_dataloader_v1, size=None, **options):
+    """Return the batches for training and for validation, of the first `size` characters of each text or of all."""
+    options |= {"batch_size": 32, "max_length": config.n_ctx, "stride": config.n_ctx}
+    return create(text[:split][:size], seed=1, **options), create(text[split:][:size], shuffle=False, **options)
+
+
+def short_loaders(package=None):
+    """Return five batches for training and five for validation, as the package makes them or as we do."""
+    options = {"create": package.notebook.create_dataloader_v1, "tokenizer": tokenizer} if package else {}
+    return loaders(size=5200, **options)
+
+
+def agree(name, other):
+    """Raise AssertionError unless two short trainings are the same."""
+    (*losses, tokens), (*other_losses, other_tokens) = short[name], short[other]
+    difference = np.abs(np.array(losses) - np.array(other_losses)).max()
+    print(f"{name} and {other}: largest difference of a loss {difference:.1e}")
+    assert tokens == other_tokens
+    assert difference < 1e-3
+
+
+# %% tags=["torch"]
+idx = torch.tensor(inputs[:, :10])
+greedy["torch"] = generate_text_simple(model, idx, 40, config.n_ctx)
+assert torch.equal(greedy["torch"], gpt_torch.generate_text_simple(theirs_torch, idx, 40, config.n_ctx))
+
+dropping = GPTModel(GPT_CONFIG | {"drop_rate": 0.5})
+load_weights_into_gpt(dropping, params)
+evaluated = evaluate_model(dropping, *short_loaders(), eval_iter=2)
+theirs = gpt_torch.notebook.evaluate_model(theirs_torch, *short_loaders(gpt_torch), eval_iter=2)
+check("evaluation", np.array(evaluated), np.array(theirs), bound=2 * bounds["logits"])
+
+load_weights_into_gpt(model, initial)
+their_model = gpt_torch.GPTModel(config, seed=None)
+gpt_torch.load_weights_into_gpt(their_model, initial)
+with contextlib.redirect_stdout(io.StringIO()):
+    short["torch"] = train_model_simple(model, *short_loaders(), adamw(model), tokenizer=tokenizer, **SHORT)
+    short["torch, package"] = gpt_torch.notebook.train_model_simple(
+        their_model, *short_loaders(gpt_torch), adamw(their_model), None, tokenizer=tokenizer, **SHORT
+    )
+print("training losses:", *(f"{loss:.5f}" for loss in short["torch"][0]))
+agree("torch", "torch, package")
+
+# %% tags=["jax"]
+idx = inputs[:, :10]
+greedy["jax"] = generate_text_simple_jax(params_jax, idx, 40, config.n_ctx)
+theirs = gpt_jax.generate_text_simple(theirs_jax, jnp.asarray(idx, jnp.int32), 40, config.n_ctx)
+assert np.array_equal(greedy["jax"], theirs)
+assert np.array_equal(greedy["jax"], greedy["torch"])
+
+evaluated = evaluate_model_jax(params_jax, *short_loaders(), eval_iter=2)
+theirs = gpt_jax.notebook.evaluate_model(theirs_jax, *short_loaders(gpt_jax), eval_iter=2)
+check("evaluation", np.array(evaluated), np.array(theirs), bound=2 * bounds["logits"])
+
+their_model = gpt_jax.GPTModel(config, seed=None)
+gpt_jax.load_weights_into_gpt(their_model, initial)
+with contextlib.redirect_stdout(io.StringIO()):
+    _, short["jax"] = train_model_simple_jax(initial_jax, *short_loaders(), adamw_jax, tokenizer=tokenizer, **SHORT)
+    short["jax, package"] = gpt_jax.notebook.train_model_simple(
+        their_model, *short_loaders(gpt_jax), adamw_jax, None, tokenizer=tokenizer, **SHORT
+    )
+print("training losses:", *(f"{loss:.5f}" for loss in short["jax"][0]))
+agree("jax", "jax, package")
+agree("jax", "torch")
 
 # %% [markdown]
 """
-Are these the same training? Given the same weights and batches, the first steps agree to the last digits, with the
-package's model as well. Later the curves part a little: each step turns tiny differences of rounding into larger ones,
-because training is chaotic. (The package's tests train in float64 with clipping and a schedule, and compare 100
-steps.)
+Now the real training: one epoch of the whole text.
 """
 
-# %%
-first_batches = list(itertools.islice(loaders()[0], 10))
-first_losses = {}
-for name, first_model in (("ours, torch", GPTModel(GPT_CONFIG)), ("package, torch", gpt_torch.GPTModel(config))):
-    if name == "ours, torch":
-        load_weights_into_gpt(first_model, initial)
-    else:
-        gpt_torch.load_weights_into_gpt(first_model, initial)
-    adamw = torch.optim.AdamW(first_model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
-    first_losses[name] = []
-    for batch in first_batches:
-        adamw.zero_grad()
-        loss = calc_loss_batch(*batch, first_model)
-        loss.backward()
-        adamw.step()
-        first_losses[name].append(loss.item())
+# %% tags=["torch", "trained"]
+load_weights_into_gpt(model, initial)
+optimizer = adamw(model)
+untrained_loss = calc_loss_loader(loaders()[1], model)
+print("before training:")
+generate_and_print_sample(model, tokenizer, SETTINGS["start_context"])
+history = train_model_simple(model, *loaders(), optimizer, tokenizer=tokenizer, **SETTINGS)
 
-first_params, opt_state = initial_jax, optimizer_jax.init(initial_jax)
-first_losses["ours, jax"] = []
-for batch in first_batches:
-    loss, gradients = jax.value_and_grad(calc_loss_batch_jax)(first_params, *batch)
-    updates, opt_state = optimizer_jax.update(gradients, opt_state, first_params)
-    first_params = optax.apply_updates(first_params, updates)
-    first_losses["ours, jax"].append(float(loss))
+# %% tags=["jax", "trained"]
+print("before training:")
+generate_and_print_sample_jax(initial_jax, tokenizer, SETTINGS["start_context"])
+trained_jax, history_jax = train_model_simple_jax(initial_jax, *loaders(), adamw_jax, tokenizer=tokenizer, **SETTINGS)
 
-for name, losses in first_losses.items():
-    print(f"{name:15}", *(f"{loss:.5f}" for loss in losses))
-spread = np.ptp(list(first_losses.values()), axis=0)
-print(f"largest difference: {spread.max():.1e}")
-assert spread.max() < 1e-3
-
-# %%
-model.eval()
-final_loss = calc_loss_loader(loaders()[1], model, num_batches=1000)  # all validation batches
-final_loss_jax = calc_loss_loader_jax(loaders()[1], trained_jax, num_batches=1000)
+# %% tags=["trained"]
+model.eval()  # from here on, no dropout
+final_loss = calc_loss_loader(loaders()[1], model)
+final_loss_jax = calc_loss_loader_jax(loaders()[1], trained_jax)
 print(f"validation loss: {final_loss:.3f} in torch, {final_loss_jax:.3f} in jax; bigram: {bigram:.3f}")
-print(f"perplexity per byte: {math.exp(history[1][0]):.1f} before training, {math.exp(final_loss):.2f} after it")
+print(f"perplexity per byte: {math.exp(untrained_loss):.1f} before training, {math.exp(final_loss):.2f} after it")
 assert max(final_loss, final_loss_jax) < bigram - 0.1
 assert abs(final_loss - final_loss_jax) < 0.15
 
@@ -807,7 +901,7 @@ def plot_losses(histories: dict) -> None:
     axes.axhline(bigram, color="grey", linewidth=1, label="bigram, validation")
     axes.set(xlabel="tokens seen", ylabel="loss (nats per token)")
     axes.legend(fontsize=7)
-    fig.savefig("loss-plot.pdf")
+    fig.savefig(OUTPUT / "loss-plot.pdf")
     plt.show()
 
 
@@ -910,13 +1004,10 @@ with a key/value cache, ours without one. For the comparison, the other three ge
 through a file: the package reads the original notebook's models and needs their configuration beside the file.
 """
 
-
 # %%
-import json
-
-Path("config.json").write_text(json.dumps(GPT_CONFIG))
-torch.save(model.state_dict(), "model.pth")
-theirs_torch, theirs_jax = gpt_torch.load_pretrained("model.pth"), gpt_jax.load_pretrained("model.pth")
+(OUTPUT / "config.json").write_text(json.dumps(GPT_CONFIG))
+torch.save(model.state_dict(), OUTPUT / "model.pth")
+theirs_torch, theirs_jax = (package.load_pretrained(OUTPUT / "model.pth") for package in (gpt_torch, gpt_jax))
 trained = to_params(gpt_torch.export_weights(theirs_torch))
 params_jax = jax.tree.map(jnp.asarray, trained)
 
@@ -955,27 +1046,27 @@ which NumPy saves.
 The proof is that the next training step is the same to the bit.
 """
 
-# %% tags=["torch"]
-torch.save(
-    {"model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict()}, "model_and_optimizer.pth"
-)
+# %% tags=["torch", "trained"]
+file = OUTPUT / "model_and_optimizer.pth"
+torch.save({"model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict()}, file)
 
-checkpoint = torch.load("model_and_optimizer.pth", weights_only=True)
+checkpoint = torch.load(file, weights_only=True)
 restored = GPTModel(GPT_CONFIG)
 restored.load_state_dict(checkpoint["model_state_dict"])
 restored_optimizer = torch.optim.AdamW(restored.parameters())
 restored_optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
 
+next_batch = next(iter(loaders()[0]))
 for each_model, each_optimizer in ((model, optimizer), (restored, restored_optimizer)):
     each_optimizer.zero_grad()
-    calc_loss_batch(*first_batches[0], each_model).backward()
+    calc_loss_batch(*next_batch, each_model).backward()
     each_optimizer.step()
 assert all(torch.equal(a, b) for a, b in zip(model.parameters(), restored.parameters(), strict=True))
 print("the next training step is the same to the bit")
 
-# %% tags=["jax"]
-np.savez("params.npz", **flatten(trained_jax))
-with np.load("params.npz") as file:
+# %% tags=["jax", "trained"]
+np.savez(OUTPUT / "params.npz", **flatten(trained_jax))
+with np.load(OUTPUT / "params.npz") as file:
     loaded_jax = nest(config, dict(file))
 assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), loaded_jax, trained_jax))
 print("params.npz holds the same arrays")
@@ -984,31 +1075,53 @@ print("params.npz holds the same arrays")
 """
 ## 10. OpenAI's weights
 
-`download_and_load_gpt2` returns the weights of OpenAI's 124M from the cache, or downloads them (498 MB). Without them,
-this section runs the same code on a small checkpoint in OpenAI's format, which it writes itself: the model trained
-above.
+`download_and_load_gpt2` returns the weights of OpenAI's 124M from the cache, or downloads them (498 MB). If they are
+not there, and downloads are forbidden or no server can be reached, this section runs the same code on a small
+checkpoint in OpenAI's format, which it writes itself: the model trained above.
 """
 
 # %%
+import requests
+
+from parity.storage.download import openai_addresses
 from parity.storage.paths import cache_folder, is_offline
 from parity.weights import openai
+from parity.weights.openai_files import model_files
+
+
+def why_not(folder: Path) -> str:
+    """Return why the files of 124M can be neither read nor downloaded; an empty text if they can."""
+    missing = [file.name for file in model_files("124M") if not (folder / file.name).exists()]
+    if not missing:
+        return ""
+    if is_offline():
+        return "GPT_PARITY_OFFLINE forbids downloads"
+    for address in openai_addresses(f"124M/{missing[0]}"):
+        try:
+            with requests.get(address, stream=True, timeout=5) as response:  # of one file, and once: seconds
+                response.raise_for_status()
+                return ""
+        except requests.RequestException as error:
+            problem = f"{address} cannot be reached: {error}"
+    return problem
+
 
 models_dir = cache_folder() / "models"
-try:
-    if is_offline() and not (models_dir / "124M" / "hparams.json").is_file():
-        raise InputError("GPT_PARITY_OFFLINE forbids downloads")
+reason = why_not(models_dir / "124M")
+if not reason:
     settings, params = download_and_load_gpt2("124M", models_dir)
     gpt2_tokenizer = load_tokenizer("gpt2", models_dir / "124M" / "vocab.bpe")
     prompt = "Every effort moves you"
     print("These are OpenAI's weights.")
-except InputError:
-    openai.write(Path("gpt2/small"), config, flatten(trained))
-    small_config, tensors = openai.read(Path("gpt2/small"))
+else:
+    folder = OUTPUT / "gpt2" / "small"
+    openai.write(folder, config, flatten(trained))
+    small_config, tensors = openai.read(folder)
     settings, params = openai.hparams(small_config), nest(small_config, tensors)
     gpt2_tokenizer = tokenizer
     prompt = SETTINGS["start_context"]
-    print("OpenAI's 124M is not here and cannot be downloaded.")
-    print("These are the weights of the model trained above, in OpenAI's format:", *sorted(os.listdir("gpt2/small")))
+    print(f"OpenAI's 124M is not in the cache: {reason}.")
+    print("These are the weights of the model trained above, in OpenAI's format:", *sorted(os.listdir(folder)))
 print(settings)
 
 gpt2_cfg = {
@@ -1026,7 +1139,7 @@ gpt_torch.load_weights_into_gpt(theirs, params)
 idx = np.array([gpt2_tokenizer.encode(prompt)])
 options = {"max_new_tokens": 16, "context_size": 32, "top_k": 50, "temperature": 1.0}
 sampled = gpt_torch.generate(theirs, torch.tensor(idx), **options).numpy()
-print(gpt2_tokenizer.decode(sampled[0]))
+print(repr(gpt2_tokenizer.decode(sampled[0])))
 
 # %% tags=["torch"]
 gpt = GPTModel(gpt2_cfg)
@@ -1052,7 +1165,7 @@ at the token before: the mean of the diagonal below the main one.
 The logit lens decodes the residual stream after each layer with the output head, as if the model ended there.
 """
 
-# %%
+# %% tags=["trained"]
 from parity.interpret import logit_lens
 
 tokens = np.array([tokenizer.encode(text[split : split + config.n_ctx])])
@@ -1089,9 +1202,15 @@ assert lens_losses[f"blocks.{config.n_layer - 1}.resid_post"] < lens_losses["emb
 To teach the trained model another kind of text, not all weights need to change. LoRA leaves a matrix W [in, out] as it
 is and trains two thin ones: x (W + A B), with A [in, R] and B [R, out]. B starts as zero, so the model starts as it
 was; without the adapter it is the old model again. The new text is the old one in capital letters.
+
+Our adapters are written in the files of the package peft, which both packages read, and their logits are compared with
+ours, within 1e-4 of the largest one, a tolerance that we chose.
 """
 
 # %%
+from parity.weights import peft_files
+from parity.weights.adapters import LoraConfig
+
 RANK = 8
 capitals = [DataLoader(GPTDatasetV1(part.upper(), tokenizer, config.n_ctx, config.n_ctx), 32, True, 7)
             for part in (text[:split], text[split:])]  # fmt: skip
@@ -1102,6 +1221,26 @@ A = [
     {name: lora_rng.normal(size=(width, RANK)).astype(np.float32) / math.sqrt(width) for name, width in widths.items()}
     for widths in [{"c_attn": config.n_embd, "c_fc": config.n_embd}] * config.n_layer
 ]
+
+
+def write_adapters(adapters):
+    """Write adapters in peft's files, as the package has them with its targets q, k, v and mlp.in.
+
+    adapters: for each layer {"c_attn": {"A": [3, in, R], "B": [3, R, D]}, "c_fc": {"A": [in, R], "B": [R, F]}}
+    """
+    arrays = {}
+    for layer, adapter in enumerate(adapters):
+        c_attn, c_fc = (jax.tree.map(as_numpy, adapter[name]) for name in ("c_attn", "c_fc"))
+        separate = np.einsum("ij,irk->irjk", np.eye(3, dtype=np.float32), c_attn["B"])  # q, k and v have their own
+        prefix = f"base_model.model.transformer.h.{layer}"
+        arrays |= {
+            f"{prefix}.attn.c_attn.lora_A.weight": c_attn["A"].swapaxes(1, 2).reshape(3 * RANK, -1),
+            f"{prefix}.attn.c_attn.lora_B.weight": separate.reshape(3 * RANK, -1).T,
+            f"{prefix}.mlp.c_fc.lora_A.weight": c_fc["A"].T,
+            f"{prefix}.mlp.c_fc.lora_B.weight": c_fc["B"].T,
+        }
+    lora = LoraConfig(rank=RANK, alpha=RANK, targets=("q", "k", "v", "mlp.in"))  # alpha / rank is a factor of A B
+    peft_files.write(OUTPUT / "adapter", config, peft_files.Adapter(lora, arrays))
 
 
 # %% tags=["torch"]
@@ -1116,51 +1255,83 @@ class LinearWithLoRA(nn.Module):
         return self.linear(x) + x @ self.A @ self.B
 
 
-tuned = GPTModel(GPT_CONFIG)
+QKV = ("W_query", "W_key", "W_value")
+base, tuned = GPTModel(GPT_CONFIG), GPTModel(GPT_CONFIG)
+load_weights_into_gpt(base, trained)
 load_weights_into_gpt(tuned, trained)
 tuned.requires_grad_(False)
 for block, matrices in zip(tuned.trf_blocks, A, strict=True):
-    for name in ("W_query", "W_key", "W_value"):
+    for name in QKV:
         setattr(block.att, name, LinearWithLoRA(getattr(block.att, name), matrices["c_attn"]))
     block.ff.layers[0] = LinearWithLoRA(block.ff.layers[0], matrices["c_fc"])
+tokens = torch.tensor(lora_test[0][0])
+assert torch.equal(tuned(tokens), base(tokens)), "the model starts as it was, to the bit"
+
 adapters = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
-before = sum(calc_loss_batch(*batch, tuned).item() for batch in lora_test) / len(lora_test)
+before = calc_loss_loader(lora_test, tuned)
 lora_optimizer = torch.optim.AdamW(adapters, lr=1e-2, weight_decay=0.0)
 for batch in lora_batches:
     lora_optimizer.zero_grad()
     calc_loss_batch(*batch, tuned).backward()
     lora_optimizer.step()
-after = sum(calc_loss_batch(*batch, tuned).item() for batch in lora_test) / len(lora_test)
+after = calc_loss_loader(lora_test, tuned)
 n_adapter, n_all = (sum(p.numel() for p in parameters) for parameters in (adapters, model.parameters()))
 print(f"{n_adapter:,} trained parameters beside {n_all:,}; loss on capitals: {before:.2f} -> {after:.2f}")
 assert after < before - 0.5
-assert torch.equal(tuned.tok_emb.weight, torch.tensor(trained["wte"]))  # the base is as it was
+
+trained_adapters = [
+    {
+        "c_attn": {matrix: torch.stack([getattr(getattr(block.att, name), matrix) for name in QKV]) for matrix in "AB"},
+        "c_fc": {matrix: getattr(block.ff.layers[0], matrix) for matrix in "AB"},
+    }
+    for block in tuned.trf_blocks
+]
+write_adapters(trained_adapters)
+gpt_torch.load_adapter(theirs_torch, OUTPUT / "adapter")
+with torch.no_grad():
+    theirs = theirs_torch(tokens)
+    check("logits with adapters", tuned(tokens), theirs, bound=1e-4 * theirs.abs().max().item())
+
+for block in tuned.trf_blocks:  # without the adapters
+    for name in QKV:
+        setattr(block.att, name, getattr(block.att, name).linear)
+    block.ff.layers[0] = block.ff.layers[0].linear
+weights, base_weights = tuned.state_dict(), base.state_dict()
+assert weights.keys() == base_weights.keys()
+assert all(torch.equal(weights[name], base_weights[name]) for name in weights), "the old model again, to the bit"
 
 
 # %% tags=["jax"]
-@jax.jit
-def lora_loss(adapters, params, inputs, targets):
+def with_adapters(params, adapters):
+    """Return the parameters with A B added to the matrices."""
     blocks = []
     for block, adapter in zip(params["blocks"], adapters, strict=True):
         c_attn, c_fc = block["attn"]["c_attn"], block["mlp"]["c_fc"]
-        # In PyTorch, queries, keys and values have an A of their own each, which starts from the same numbers.
-        attn_A = jnp.stack(adapter["c_attn"]["A"])  # [3, in, R]
-        change = jnp.concatenate(list(attn_A @ adapter["c_attn"]["B"]), axis=-1)  # [in, 3 D]
-        attn = block["attn"] | {"c_attn": c_attn | {"w": c_attn["w"] + change}}
+        change = adapter["c_attn"]["A"] @ adapter["c_attn"]["B"]  # [3, in, D]
+        attn = block["attn"] | {"c_attn": c_attn | {"w": c_attn["w"] + jnp.concatenate(list(change), axis=-1)}}
         change = adapter["c_fc"]["A"] @ adapter["c_fc"]["B"]
         mlp = block["mlp"] | {"c_fc": c_fc | {"w": c_fc["w"] + change}}
         blocks.append(block | {"attn": attn, "mlp": mlp})
-    return calc_loss_batch_jax(params | {"blocks": blocks}, inputs, targets)
+    return params | {"blocks": blocks}
 
 
-D = config.n_embd
+@jax.jit
+def lora_loss(adapters, params, inputs, targets):
+    return calc_loss_batch_jax(with_adapters(params, adapters), inputs, targets)
+
+
+# In PyTorch, queries, keys and values have an A of their own each, which starts from the same numbers.
 adapters_jax = [
     {
-        "c_attn": {"A": jnp.stack([matrices["c_attn"]] * 3), "B": jnp.zeros((3, RANK, D))},
-        "c_fc": {"A": jnp.asarray(matrices["c_fc"]), "B": jnp.zeros((RANK, 4 * D))},
+        "c_attn": {"A": jnp.stack([matrices["c_attn"]] * 3), "B": jnp.zeros((3, RANK, config.n_embd))},
+        "c_fc": {"A": jnp.asarray(matrices["c_fc"]), "B": jnp.zeros((RANK, 4 * config.n_embd))},
     }
     for matrices in A
 ]
+tokens = lora_test[0][0]
+fresh = gpt_model(with_adapters(params_jax, adapters_jax), tokens)
+assert np.array_equal(fresh, gpt_model(params_jax, tokens)), "the model starts as it was, to the bit"
+
 lora_optimizer_jax = optax.adamw(1e-2, weight_decay=0.0)
 opt_state = lora_optimizer_jax.init(adapters_jax)
 before_jax = np.mean([lora_loss(adapters_jax, params_jax, *batch) for batch in lora_test])
@@ -1172,16 +1343,21 @@ after_jax = np.mean([lora_loss(adapters_jax, params_jax, *batch) for batch in lo
 print(f"loss on capitals: {before_jax:.2f} -> {after_jax:.2f}")
 assert abs(before - before_jax) < 1e-4
 assert abs(after - after_jax) < 0.1
+write_adapters(adapters_jax)
+gpt_jax.load_adapter(theirs_jax, OUTPUT / "adapter")
+theirs = theirs_jax(jnp.asarray(tokens, jnp.int32))
+ours = gpt_model(with_adapters(params_jax, adapters_jax), tokens)
+check("logits with adapters", ours, theirs, bound=1e-4 * float(jnp.abs(theirs).max()))
 
 # %% [markdown]
 """
 ## What came out
 """
 
-# %%
-artifacts = ("loss-plot.pdf", "model_and_optimizer.pth", "params.npz")
-assert all(Path(name).stat().st_size > 1000 for name in artifacts)
-print("files in the working folder:", *artifacts)
+# %% tags=["trained"]
+files = sorted(path.relative_to(OUTPUT).as_posix() for path in OUTPUT.rglob("*") if path.is_file())
+assert {"config.json", "loss-plot.pdf", "model.pth", "model_and_optimizer.pth", "params.npz"} < set(files)
+print(f"files in the folder {OUTPUT}:", *files)
 print(
     f"validation loss {final_loss:.3f} in torch and {final_loss_jax:.3f} in jax, below the bigram model's {bigram:.3f}"
 )

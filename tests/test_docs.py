@@ -15,6 +15,7 @@ import zlib
 from pathlib import Path
 
 import eval_harness
+import jupytext
 import numpy as np
 import pytest
 import tyro
@@ -34,17 +35,27 @@ from parity.training.settings import RECIPES, TrainSettings
 from parity.weights import huggingface, initial_weights, openai, openai_files, peft_files
 from parity.weights.adapters import initial_adapter
 
-PAGES = [ROOT / "README.md", *ROOT.glob("CONTRIBUTING.md"), *sorted((ROOT / "docs").rglob("*.md"))]
+NOTEBOOKS = [ROOT / "docs" / "notebook.py", *sorted((ROOT / "docs" / "notebooks").glob("*.py"))]
+PAGES = [ROOT / "README.md", *ROOT.glob("CONTRIBUTING.md"), *sorted((ROOT / "docs").rglob("*.md")), *NOTEBOOKS]
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if path.stem != "parity_hf")
-TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
-PROGRAMS = "python|make|srun|torchrun|pip|git|sbatch|kubectl|pre-commit|[A-Z][A-Z_]+=\\S+ python"
+PROGRAMS = "python|make|srun|torchrun|pip|git|sbatch|kubectl|pre-commit|source|jupyter|[A-Z][A-Z_]+=\\S+ python"
 LAST_STEP = "000060"
 # Commands for training that need neither a GPU nor minutes. Both scripts read their options in parity.training.args.
 TRAINED = ("--init-from 124M", "--run runs/NAME --resume")
 TUNED = ("--backend", "torch", "--n-layer", 1, "--n-embd", 16, "--steps", 2, "--eval-items", 2, "--sample-tokens", 2)
 # Executed as shown, on small files; other scripts' commands are parsed, and executed by tests of their own.
 EXECUTED = ("generate", "convert", "prepare_data", "plan", "runs", "cache")
+
+
+def read(page):
+    """Return the text of a page; that of a notebook is in its Markdown cells."""
+    if page in NOTEBOOKS:
+        return "\n\n".join(cell.source for cell in jupytext.read(page).cells if cell.cell_type == "markdown")
+    return page.read_text(encoding="utf-8")
+
+
+TEXT = {page: read(page) for page in PAGES}
 
 
 def fragments(page, language):
@@ -127,14 +138,20 @@ def check_command(line, monkeypatch, parse_only=True):
         case ["make", *targets]:
             known = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             assert {target for target in targets if "=" not in target} <= set(known), line
+            for extras in (target.partition("EXTRAS=")[2] for target in targets if "EXTRAS=" in target):
+                assert set(extras.split(",")) <= EXTRAS, line
             for options in (target.removeprefix("ARGS=") for target in targets if target.startswith("ARGS=")):
                 assert targets[0] == "train", line
                 run_main("scripts/train_jax.py", shlex.split(options), monkeypatch, parse_only=True)
         case ["pip", "install", package]:
             [extras] = re.findall(r"^\.\[([\w,]+)\]$", package)
             assert set(extras.split(",")) <= EXTRAS, line
-        case ["python", "-m", "build"] | ["pip", "install", "pre-commit", *_]:
+        case ["python", "-m", "build"] | ["pip", "install", "pre-commit", *_] | ["source", ".venv/bin/activate"]:
             pass
+        case ["pip", "install", "--constraint", "constraints.txt", "jupyterlab"]:
+            pass
+        case ["jupyter", "lab", notebook]:
+            assert (ROOT / notebook).is_file(), line
         case ["sbatch", file] | ["kubectl", "apply", "-f", file]:
             assert (ROOT / file).is_file(), line
         case []:

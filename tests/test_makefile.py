@@ -88,8 +88,12 @@ def test_a_driver_for_cuda_13_selects_it(answer, tmp_path):
     chosen = commands("train", answer, tmp_path, "EXTRAS=jax")
     assert extras(chosen) == ["jax"]
     assert "--device" not in chosen
-    assert "NVIDIA" not in chosen
+    assert chosen.count("without the extra cuda13 JAX uses the CPU alone") == 2  # when it installs, and at each start
     assert extras(commands("test", answer, tmp_path, "TEST_EXTRAS=jax")) == ["jax"]
+    own = commands("train", answer, tmp_path, "EXTRAS=jax,torch,cuda13")
+    assert extras(own) == ["jax,torch,cuda13"]
+    assert "JAX for CUDA 13" in own
+    assert "--device gpu" in own
 
 
 def test_a_driver_that_is_too_old_is_named(tmp_path):

@@ -30,16 +30,16 @@ print("it was " "executed")
 def build(source, target, *options):
     """Build a site as `make docs` does; returns the exit status and what was printed."""
     command = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", *options, source, target]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=1700)
     return SimpleNamespace(status=done.returncode, output=done.stdout + done.stderr)
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The site without the outputs of the notebooks, which have tests of their own."""
+    """The site with all notebooks executed, which takes minutes."""
     pytest.importorskip("sphinx", reason="needs the extra docs")
     folder = tmp_path_factory.mktemp("site")
-    result = build(ROOT / "docs", folder, "-D", "nb_execution_mode=off")
+    result = build(ROOT / "docs", folder)
     assert result.status == 0, result.output
     assert not result.output
     return folder
@@ -79,6 +79,16 @@ def test_every_page_of_the_documentation_is_in_the_site(site):
     sidebar = (site / "index.html").read_text()
     for page in pages - {Path("index.html")}:
         assert f'href="{page}"' in sidebar, page
+
+
+def test_notebooks_show_what_they_print_and_draw(site):
+    sources = [ROOT / "docs" / "notebook.py", *(ROOT / "docs" / "notebooks").glob("*.py")]
+    notebooks = [path.relative_to(ROOT / "docs").with_suffix(".html") for path in sources]
+    assert len(notebooks) > 5
+    for name in notebooks:
+        page = (site / name).read_text()
+        assert 'class="cell_output' in page, name
+        assert "_images/" in page, name
 
 
 @needs_browser

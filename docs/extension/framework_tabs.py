@@ -12,7 +12,7 @@ LABELS = {"tag_torch": "PyTorch", "tag_jax": "JAX"}
 
 
 def label(node: nodes.Node) -> str | None:
-    """Return the label of the tab that a node belongs into, or None if it is no cell of a framework."""
+    """Return the label of the tab that a node belongs in, or None if it is no cell of a framework."""
     if not isinstance(node, nodes.container) or "cell" not in node["classes"]:
         return None
     return next((LABELS[name] for name in node["classes"] if name in LABELS), None)

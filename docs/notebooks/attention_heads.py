@@ -23,9 +23,10 @@ the second layer looks for the position that has the present token as its predec
 
 What should come out:
 
-- the loss of the repeated part falls from ln 32 = 3.47 nats per token to less than 0.2, most of it in a hundred steps;
-- at the same time heads of the second layer become induction heads, and a head of the first layer attends to the
-  previous token;
+- the loss of the repeated part falls from ln 32 = 3.47 nats per token to less than 0.2, more than half of it within
+  200 of the 1000 steps;
+- at that time the first head of the second layer becomes an induction head; in the end there are several, and a head of
+  the first layer attends to the previous token;
 - without the induction heads the loss is high again; without the other heads of their layer it is not;
 - without the head that attends to the previous token, the induction heads no longer find their place;
 - PyTorch computes the same scores and losses from the same weights.
@@ -57,7 +58,8 @@ from parity.training.settings import TrainSettings
 
 Each row is a random list of different tokens, repeated until the row is full. The length of the list differs from
 row to row, so the model cannot learn a fixed distance: it has to look for the previous occurrence of a token. The
-first pass through the list cannot be predicted, and its targets do not count in the loss.
+first pass through the list cannot be predicted, and its targets do not count in the loss. (Of the positions before any
+repetition only the last one counts. Nothing there says that the list ends, but its target is always the first token.)
 """
 
 # %%
@@ -140,6 +142,9 @@ steps, losses, induction, previous = map(np.array, zip(*history, strict=True))
 chance = math.log(config.n_vocab)
 assert abs(losses[0] - chance) < 0.2, "an untrained model guesses"
 assert losses[-1] < 0.2, "the model has learned to continue the list"
+falls = losses[:-8] - losses[8:]  # within 200 steps
+print(f"steps {steps[falls.argmax()]} to {steps[falls.argmax() + 8]}: the loss falls by {falls.max():.2f}")
+assert falls.max() > 0.5 * (losses[0] - losses[-1]), "more than half of the fall is within 200 steps"
 
 # %% [markdown]
 """
@@ -155,7 +160,10 @@ heads = [head for head in range(config.n_head) if induction[-1][1, head] > 0.3]
 others = [head for head in range(config.n_head) if head not in heads]
 first = int(previous[-1][0].argmax())
 print(f"induction heads: {heads} of layer 1; previous-token head: {first} of layer 0")
-assert heads, "there are induction heads"
+assert len(heads) > 1, "there are induction heads"
+appears = steps[(induction[:, 1].max(axis=-1) > 0.3).argmax()]
+print(f"the first induction head appears at step {appears}")
+assert steps[falls.argmax()] <= appears <= steps[falls.argmax() + 8], "it appears while the loss falls"
 assert others, "not every head is one"
 assert induction[-1][0].max() < 0.3, "none is in the first layer: an induction head needs a layer before it"
 assert induction[-1][1, others].max() < 0.2, "the others of the layer do something else"
@@ -214,7 +222,7 @@ print(f"all heads:                        {intact:.3f} nats per token")
 print(f"without the induction heads:      {without_induction:.3f}")
 print(f"without the others of that layer: {without_others:.3f}")
 assert without_induction > intact + 2, "without the induction heads the model fails"
-assert without_others - intact < 0.5 * (without_induction - intact), "the others matter less"
+assert without_others < intact + 0.5, "without the others it is nearly as good"
 
 # %% [markdown]
 """

@@ -14,9 +14,10 @@
 """
 # Many devices on one CPU
 
-JAX can pretend that a CPU is eight devices. They are slow, but they compute exactly what eight GPUs would compute,
-with the same messages between them. We train one model on several meshes, compare the losses, and look at what each
-device holds and sends. The whole notebook takes about a minute on two CPU cores.
+JAX can pretend that a CPU is eight devices. They are slow, but they run the same partitioned program as eight GPUs,
+except that XLA chooses some messages differently: on a CPU mostly an all-reduce where a GPU would use a reduce-scatter.
+We train one model on several meshes, compare the losses, and look at what each device holds and sends. The whole
+notebook takes about a minute on two CPU cores.
 
 What should come out:
 
@@ -150,6 +151,7 @@ assert compiled["data=8"]["all-reduce"], "data: gradients are summed"
 assert not compiled["data=8"]["all-gather"], "data: nothing is gathered"
 assert compiled["fsdp=8"]["all-gather"], "fsdp: parameters are gathered"
 assert compiled["tensor=4"]["all-reduce"], "tensor: activations are summed"
+assert compiled["fsdp=8"]["reduce-scatter"] < compiled["fsdp=8"]["all-reduce"], "fsdp: gradients are mostly all-reduced"
 
 figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
 places = np.arange(len(MESHES))
@@ -165,7 +167,7 @@ plt.show()
 ## Another number of devices
 
 A checkpoint does not depend on the mesh: each device writes its shard, and any mesh can read them. We train four
-steps on eight devices, save, and make the other four on one device.
+steps on eight devices, save, and run the other four on one device.
 """
 
 # %%

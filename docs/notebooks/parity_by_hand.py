@@ -21,7 +21,8 @@ report find the place of each. The whole notebook takes about a minute on two CP
 What should come out:
 
 - in float64 the thirty lines equal the reference of the package to 1e-12;
-- in float32 no two implementations are equal, but every activation of each is within the bound that rounding allows;
+- in float32 no two of the three are equal to the bit, but every activation of each is within the bound that rounding
+  allows;
 - each planted error is reported at the activation where it was planted, even one that changes no logit by more than
   1e-4;
 - gradients, AdamW updates, losses, cached decoding and sampled tokens of PyTorch and JAX pass as well.
@@ -47,7 +48,7 @@ from parity.training.settings import recipe
 ## GPT-2 in thirty lines
 
 The names of the weights are those of Hugging Face, and the names of the activations are those of both models
-(`parity/taps.py`). Every function that we will later replace by a wrong one is an argument.
+(`parity/taps/names.py`). Every function that we will later replace by a wrong one is an argument.
 """
 
 
@@ -164,9 +165,12 @@ assert first_failure(rows) is None, verdict(rows)
 assert any(row.difference > 0 for row in rows), "they are not equal to the bit"
 assert any(row.share > 0.01 for row in rows), "the bounds are near to what happens"
 
-correct = report(third(forward), jax, "activations")
-print(f"\nby hand against jax: {verdict(correct)}")
-assert first_failure(correct) is None, verdict(correct)
+print()
+for model in (torch, jax):
+    correct = report(third(forward), model, "activations")
+    print(f"by hand against {model.name}: {verdict(correct)}")
+    assert first_failure(correct) is None, verdict(correct)
+    assert any(row.difference > 0 for row in correct), "these are not equal either"
 
 # %% [markdown]
 """

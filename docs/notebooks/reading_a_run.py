@@ -55,8 +55,8 @@ from parity.training.settings import recipe
 """
 ## A run
 
-On the command line this is `python scripts/train_torch.py --n-layer 2 --n-embd 96 ...`, or `train_jax.py`. The function
-below does what these scripts do.
+On the command line this is `python scripts/train_torch.py --n-layer 2 --n-embd 96` with a few more options, or the same
+with `train_jax.py`. The function below does what these scripts do.
 """
 
 # %%
@@ -183,7 +183,7 @@ assert texts[0] == texts[1], "both frameworks read the checkpoint and write the 
 ## A damaged checkpoint
 
 In a copy of the run we flip one bit of the newest weights. The run then resumes from the checkpoint before it, says
-so, and makes the last hundred steps again. Its numbers are those of the run that was never interrupted, to the bit.
+so, and repeats the last hundred steps. Its numbers are those of the run that was never interrupted, to the bit.
 """
 
 # %%
