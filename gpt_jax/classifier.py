@@ -58,6 +58,7 @@ def add_classifier(model: Any, classifier: ClassifierConfig, seed: int = 0) -> N
 
 def classifier_config(model: Any) -> ClassifierConfig | None:
     """Return the options of a model's classification head, or None if it has none."""
+    config_of(model)  # raises for another class
     return getattr(model, "classifier", None)
 
 

@@ -20,7 +20,7 @@ from gpt_jax.decoding import Cache, DecodingModel, for_decoding
 from gpt_jax.model import GPTModel, LayerCache
 from gpt_jax.sampling import choose
 from parity.generation import Chunk, Request, RowInputs, check_finite
-from parity.sampling import ActiveRules
+from parity.sampling import ActiveRules, seen_tokens
 
 SMALLEST_GROWTH = 128
 """Smallest number of slots by which a cache grows."""
@@ -102,7 +102,7 @@ def run(model: GPTModel | DecodingModel, request: Request, steps_per_call: int) 
     growth = cache_growth(decoder, B)
     cache_length = min(request.cache_length, P // growth * growth + growth)
     weights = FlatModel.of(decoder)
-    seen = request.seen(decoder.config.n_vocab)
+    seen = seen_tokens(request.prompts, decoder.config.n_vocab, request.active)
     state = _start(weights, request.tokens, seen, inputs, cache_length=cache_length, static=static)
     last_cached = request.n_cached_steps + 1
     first, done = 0, 0  # numbers of new tokens: before this segment, and in it

@@ -108,6 +108,7 @@ def add_lora(model: Any, lora: LoraConfig, seed: int = 0) -> None:
 
 def lora_config(model: Any) -> LoraConfig | None:
     """Return the options of a model's adapters, or None if it has none."""
+    config_of(model)  # raises for another class
     return getattr(model, "lora", None)
 
 

@@ -1,9 +1,8 @@
 """GPT-2 in Flax NNX. gpt_torch/model.py is the same model in PyTorch, line by line where possible.
 
-Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and OpenAI's
-code (openai/gpt-2, src/model.py). Axis letters: parity/config.py. The model computes in the dtype
-of its parameters, except that LayerNorm, softmax and logits are computed in float32 at least. Modules
-are plain pytrees: use jax.jit, jax.grad and optax on them directly.
+Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and OpenAI's code (openai/gpt-2,
+src/model.py). Axis letters: parity/config.py. The model computes in the dtype of its parameters, except that LayerNorm,
+softmax and logits are computed in float32 at least. Modules are pytrees, for jax.jit, jax.grad and optax as they are.
 """
 
 import math
@@ -16,7 +15,7 @@ from flax import nnx
 from jax import Array
 
 from gpt_jax.arrays import add_axes, at_least_float32, check_ids, dropout, merge_heads, split_key, widened
-from gpt_jax.weights import load_weights
+from gpt_jax.weights import config_of, floating_dtype, load_weights
 from parity import taps
 from parity.config import LAYER_NORM_EPS, GPTConfig, as_config
 from parity.errors import InputError, check_choice
@@ -296,12 +295,6 @@ def cast(model: GPTModel, dtype: Any) -> GPTModel:
     Raises:
         InputError: If the dtype is not a floating-point dtype, and for float64 without jax_enable_x64.
     """
-    try:
-        dtype = jnp.dtype(dtype)
-    except TypeError:
-        raise InputError(f"dtype {dtype!r:.60} is unknown; give float32, bfloat16, float16 or float64") from None
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise InputError(f"dtype {dtype}: a model needs a floating-point dtype, such as float32 or bfloat16")
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise InputError(f"dtype {dtype} needs jax_enable_x64; without it JAX would compute in float32")
+    config_of(model)  # raises for another class
+    dtype = floating_dtype(dtype)
     return jax.tree.map(lambda a: a.astype(dtype), model)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -20,6 +21,21 @@ def config_of(model: Any) -> GPTConfig:
     if not isinstance(model, nnx.Module) or not isinstance(config, GPTConfig):
         raise InputError(f"model: a gpt_jax.GPTModel is needed, got {type(model).__module__}.{type(model).__name__}")
     return config
+
+
+def floating_dtype(dtype: Any) -> Any:
+    """The floating-point dtype of this name; raises InputError for others, and for float64 without jax_enable_x64."""
+    try:
+        known = None if dtype is None else jnp.dtype(dtype)  # NumPy takes None for float64
+    except TypeError:
+        known = None
+    if known is None:
+        raise InputError(f"dtype {dtype!r:.60} is unknown; give float32, bfloat16, float16 or float64")
+    if not jnp.issubdtype(known, jnp.floating):
+        raise InputError(f"dtype {known}: a model needs a floating-point dtype, such as float32 or bfloat16")
+    if jax.dtypes.canonicalize_dtype(known) != known:
+        raise InputError(f"dtype {known} needs jax_enable_x64; without it JAX would compute in float32")
+    return known
 
 
 def parameters(model: nnx.Module) -> dict[str, nnx.Param]:

@@ -11,7 +11,7 @@ from gpt_torch.model import GPTModel
 from gpt_torch.modes import eval_mode, require_values, unwrap
 from gpt_torch.sampling import choose
 from parity.generation import Chunk, Request, RowInputs, check_finite, pick_prompts, prepare, running_tokens
-from parity.sampling import GenerateOptions, RowOptions
+from parity.sampling import GenerateOptions, RowOptions, seen_tokens
 
 
 @overload
@@ -162,7 +162,7 @@ def run(model: GPTModel, request: Request) -> Iterator[Chunk]:
     C = request.context_size
     n_kept = max(P, C)  # number of tokens of the text to keep; stop sequences are not longer than P
     noise = inputs.uniforms  # [B, segment]
-    in_prompts = request.seen(model.config.n_vocab)
+    in_prompts = seen_tokens(request.prompts, model.config.n_vocab, request.active)
     seen = None if in_prompts is None else torch.from_numpy(in_prompts).to(device)  # [B, V]
     lengths = torch.zeros(B, dtype=torch.int32, device=device)
     ended = inputs.max_new_per_row == 0

@@ -11,6 +11,7 @@ Comments, einsums, the weight table and the sharding rules all use the same lett
 """
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -74,8 +75,9 @@ class GPTConfig:
             raise InputError(
                 f"config: n_embd={self.n_embd} is not divisible by n_head={self.n_head}; every head has the same width"
             )
-        if not 0.0 <= self.drop_rate < 1.0:
-            raise InputError(f"config: drop_rate must be in [0, 1), got {self.drop_rate!r}")
+        is_number = isinstance(self.drop_rate, numbers.Real) and not isinstance(self.drop_rate, bool)
+        if not is_number or not 0.0 <= self.drop_rate < 1.0:
+            raise InputError(f"config: drop_rate must be a number in [0, 1), got {self.drop_rate!r}")
         for name in ("qkv_bias", "tied_head"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"config: {name} must be true or false, got {getattr(self, name)!r}")
@@ -196,11 +198,15 @@ def as_config(config: "GPTConfig | Mapping[str, Any] | str") -> GPTConfig:
         if config not in PRESETS:
             raise InputError(f"unknown preset {config!r}; choose one of {', '.join(PRESETS)}")
         return PRESETS[config]
+    if not isinstance(config, Mapping):
+        raise InputError(f"config: a GPTConfig, the name of a preset or a dict is needed, got {config!r:.60}")
+    if twice := [f"{key} and {name}" for key, name in NOTEBOOK_NAMES.items() if {key, name} <= config.keys()]:
+        raise InputError(f"config: {twice[0]} are the same; give one of them")
     renamed = {NOTEBOOK_NAMES.get(key, key): value for key, value in config.items()}
     if NOTEBOOK_NAMES.keys() & config.keys():
         renamed.setdefault("tied_head", False)
     known = {field.name for field in dataclasses.fields(GPTConfig)}
-    if unknown := sorted(renamed.keys() - known):
+    if unknown := sorted(renamed.keys() - known, key=str):
         raise InputError(f"config: unknown keys {unknown}; known are {sorted(known)}")
     return GPTConfig(**renamed)
 

@@ -106,15 +106,6 @@ class Request:
         """Random numbers float32 [B, segment] of the new tokens from number `first` on."""
         return uniforms(self.seeds, self.noise_rows, [len(prompt) + first for prompt in self.prompts], self.segment)
 
-    def seen(self, n_vocab: int) -> np.ndarray | None:
-        """The tokens of each complete prompt, bool [B, V], if a repetition penalty needs them."""
-        if not self.active.repetition_penalty:
-            return None
-        seen = np.zeros((len(self.prompts), n_vocab), bool)
-        for row, prompt in zip(seen, self.prompts, strict=True):
-            row[prompt] = True
-        return seen
-
     def result(self, chunks: Sequence[Chunk]) -> Any:
         """Return what generate() returns for all chunks of a loop, with a NumPy array in place of the backend's."""
         none = np.zeros((len(self.prompts), 0), np.int32)
@@ -182,10 +173,9 @@ def prepare(
     shared = {name: value for name, value in given.items() if name in SamplingOptions.__optional_keys__}
     check_options(defaults | shared, config.n_vocab)
     per_prompt = given.get("per_prompt", [{}] * len(token_lists))
-    if len(per_prompt) != len(token_lists):
-        raise InputError(
-            f"per_prompt has {len(per_prompt)} entries for {len(token_lists)} prompts; give one per prompt"
-        )
+    if not isinstance(per_prompt, Sequence) or len(per_prompt) != len(token_lists):
+        n_prompts = len(token_lists)
+        raise InputError(f"per_prompt must be a list of {n_prompts} dicts, one per prompt, got {per_prompt!r:.60}")
     rows = []
     for number, own in enumerate(per_prompt):
         where = f"per_prompt[{number}]: "

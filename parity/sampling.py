@@ -18,7 +18,7 @@ import hashlib
 import math
 import operator
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
@@ -143,7 +143,7 @@ def check_options(options: Mapping[str, Any], n_vocab: int, where: str = "") -> 
             options, "repetition_penalty", 1.0, 1e-3, 1e3, "in [0.001, 1000] (1 changes nothing)", where
         ),
         "eos_id": None if eos_id < 0 else eos_id,
-        "stop": [_check_stop(sequence, n_vocab, where) for sequence in options.get("stop", ())],
+        "stop": _check_stops(options.get("stop", ()), n_vocab, where),
         "seed": integer(options, "seed", 0, 0, 2**64 - 1, "", where),
         "row": integer({"row": row}, "row", 0, 0, 2**64 - 1, "; or it is a text", where),
         "max_new_tokens": integer(options, "max_new_tokens", 1, 1, 2**31 - 1, "", where),
@@ -170,6 +170,16 @@ def row_options(checked: Sequence[Mapping[str, Any]], n_vocab: int) -> tuple[Row
     )
 
 
+def seen_tokens(prompts: Sequence[Sequence[int]], n_vocab: int, active: ActiveRules) -> np.ndarray | None:
+    """Return the tokens of each prompt, bool [B, V], which a repetition penalty needs; None if no row has one."""
+    if not active.repetition_penalty:
+        return None
+    seen = np.zeros((len(prompts), n_vocab), bool)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[list(prompt)] = True
+    return seen
+
+
 def refuse_unknown(options: Mapping[str, Any], known: Any, where: str = "") -> None:
     """Check that all options are known.
 
@@ -181,10 +191,11 @@ def refuse_unknown(options: Mapping[str, Any], known: Any, where: str = "") -> N
     Raises:
         InputError: For an option that `known` does not declare.
     """
-    if unknown := sorted(options.keys() - known.__optional_keys__):
-        raise InputError(
-            f"{where}unknown option {', '.join(unknown)}; the options are {', '.join(sorted(known.__optional_keys__))}"
-        )
+    if not isinstance(options, Mapping):
+        raise InputError(f"{where}a dict of options is needed, got {options!r:.60}")
+    if unknown := sorted(options.keys() - known.__optional_keys__, key=str):
+        names = ", ".join(sorted(known.__optional_keys__))
+        raise InputError(f"{where}unknown option {', '.join(map(str, unknown))}; the options are {names}")
 
 
 def integer(
@@ -239,6 +250,12 @@ def number(
     if not low <= value <= high:
         raise InputError(f"{where}{name} must be {text}, got {options[name]!r}")
     return value
+
+
+def _check_stops(sequences: Any, n_vocab: int, where: str) -> list[list[int]]:
+    if not isinstance(sequences, Iterable):
+        raise InputError(f"{where}stop must be a list of sequences of token ids, got {sequences!r:.60}")
+    return [_check_stop(sequence, n_vocab, where) for sequence in sequences]
 
 
 def _check_stop(sequence: Sequence[int], n_vocab: int, where: str) -> list[int]:

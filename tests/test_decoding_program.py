@@ -16,6 +16,7 @@ from gpt_jax.generation_loop import FlatModel, StaticOptions, _cached_loop, _sta
 from gpt_jax.model import GPTModel, cast
 from gpt_jax.sampling import bisect, in_order, search_digits
 from parity.generation import prepare
+from parity.sampling import seen_tokens
 
 EVERY_RULE = {"top_k": 7, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1, "temperature": 0.8, "eos_id": 3}
 
@@ -28,7 +29,7 @@ def lowered_loop(options, platform):
     inputs = jax.tree.map(jnp.asarray, request.inputs)
     state = jax.eval_shape(
         lambda *arguments: _start(*arguments, cache_length=32, static=static),
-        weights, request.tokens, request.seen(TINY.n_vocab), inputs,
+        weights, request.tokens, seen_tokens(request.prompts, TINY.n_vocab, request.active), inputs,
     )  # fmt: skip
     traced = _cached_loop.trace(weights, state, inputs, np.int32(9), static=static)
     return traced.lower(lowering_platforms=(platform,)).as_text(), len(jax.tree.leaves(state))

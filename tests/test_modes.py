@@ -84,11 +84,24 @@ def test_what_is_no_model_is_refused_by_its_class(package):
             lambda model: package.generate(model, [[1]], 1),
             lambda model: package.run_with_cache(model, INPUTS),
             package.export_weights,
+            package.merge,
+            lambda model: package.cast(model, "float32"),
+            lambda model: package.classify(model, [[1]]),
+            lambda model: package.save_classifier(model, "folder"),
+            lambda model: package.save_adapter(model, "folder"),
+            lambda model: package.save_pretrained(model, "folder"),
         ):
             with pytest.raises(
                 InputError, match=rf"a {package.__name__}.GPTModel is needed, got .*{type(wrong).__name__}"
             ):
                 function(wrong)
+
+
+@pytest.mark.parametrize("package", [gpt_torch, gpt_jax])
+@pytest.mark.parametrize("dtype", [None, "int8", "float31", 3])
+def test_a_model_has_a_dtype_of_floating_point_numbers(package, dtype):
+    with jax.enable_x64(True), pytest.raises(InputError, match=f"dtype '?{dtype}"):
+        package.cast(model_of(package), dtype)
 
 
 class Loss(torch.nn.Module):

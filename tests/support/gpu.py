@@ -13,6 +13,7 @@ from gpt_jax.gpu_targets import COMPILER_OPTIONS, target
 from gpt_jax.model import GPTModel, cast
 from gpt_jax.sharding import MeshShape
 from parity.generation import prepare
+from parity.sampling import seen_tokens
 
 
 def has_cuda_plugin():
@@ -36,7 +37,7 @@ def compile_decoding(config, batch_size, n_prompt, options, n_slots=None, gpu="H
     growth = cache_growth(decoder, batch_size)
     length = n_slots or min(request.cache_length, n_prompt // growth * growth + growth)
     inputs = jax.tree.map(jnp.asarray, request.inputs)
-    prompts = jnp.asarray(request.tokens), request.seen(config.n_vocab)
+    prompts = jnp.asarray(request.tokens), seen_tokens(request.prompts, config.n_vocab, request.active)
     state = jax.eval_shape(functools.partial(_start, cache_length=length, static=static), weights, *prompts, inputs)
     arguments = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
