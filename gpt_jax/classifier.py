@@ -16,13 +16,13 @@ from jax import Array
 
 from gpt_jax.arrays import at_least_float32
 from gpt_jax.lora import export_adapter, lora_config
-from gpt_jax.loss import Objective
 from gpt_jax.model import GPTModel, Linear
 from gpt_jax.weights import config_of, copy_arrays, load_weights, parameters, to_numpy
 from parity import weights
 from parity.config import is_counted
 from parity.errors import InputError
 from parity.storage.paths import user_path
+from parity.training.objective import Objective
 from parity.tuning.labeled import label_batches
 from parity.weights import classifier_files, peft_files
 from parity.weights.classifier import ClassifierConfig, backbone, head_rows, initial_head

@@ -20,25 +20,7 @@ from jax.sharding import PartitionSpec as P
 from gpt_jax.arrays import at_least_float32, widened
 from gpt_jax.model import GPTModel
 from gpt_jax.sharding import BATCH, RULES
-from parity.config import IGNORE_INDEX, GPTConfig, is_counted
-
-
-def count_targets(targets: Array) -> Array:
-    """Return the number of targets that are not ignored."""
-    return is_counted(targets).sum()
-
-
-class Objective(NamedTuple):
-    """What a trainer minimizes: a sum over the terms of all micro-batches and processes, divided by their number."""
-
-    summed_loss: Callable[..., Array]
-    """(model, inputs, targets, *more, key=, tiling=, mesh=) -> the sum of a micro-batch, a scalar."""
-    n_terms: Callable[[Array], Array] = count_targets
-    """targets -> the number of terms in the sum; rows that only fill a batch have none."""
-    check: Callable[[GPTConfig, np.ndarray], None] = GPTConfig.check_targets
-    """(config, targets) -> None; raises InputError for targets that are not valid."""
-    rows: Callable[..., Array] | None = None
-    """(model, inputs, targets, *more, key=, tiling=, mesh=) -> [B, ...]: what evaluations measure of each row."""
+from parity.config import IGNORE_INDEX, is_counted
 
 
 class Tiling(NamedTuple):

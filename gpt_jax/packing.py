@@ -6,10 +6,11 @@ from jax import Array
 from jax.sharding import Mesh
 
 from gpt_jax.arrays import dropout, split_key
-from gpt_jax.loss import CPU_TILING, Objective, Tiling, head_loss, head_matrix
+from gpt_jax.loss import CPU_TILING, Tiling, head_loss, head_matrix
 from gpt_jax.model import GPTModel
 from parity.errors import check_choice
 from parity.taps import tap
+from parity.training.objective import Objective
 
 
 def packed_loss(

@@ -5,19 +5,17 @@ pair is -log sigmoid(beta * margin), where the margin is how much further the lo
 risen above that of the reference than the log-probability of the rejected response has.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh
 
 from gpt_jax.arrays import at_least_float32, shifted_logsumexp, widened
-from gpt_jax.loss import CPU_TILING, Objective, Tiling, head_matrix, n_chunks
+from gpt_jax.loss import CPU_TILING, Tiling, head_matrix, n_chunks
 from gpt_jax.model import GPTModel
 from parity.config import is_counted
-
-Reduction = Literal["sum", "mean"]
+from parity.training.objective import Objective, Reduction, is_pair
 
 
 def pair_logprobs(
@@ -86,11 +84,6 @@ def preference_losses(logprobs: Array, reference: Array, beta: float) -> Array:
     return -jax.nn.log_sigmoid(beta * margins)
 
 
-def is_pair(targets: Array) -> Array:
-    """targets [..., 2T] -> whether a row is a pair, booleans [...]; other rows only fill a batch."""
-    return is_counted(targets).any(axis=-1)
-
-
 def preference(beta: float, reduction: Reduction = "sum") -> Objective:
     """Return the objective, whose batches are (inputs [B, 2T], targets [B, 2T], reference [B, 2]); see above.
 
@@ -106,7 +99,7 @@ def preference(beta: float, reduction: Reduction = "sum") -> Objective:
         reference: Array,
         key: Array | None = None,
         tiling: Tiling = CPU_TILING,
-        mesh: Mesh | None = None,
+        **_: Any,
     ) -> Array:
         return pair_logprobs(model, inputs, targets, reduction, key, tiling)
 

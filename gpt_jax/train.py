@@ -19,7 +19,7 @@ from gpt_jax.arrays import widened
 from gpt_jax.classifier import add_classifier, label_objective, save_classifier
 from gpt_jax.generate import generate
 from gpt_jax.lora import add_lora, save_adapter
-from gpt_jax.loss import Objective, summed_loss, tiling_for
+from gpt_jax.loss import summed_loss, tiling_for
 from gpt_jax.model import GPTModel, cast
 from gpt_jax.pretrained import save_weights
 from gpt_jax.train_step import TrainState, make_optimizer, make_train_step, with_compute_dtype
@@ -29,6 +29,7 @@ from parity.config import GPTConfig
 from parity.errors import InputError
 from parity.training import optimizer_state
 from parity.training.initial import Base, base_of, check_base, check_classifier, initial_arrays
+from parity.training.objective import Objective
 from parity.training.settings import TrainSettings
 from parity.weights import Row, rows
 from parity.weights.adapters import LoraConfig, adapter_rows
@@ -149,7 +150,7 @@ class Trainer:
         return slice(0, size) if self._mesh is None else sharding.local_rows(size, self._mesh)
 
     def to_device(self, inputs: np.ndarray, targets: np.ndarray, *more: np.ndarray) -> tuple[Array, ...]:
-        self._objective.check(self.config, targets)
+        self._objective.check_batch(self.config, inputs, targets)
         by_rows = [None] * (inputs.ndim - 2) + [sharding.BATCH]
 
         def copy(array: np.ndarray) -> Array:

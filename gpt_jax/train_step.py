@@ -14,9 +14,10 @@ from optax import tree_utils as otu
 from gpt_jax import sharding
 from gpt_jax.arrays import widened
 from gpt_jax.lora import lora_config, with_dropout
-from gpt_jax.loss import CPU_TILING, Objective, Tiling, summed_loss
+from gpt_jax.loss import CPU_TILING, Tiling, summed_loss
 from gpt_jax.model import GPTModel, cast
 from gpt_jax.trainable import join, parameter_name
+from parity.training.objective import Objective
 from parity.training.settings import TrainSettings
 from parity.weights import Row, rows
 

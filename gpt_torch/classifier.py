@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt_torch.lora import export_adapter, lora_config
-from gpt_torch.loss import Objective
 from gpt_torch.model import GPTModel, at_least_float32
 from gpt_torch.modes import eval_mode, require_values, unwrap
 from gpt_torch.weights import copy_arrays, load_weights, to_numpy
@@ -22,6 +21,7 @@ from parity import weights
 from parity.config import IGNORE_INDEX, is_counted
 from parity.errors import InputError
 from parity.storage.paths import user_path
+from parity.training.objective import Objective
 from parity.tuning.labeled import label_batches
 from parity.weights import classifier_files, peft_files
 from parity.weights.classifier import ClassifierConfig, backbone, head_rows, initial_head

@@ -1,34 +1,13 @@
 """Cross-entropy of the model's logits; gpt_jax/loss.py has the same functions."""
 
-from collections.abc import Callable
-from typing import NamedTuple
-
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gpt_torch.model import GPTModel
 from gpt_torch.modes import unwrap, values
-from parity.config import IGNORE_INDEX, GPTConfig, is_counted
-
-
-def count_targets(targets: Tensor) -> Tensor:
-    """Return the number of targets that are not ignored."""
-    return is_counted(targets).sum()
-
-
-class Objective(NamedTuple):
-    """What a trainer minimizes: a sum over the terms of all micro-batches and processes, divided by their number."""
-
-    summed_loss: Callable[..., Tensor]
-    """(model, inputs, targets, *more) -> the sum of a micro-batch, a scalar."""
-    n_terms: Callable[[Tensor], Tensor] = count_targets
-    """targets -> the number of terms in the sum; rows that only fill a batch have none."""
-    check: Callable[[GPTConfig, np.ndarray], None] = GPTConfig.check_targets
-    """(config, targets) -> None; raises InputError for targets that are not valid."""
-    rows: Callable[..., Tensor] | None = None
-    """(model, inputs, targets, *more) -> [B, ...]: what evaluations measure of each row."""
+from parity.config import IGNORE_INDEX, is_counted
+from parity.training.objective import count_targets
 
 
 def summed_loss(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -73,7 +52,7 @@ def calc_loss(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:
     Raises:
         InputError: For any other target outside the vocabulary. Under torch.compile the loss is NaN instead.
     """
-    known_targets = values(targets)
-    if known_targets is not None:
-        unwrap(model).config.check_targets(known_targets)
-    return summed_loss(model, inputs, targets) / is_counted(targets).sum()
+    ids = values(targets)
+    if ids is not None:
+        unwrap(model).config.check_targets(ids)
+    return summed_loss(model, inputs, targets) / count_targets(targets)

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
-from gpt_torch.loss import Objective, cross_entropy
+from gpt_torch.loss import cross_entropy
 from gpt_torch.model import GPTModel, head_logits
 from gpt_torch.modes import unwrap
 from parity import taps
 from parity.errors import check_choice
 from parity.taps import tap
+from parity.training.objective import Objective
 
 
 def packed_loss(model: GPTModel, inputs: Tensor, targets: Tensor, segments: Tensor) -> Tensor:

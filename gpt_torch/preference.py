@@ -5,17 +5,14 @@ pair is -log sigmoid(beta * margin), where the margin is how much further the lo
 risen above that of the reference than the log-probability of the rejected response has.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt_torch.loss import Objective, known_targets
+from gpt_torch.loss import known_targets
 from gpt_torch.model import GPTModel
 from parity.config import IGNORE_INDEX, is_counted
-
-Reduction = Literal["sum", "mean"]
+from parity.training.objective import Objective, Reduction, is_pair
 
 
 def pair_logprobs(model: GPTModel, inputs: Tensor, targets: Tensor, reduction: Reduction = "sum") -> Tensor:
@@ -54,11 +51,6 @@ def preference_losses(logprobs: Tensor, reference: Tensor, beta: float) -> Tenso
     """
     margins = (logprobs[:, 0] - logprobs[:, 1]) - (reference[:, 0] - reference[:, 1])
     return -F.logsigmoid(beta * margins)
-
-
-def is_pair(targets: Tensor) -> Tensor:
-    """targets [..., 2T] -> whether a row is a pair, booleans [...]; other rows only fill a batch."""
-    return is_counted(targets).any(dim=-1)
 
 
 def preference(beta: float, reduction: Reduction = "sum") -> Objective:

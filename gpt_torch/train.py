@@ -18,7 +18,7 @@ from gpt_torch.classifier import add_classifier, label_objective, save_classifie
 from gpt_torch.distributed import all_rows, all_sum
 from gpt_torch.generate import generate
 from gpt_torch.lora import add_lora, save_adapter
-from gpt_torch.loss import Objective, summed_loss
+from gpt_torch.loss import summed_loss
 from gpt_torch.model import GPTModel
 from gpt_torch.pretrained import save_weights
 from gpt_torch.weights import copy_arrays, load_weights
@@ -26,6 +26,7 @@ from parity import weights
 from parity.config import GPTConfig
 from parity.training import checkpoints, optimizer_state
 from parity.training.initial import Base, base_of, check_base, check_classifier, initial_arrays
+from parity.training.objective import Objective
 from parity.training.processes import ALONE, Processes
 from parity.training.settings import TrainSettings
 from parity.weights import Row, rows
@@ -162,7 +163,7 @@ class Trainer:
         return slice(self.processes.index * share, (self.processes.index + 1) * share)
 
     def to_device(self, inputs: np.ndarray, targets: np.ndarray, *more: np.ndarray) -> tuple[Tensor, ...]:
-        self._objective.check(self.config, targets)
+        self._objective.check_batch(self.config, inputs, targets)
 
         def copy(array: np.ndarray) -> Tensor:
             tensor = torch.from_numpy(array)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support import numpy_oracle as oracle
-from support.models import probing_weights, random_batch
+from support.models import TINY, probing_weights, random_batch
 from support.tolerances import LOGITS_ATOL, logits_bound
 
 import gpt_jax.adapter
@@ -96,12 +96,27 @@ def test_ops(config, op, dtype):
 
 def test_torch_sdpa_equals_explicit(config):
     weights = probing_weights(config)
-    tokens = torch.from_numpy(random_batch(config)[0])
+    tokens, targets = (torch.from_numpy(ids).long() for ids in random_batch(config))
     models = [gpt_torch.GPTModel(config, seed=None, attention=a).double() for a in ("explicit", "sdpa")]
-    with torch.inference_mode():
-        for model in models:
-            gpt_torch.load_weights(model, weights)
-        check("sdpa", models[1](tokens).numpy(), models[0](tokens).numpy(), 1e-10)
+    for model in models:
+        gpt_torch.load_weights(model, weights)
+        gpt_torch.loss.summed_loss(model, tokens, targets).backward()
+    expected, got = (model(tokens).detach().numpy() for model in models)
+    check("sdpa", got, expected, 1e-10)
+    for (name, expected), got in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        check(name, got.grad.numpy(), expected.grad.numpy(), 1e-12 * expected.grad.abs().max().item())
+
+
+def test_torch_sdpa_decodes_padded_rows_as_explicit():
+    """A query in the padding of a shorter row attends to nothing; 30 tokens are more than the context has room for."""
+    results = []
+    for attention in ("explicit", "sdpa"):
+        model = gpt_torch.GPTModel(TINY, seed=None, attention=attention).double()
+        gpt_torch.load_weights(model, probing_weights(TINY))
+        results.append(gpt_torch.generate(model, [[1], [2, 3, 4, 5, 6], [*range(20)]], 30, return_logprobs=True))
+    (expected, expected_logprobs), (got, logprobs) = results
+    assert got == expected
+    check("log-probabilities", np.array(logprobs), np.array(expected_logprobs), 1e-10)
 
 
 @pytest.mark.parametrize("unroll", [2, 3])

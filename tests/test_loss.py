@@ -239,6 +239,16 @@ def test_other_targets_are_refused_where_a_function_can_raise(bad):
             call()
 
 
+@pytest.mark.parametrize("bad", [-1, TINY.n_vocab])
+def test_the_trainers_refuse_inputs_outside_the_vocabulary(bad):
+    inputs, targets = random_batch(TINY)
+    inputs[1, 3] = bad
+    for package in (gpt_jax, gpt_torch):
+        trainer = package.train.Trainer(TINY, recipe("tiny").settings)
+        with pytest.raises(InputError, match=f"token id {bad} is outside the vocabulary"):
+            trainer.to_device(inputs[None], targets[None])
+
+
 @pytest.mark.parametrize("bad", TARGETS_TO_REFUSE[:4])
 def test_other_targets_make_a_compiled_loss_nan(bad):
     inputs, targets = random_batch(TINY)

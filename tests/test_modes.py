@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from support.models import TINY, random_batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt_jax
 import gpt_jax.loss
@@ -102,6 +103,27 @@ def test_what_is_no_model_is_refused_by_its_class(package):
 def test_a_model_has_a_dtype_of_floating_point_numbers(package, dtype):
     with jax.enable_x64(True), pytest.raises(InputError, match=f"dtype '?{dtype}"):
         package.cast(model_of(package), dtype)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the single numbers that are read from a tensor, for each of which the host waits for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_forward_pass_reads_its_ids_in_one_transfer():
+    model = model_of(gpt_torch)
+    with Reads() as reads:
+        model(IDS)
+        assert reads.count == 0
+        IDS.max().item()
+        assert reads.count == 1
 
 
 class Loss(torch.nn.Module):

@@ -32,6 +32,9 @@ class Trainer(Protocol):
                 What it is for another objective, its module says; the first axes are those of the inputs.
             *more: What else the objective needs, with the same first axes. Floating-point numbers get the dtype of the
                 parameters.
+
+        Raises:
+            InputError: For an input outside the vocabulary, and for targets that are not valid.
         """
 
     def train_step(self, batch: Sequence[Any], lr: float, step: int) -> dict[str, Any]:

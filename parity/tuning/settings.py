@@ -9,6 +9,7 @@ import tyro
 from parity.config import PRESETS, GPTConfig
 from parity.data.window_order import WindowOrder
 from parity.errors import InputError, check_choice
+from parity.training.objective import Reduction
 from parity.training.settings import RECIPES, TrainSettings
 from parity.tuning.embedded import EMBEDDED
 from parity.tuning.encoding import LossOn
@@ -91,7 +92,7 @@ class TuneSettings:
     dpo_beta: float = 0.1
     """Only for the task prefer: how strongly the model is held to the reference, which is the initial model. A larger
     number allows it to move less far."""
-    dpo_logprobs: Literal["sum", "mean"] = "sum"
+    dpo_logprobs: Reduction = "sum"
     """Only for the task prefer: whether the log-probability of a response is the sum over its tokens, as in the paper,
     or their mean, as in the book."""
     position: Position = "last-token"
