@@ -149,10 +149,10 @@ class RowMajorEmbedding(nnx.Module):
 
 
 MANY_ROWS = 128
-"""From so many rows on, as in prompts, a CPU reads the whole matrix as the second operand. The arithmetic then takes
-longer than reading the weights, and the result has the order in which the next operation reads it. With groups GELU
-would be computed once for each, and XLA (jax 0.10.2) computes wrong values if it fuses LayerNorm with copies of 4,096
-rows or more."""
+"""With this many rows or more, as in prompts, a CPU reads the whole matrix as the second operand. The arithmetic then
+takes longer than reading the weights, and the result has the order in which the next operation reads it. With groups
+GELU would be computed once for each, and XLA (jax 0.10.2) computes wrong values if it fuses LayerNorm with copies of
+4,096 rows or more."""
 
 
 def row_major_product(weight: Array, x: Array) -> Array:

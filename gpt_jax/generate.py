@@ -80,7 +80,7 @@ def generate(
 
     Raises:
         InputError: For an empty prompt, an unknown option, ids and options out of range, and logits that are not
-            finite; the message names which.
+            finite; the message names which. Also for a model with adapters in 16 bits: merge() it before cast().
     """
     ids = pick_prompts(prompts, idx)
     request = prepare(

@@ -25,7 +25,7 @@ from parity.sampling import ActiveRules, seen_tokens
 SMALLEST_GROWTH = 128
 """Smallest number of slots by which a cache grows."""
 SMALL_CACHE = 2**24
-"""A cache of so many bytes is read so fast that it need not be shorter."""
+"""A cache of at most this many bytes is read so quickly that shortening it gains nothing."""
 
 
 class State(NamedTuple):
@@ -102,7 +102,7 @@ def run(model: GPTModel | DecodingModel, request: Request, steps_per_call: int) 
     growth = cache_growth(decoder, B)
     cache_length = min(request.cache_length, P // growth * growth + growth)
     weights = FlatModel.of(decoder)
-    seen = seen_tokens(request.prompts, decoder.config.n_vocab, request.active)
+    seen = seen_tokens(request.prompts, decoder.config.n_vocab) if static.active.repetition_penalty else None
     state = _start(weights, request.tokens, seen, inputs, cache_length=cache_length, static=static)
     last_cached = request.n_cached_steps + 1
     first, done = 0, 0  # numbers of new tokens: before this segment, and in it

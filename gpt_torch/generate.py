@@ -11,7 +11,7 @@ from gpt_torch.model import GPTModel
 from gpt_torch.modes import eval_mode, require_values, unwrap
 from gpt_torch.sampling import choose
 from parity.generation import Chunk, Request, RowInputs, check_finite, pick_prompts, prepare, running_tokens
-from parity.sampling import GenerateOptions, RowOptions, seen_tokens
+from parity.sampling import GenerateOptions, RowOptions, integer, seen_tokens
 
 
 @overload
@@ -119,6 +119,8 @@ def stream(
     model: GPTModel,
     prompts: Sequence[Sequence[int]] | Tensor,
     max_new_tokens: int = 50,
+    *,
+    every: int = 1,
     **options: Unpack[GenerateOptions],
 ) -> Iterator[list[int | None]]:
     """Yield the tokens of generate() as they are generated.
@@ -127,6 +129,7 @@ def stream(
         model: A GPTModel; it runs in eval mode.
         prompts: A list of prompts, each a list of token ids, or an array of integer ids [B, T].
         max_new_tokens: Maximum number of new tokens per prompt.
+        every: Number of tokens per call of gpt_jax's compiled loop; it has no effect here.
         options: See parity.sampling.GenerateOptions for each option, its range and its default.
 
     Yields:
@@ -137,6 +140,7 @@ def stream(
             first token.
     """
     request = prepare(unwrap(model).config, prompts, max_new_tokens, options, as_array=isinstance(prompts, Tensor))
+    integer({"every": every}, "every", 1, 1, 2**31 - 1)
     return _stream(model, request)  # a separate generator, so that bad options raise here
 
 
@@ -162,8 +166,9 @@ def run(model: GPTModel, request: Request) -> Iterator[Chunk]:
     C = request.context_size
     n_kept = max(P, C)  # number of tokens of the text to keep; stop sequences are not longer than P
     noise = inputs.uniforms  # [B, segment]
-    in_prompts = seen_tokens(request.prompts, model.config.n_vocab, request.active)
-    seen = None if in_prompts is None else torch.from_numpy(in_prompts).to(device)  # [B, V]
+    seen = None
+    if request.active.repetition_penalty:
+        seen = torch.from_numpy(seen_tokens(request.prompts, model.config.n_vocab)).to(device)  # [B, V]
     lengths = torch.zeros(B, dtype=torch.int32, device=device)
     ended = inputs.max_new_per_row == 0
     if ended.all():

@@ -12,7 +12,7 @@ from parity.errors import InputError
 from parity.evaluation.batches import Layout, TokenLogprobs, check_scoring, chunk_sizes
 
 _LARGEST_CHUNK = {"cpu": 2**25}
-"""Largest number of logits that exist at a time, by the type of the device; elsewhere the next line's."""
+"""Largest number of logits that exist at a time, by device type; other devices use _LARGEST_CHUNK_OF_ACCELERATORS."""
 _LARGEST_CHUNK_OF_ACCELERATORS = 2**29
 
 
@@ -77,7 +77,7 @@ class BatchScorer:
         """Whether several continuations of a context can be in one row; the fused kernel has no such mask."""
         self._device = unwrap(model).tok_emb.weight.device
         self.tokens_per_batch = 2**10 if self._device.type == "cpu" else 2**15
-        """Number of tokens per batch, with padding, that this device is fast with."""
+        """Number of tokens per batch, with padding, with which this device is fast."""
 
     def __call__(self, layouts: Sequence[Layout], top: int = 0) -> list[TokenLogprobs]:
         """Score the positions of batches; all processes must call this with the same arguments.

@@ -33,15 +33,15 @@ def load_weights(
 
 
 def copy_arrays(
-    gpt: Any, arrays: Mapping[str, Any], format: str, origin: str, table: Sequence[Row] | None = None
+    model: Any, arrays: Mapping[str, Any], format: str, origin: str, table: Sequence[Row] | None = None
 ) -> None:
     """Copy arrays into the parameters of the rows of a table, by default all of the model's; see load_weights."""
-    require_values(gpt)
-    parameters = dict(gpt.named_parameters())
+    require_values(model)
+    parameters = dict(model.named_parameters())
     if not torch.is_inference_mode_enabled() and any(p.is_inference() for p in parameters.values()):
         raise InputError("a model that was made under torch.inference_mode can be changed only there; make it outside")
     with torch.no_grad():
-        for name, array in weights.convert(arrays, format, "torch", gpt.config, origin=origin, table=table):
+        for name, array in weights.convert(arrays, format, "torch", model.config, origin=origin, table=table):
             weights.warn_if_not_finite(name, array, origin)
             if array.dtype == ml_dtypes.bfloat16:  # torch cannot read this NumPy dtype
                 array = array.astype(np.float32)

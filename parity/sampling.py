@@ -170,10 +170,16 @@ def row_options(checked: Sequence[Mapping[str, Any]], n_vocab: int) -> tuple[Row
     )
 
 
-def seen_tokens(prompts: Sequence[Sequence[int]], n_vocab: int, active: ActiveRules) -> np.ndarray | None:
-    """Return the tokens of each prompt, bool [B, V], which a repetition penalty needs; None if no row has one."""
-    if not active.repetition_penalty:
-        return None
+def seen_tokens(prompts: Sequence[Sequence[int]], n_vocab: int) -> np.ndarray:
+    """Return which tokens are in each prompt, for the repetition penalty.
+
+    Args:
+        prompts: The complete prompts, token ids.
+        n_vocab: Size of the vocabulary.
+
+    Returns:
+        bool [B, V].
+    """
     seen = np.zeros((len(prompts), n_vocab), bool)
     for row, prompt in zip(seen, prompts, strict=True):
         row[list(prompt)] = True

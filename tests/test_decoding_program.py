@@ -27,9 +27,10 @@ def lowered_loop(options, platform):
     static = StaticOptions(request.active, request.return_logprobs)
     weights = FlatModel.of(jax.eval_shape(lambda: DecodingModel(GPTModel(TINY, None), 1)))
     inputs = jax.tree.map(jnp.asarray, request.inputs)
+    seen = seen_tokens(request.prompts, TINY.n_vocab) if request.active.repetition_penalty else None
     state = jax.eval_shape(
         lambda *arguments: _start(*arguments, cache_length=32, static=static),
-        weights, request.tokens, seen_tokens(request.prompts, TINY.n_vocab, request.active), inputs,
+        weights, request.tokens, seen, inputs,
     )  # fmt: skip
     traced = _cached_loop.trace(weights, state, inputs, np.int32(9), static=static)
     return traced.lower(lowering_platforms=(platform,)).as_text(), len(jax.tree.leaves(state))

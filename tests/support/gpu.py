@@ -37,7 +37,8 @@ def compile_decoding(config, batch_size, n_prompt, options, n_slots=None, gpu="H
     growth = cache_growth(decoder, batch_size)
     length = n_slots or min(request.cache_length, n_prompt // growth * growth + growth)
     inputs = jax.tree.map(jnp.asarray, request.inputs)
-    prompts = jnp.asarray(request.tokens), seen_tokens(request.prompts, config.n_vocab, request.active)
+    seen = seen_tokens(request.prompts, config.n_vocab) if request.active.repetition_penalty else None
+    prompts = jnp.asarray(request.tokens), seen
     state = jax.eval_shape(functools.partial(_start, cache_length=length, static=static), weights, *prompts, inputs)
     arguments = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
