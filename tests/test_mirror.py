@@ -558,7 +558,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_fetched(tmp_path, address, mon
         upload(run, address, step + 10)
         for name in open_remote(address).list(f"checkpoints/{step:06d}/"):
             open_remote(address).remove(name)
-        monkeypatch.undo()
+        monkeypatch.setattr(MirroredRun, "fetch_step", fetch_step)
         return fetch_step(self, run_folder, step)
 
     monkeypatch.setattr(MirroredRun, "fetch_step", fetch_late)

@@ -6,13 +6,16 @@ import uuid
 
 import numpy as np
 import pytest
+from support.mirrored_runs import add_step, make_run
+from support.mirrored_runs import upload as mirror
 from support.runs import run_script
 
 import gpt_torch
 from parity.comparison.implementation import read_weights
 from parity.errors import InputError
 from parity.loading import load_model_and_tokenizer
-from parity.storage.remote import RemoteError, open_remote
+from parity.storage.remote import MissingError, RemoteError, open_remote
+from parity.training import remote_runs
 from parity.training.initial import initial_arrays, own_tokenizer, weights_folder
 from parity.training.remote_runs import pull_checkpoint, runs_folder
 from parity.training.runs import RunFolder, read_run
@@ -57,6 +60,25 @@ def test_a_checkpoint_is_loaded_by_address(run, address, which):
     assert (here[2].name, here[2].parent.name) == (there[2].name, there[2].parent.name)
     assert there[2].is_relative_to(runs_folder())
     assert [path.name for path in there[2].parent.iterdir()] == [there[2].name]  # no other checkpoint is fetched
+
+
+def test_the_best_checkpoint_is_replaced_meanwhile(tmp_path, monkeypatch):
+    """By the process that trains the run, between the metrics and the checkpoint."""
+    run, address = make_run(tmp_path / "run", [10]), f"memory://{uuid.uuid4().hex}/NAME"
+    mirror(run, address, 10, is_new=True)
+
+    def pull_late(*arguments, original=remote_runs.pull):
+        monkeypatch.setattr(remote_runs, "pull", original)
+        add_step(run, 20, keep=1)
+        mirror(run, address, 20)
+        for name in open_remote(address).list("checkpoints/000010/"):
+            open_remote(address).remove(name)
+        return original(*arguments)
+
+    monkeypatch.setattr(remote_runs, "pull", pull_late)
+    assert pull_checkpoint(address, "best")[1].name == "000020"
+    with pytest.raises(MissingError, match="has no step 10; it has 20"):
+        pull_checkpoint(address, "10")
 
 
 def test_what_is_in_the_cache_is_not_fetched_again(address, monkeypatch):

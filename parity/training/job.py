@@ -250,16 +250,20 @@ def _reopen(job: Job, entries: Mapping[str, Any]) -> tuple[int | None, list[str]
     run, first = job.run, job.processes.first
     run.config()
     run.lock()
-    newest = -1
-    if first and checkpoints.steps(run.checkpoints):  # only this process reads all of the files
-        newest = int(run.newest_intact().name)
-    elif first and run.metrics.last_step > 0:
-        raise InputError(
-            f"{run.path} has metrics up to step {run.metrics.last_step}, but no checkpoint; restore its folder "
-            "checkpoints/, or start a new run with another --run"
-        )
+
+    def find_newest() -> int:
+        if checkpoints.steps(run.checkpoints):
+            return int(run.newest_intact().name)
+        if run.metrics.last_step > 0:
+            raise InputError(
+                f"{run.path} has metrics up to step {run.metrics.last_step}, but no checkpoint; restore its folder "
+                "checkpoints/, or start a new run with another --run"
+            )
+        return -1
+
+    verified = job.processes.first_does(find_newest)  # reads all files of the checkpoint
     changed = run.update(entries, CHANGEABLE_KEYS)
-    newest = job.processes.all_reduce_max(newest + 1) - 1
+    newest = job.processes.all_reduce_max(-1 if verified is None else verified)
     if first and newest >= 0:
         settings = job.settings
         checkpoints.remove_unfinished(run.checkpoints)

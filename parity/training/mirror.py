@@ -78,7 +78,8 @@ def pull(address: str, folder: Path, step: int | None = None) -> Path:
         The folder of the checkpoint.
 
     Raises:
-        InputError: If the address holds no run, no such checkpoint, or a damaged one, or cannot be reached.
+        MissingError: If the address holds no such checkpoint.
+        InputError: If the address holds no run or only damaged checkpoints, or cannot be reached.
     """
     mirrored = MirroredRun(open_remote(address))
     with _locked(folder):
@@ -86,7 +87,7 @@ def pull(address: str, folder: Path, step: int | None = None) -> Path:
         steps = retrying(mirrored.steps)
         if not steps or step not in (None, *steps):
             which = "complete checkpoint" if step is None else f"step {step}"
-            raise InputError(
+            raise MissingError(
                 f"{mirrored.remote.address} has no {which}; it has {', '.join(map(str, steps)) or 'none yet'}"
             )
         return _fetch_newest_intact(mirrored, run) if step is None else _fetch_first_intact(mirrored, run, [step])

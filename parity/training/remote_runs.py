@@ -5,7 +5,7 @@ from pathlib import Path
 
 from parity.errors import InputError
 from parity.storage.paths import cache_folder
-from parity.storage.remote import open_remote
+from parity.storage.remote import MissingError, open_remote
 from parity.training.mirror import pull, pull_files
 from parity.training.runs import RunFolder
 
@@ -32,7 +32,13 @@ def pull_checkpoint(address: str, which: str = "newest") -> tuple[RunFolder, Pat
     name = remote.address.rpartition("/")[2]
     folder = runs_folder() / f"{name}-{hashlib.sha256(remote.address.encode()).hexdigest()[:8]}"
     step = None if which == "newest" else choose_step(pull_files(address, folder), which)
-    checkpoint = pull(address, folder, step)
+    try:
+        checkpoint = pull(address, folder, step)
+    except MissingError:  # the process that trains the run may have deleted the best one, because another is better now
+        later = None if step is None else choose_step(RunFolder(folder), which)
+        if later == step:
+            raise
+        checkpoint = pull(address, folder, later)
     return RunFolder(folder), checkpoint
 
 
