@@ -178,6 +178,22 @@ def test_a_token_shows_what_the_model_thought_and_sliders_ask_nobody(visit):
     assert len(visit.requests) == n_requests
 
 
+def test_the_request_for_a_token_ends_when_another_one_is_chosen(visit):
+    page = visit().page
+    page.select_option("#complete select", "tiny-torch")
+    complete(page)
+    tokens = page.locator("#complete .column:visible .token")
+    held = []
+    page.route("**/page/logits", lambda route: route.continue_() if held else held.append(route))
+    with page.expect_event("requestfailed") as failed:
+        tokens.nth(1).click()
+        expect(tokens.nth(1)).to_have_attribute("aria-selected", "true")
+        tokens.nth(2).click()
+    assert failed.value.failure == "net::ERR_ABORTED"
+    page.wait_for_selector("#complete .inspector[data-drawn]")
+    expect(page.locator("#complete .inspector .error")).to_have_text("")
+
+
 def test_the_sliders_follow_the_rules_in_this_browser(visit):
     page = visit().page
     program = f"(cases) => import('/static/sampling.js').then((rules) => ({RULES})(cases, rules))"
