@@ -20,6 +20,7 @@ from parity.config import GPTConfig
 from parity.data.tokenizer import ByteTokenizer, GPT2Tokenizer, stream_text
 from parity.evaluation.harness import HarnessModel
 from parity.hub import save_model
+from parity.serving import chat
 from parity.serving.completions import OPTIONS
 from parity.serving.options import LACKING
 
@@ -166,9 +167,11 @@ def test_the_guide_s_examples_run(capsys):
 
 def test_the_guide_s_table_of_options_is_complete():
     guide = (ROOT / "docs/guides/server.md").read_text(encoding="utf-8")
-    names = re.findall(r"`([a-z_]+)`", "".join(re.findall(r"^\|(.*?)\|", guide, re.MULTILINE)))
-    assert set(names) == set(OPTIONS)
-    lacking = re.search(r"this server has not \((.*?)\.\.\.\)", guide, re.DOTALL)[1]
+    tables = [re.findall(r"^\|(.*?)\|", table, re.MULTILINE) for table in guide.split("| option | meaning |")[1:]]
+    own, of_chat = (set(re.findall(r"`([a-z_]+)`", "".join(names))) for names in tables)
+    assert own == set(OPTIONS)
+    assert own - {"prompt", "echo", "logprobs"} | of_chat == set(chat.OPTIONS)
+    lacking = re.search(r"this server does not support \((.*?)\.\.\.\)", guide, re.DOTALL)[1]
     assert set(re.findall(r"`(\w+)`", lacking)) <= set(LACKING)
 
 

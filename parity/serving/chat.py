@@ -29,7 +29,7 @@ from parity.tuning.encoding import encode_prompt
 from parity.tuning.records import Record, conversation
 from parity.tuning.template import render
 
-_OPTIONS = (*COMMON, "messages", "logprobs", "top_logprobs", "max_completion_tokens")
+OPTIONS = (*COMMON, "messages", "logprobs", "top_logprobs", "max_completion_tokens")
 _ROLES = {"developer": "system"}  # the newer name of the same role
 
 
@@ -146,7 +146,7 @@ def chat_completions(engines: Mapping[str, Engine]) -> Callable[[Request], Await
     @answers_errors
     async def route(request: Request) -> Response:
         body = await read_body(request)
-        check_names(body, _OPTIONS)
+        check_names(body, OPTIONS)
         engine = choose_engine(engines, body)
         sampling = read_sampling(body, engine.config.n_vocab, engine.tokenizer.eos_id)
         with_logprobs, n_top = switch(body, "logprobs"), top_count(body, "top_logprobs")
