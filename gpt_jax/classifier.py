@@ -17,8 +17,7 @@ from jax import Array
 from gpt_jax.arrays import at_least_float32
 from gpt_jax.lora import export_adapter, lora_config
 from gpt_jax.model import GPTModel, Linear
-from gpt_jax.weights import config_of, copy_arrays, load_weights, parameters, to_numpy
-from parity import weights
+from gpt_jax.weights import config_of, copy_arrays, export_arrays, load_weights, parameters
 from parity.config import is_counted
 from parity.errors import InputError
 from parity.storage.paths import user_path
@@ -153,15 +152,10 @@ def save_classifier(
         OSError: If the folder cannot be written.
     """
     config, classifier, path = config_of(model), require_classifier(model), user_path(folder)
-    values = {name: parameter.get_value() for name, parameter in parameters(model).items()}
-    table = head_rows(classifier)
-    head = {name: to_numpy(name, values.pop(name)) for name in weights.shapes(config, "flax", table)}
-    head = dict(weights.convert(head, "flax", "huggingface", config, table=table))
+    head = export_arrays(model, "huggingface", head_rows(classifier))
     lora = lora_config(model)
     if lora is None:
-        arrays = {name: to_numpy(name, value) for name, value in values.items()}
-        arrays = dict(weights.convert(arrays, "flax", "huggingface", config))
-        classifier_files.write(path, config, {**arrays, **head}, classifier)
+        classifier_files.write(path, config, {**export_arrays(model, "huggingface"), **head}, classifier)
     else:
         adapter = peft_files.Adapter(lora, export_adapter(model), base, base_sha256, str(path), head)
         peft_files.write(path, config, adapter)

@@ -16,8 +16,7 @@ from jax import Array
 
 from gpt_jax.arrays import dropout, widened
 from gpt_jax.model import GPTModel
-from gpt_jax.weights import config_of, copy_arrays, parameters, to_numpy
-from parity import weights
+from gpt_jax.weights import config_of, copy_arrays, export_arrays, parameters
 from parity.errors import InputError
 from parity.storage.paths import user_path
 from parity.weights import adapters, peft_files
@@ -124,10 +123,7 @@ def with_dropout(model: GPTModel, key: Array) -> GPTModel:
 
 def export_adapter(model: GPTModel) -> dict[str, Any]:
     """Return the parameters of a model's adapters as NumPy arrays, with peft's names."""
-    config, table = config_of(model), adapter_rows(_require_lora(model))
-    values = parameters(model)
-    arrays = {name: to_numpy(name, values[name].get_value()) for name in weights.shapes(config, "flax", table)}
-    return dict(weights.convert(arrays, "flax", "huggingface", config, table=table))
+    return export_arrays(model, "huggingface", adapter_rows(_require_lora(model)))
 
 
 def save_adapter(model: GPTModel, folder: str | Path, base: str | None = None, base_sha256: str | None = None) -> None:

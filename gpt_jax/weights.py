@@ -101,16 +101,22 @@ def export_weights(model: nnx.Module, format: str = "huggingface") -> dict[str, 
     Raises:
         InputError: If the model has adapters or a classification head, which would be lost.
     """
-    config = config_of(model)
+    config_of(model)  # raises for another class
     if getattr(model, "lora", None) is not None:
         raise InputError("the model has an adapter: merge() it first, or write it alone with save_adapter()")
     if getattr(model, "classifier", None) is not None:
         raise InputError("the model is a classifier; write it with save_classifier()")
-    arrays = {name: to_numpy(name, parameter.get_value()) for name, parameter in parameters(model).items()}
-    return dict(weights.convert(arrays, "flax", format, config))
+    return export_arrays(model, format)
 
 
-def to_numpy(name: str, array: Any) -> np.ndarray:
+def export_arrays(model: Any, format: str, table: Sequence[Row] | None = None) -> dict[str, np.ndarray]:
+    """Return the parameters of the rows of a table, by default all of the model's; see export_weights."""
+    values = parameters(model)
+    arrays = {name: _to_numpy(name, values[name].get_value()) for name in weights.shapes(model.config, "flax", table)}
+    return dict(weights.convert(arrays, "flax", format, model.config, table=table))
+
+
+def _to_numpy(name: str, array: Any) -> np.ndarray:
     if isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct):
         raise InputError(
             f"the model's parameter {name} has no values: it is traced (by jax.jit, jax.vmap, ...) or abstract "

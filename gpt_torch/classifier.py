@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from gpt_torch.lora import export_adapter, lora_config
 from gpt_torch.model import GPTModel, at_least_float32
 from gpt_torch.modes import eval_mode, require_values, unwrap
-from gpt_torch.weights import copy_arrays, load_weights, to_numpy
-from parity import weights
+from gpt_torch.weights import copy_arrays, export_arrays, load_weights, to_numpy
 from parity.config import IGNORE_INDEX, is_counted
 from parity.errors import InputError
 from parity.storage.paths import user_path
@@ -145,14 +144,10 @@ def save_classifier(
         OSError: If the folder cannot be written.
     """
     gpt, classifier, path = unwrap(model), require_classifier(model), user_path(folder)
-    parameters = {name: to_numpy(parameter) for name, parameter in gpt.named_parameters()}
-    table = head_rows(classifier)
-    head = {name: parameters.pop(name) for name in weights.shapes(gpt.config, "torch", table)}
-    head = dict(weights.convert(head, "torch", "huggingface", gpt.config, table=table))
+    head = export_arrays(gpt, "huggingface", head_rows(classifier))
     lora = lora_config(gpt)
     if lora is None:
-        arrays = dict(weights.convert(parameters, "torch", "huggingface", gpt.config))
-        classifier_files.write(path, gpt.config, {**arrays, **head}, classifier)
+        classifier_files.write(path, gpt.config, {**export_arrays(gpt, "huggingface"), **head}, classifier)
     else:
         adapter = peft_files.Adapter(lora, export_adapter(gpt), base, base_sha256, str(path), head)
         peft_files.write(path, gpt.config, adapter)

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from gpt_torch.model import GPTModel, cast
 from gpt_torch.modes import require_values, unwrap
-from gpt_torch.weights import copy_arrays, to_numpy
-from parity import weights
+from gpt_torch.weights import copy_arrays, export_arrays
 from parity.errors import InputError
 from parity.storage.paths import user_path
 from parity.weights import adapters, peft_files
@@ -89,11 +88,7 @@ def lora_config(model: nn.Module) -> LoraConfig | None:
 
 def export_adapter(model: nn.Module) -> dict[str, Any]:
     """Return the parameters of a model's adapters as NumPy arrays, with peft's names."""
-    gpt, lora = unwrap(model), _require_lora(model)
-    table = adapter_rows(lora)
-    parameters = dict(gpt.named_parameters())
-    arrays = {name: to_numpy(parameters[name]) for name in weights.shapes(gpt.config, "torch", table)}
-    return dict(weights.convert(arrays, "torch", "huggingface", gpt.config, table=table))
+    return export_arrays(unwrap(model), "huggingface", adapter_rows(_require_lora(model)))
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None, base_sha256: str | None = None) -> None:

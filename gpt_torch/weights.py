@@ -62,13 +62,19 @@ def export_weights(model: nn.Module, format: str = "huggingface") -> dict[str, n
         InputError: If the model has adapters or a classification head, which would be lost.
     """
     gpt: Any = unwrap(model)
-    require_values(gpt)
     if getattr(gpt, "lora", None) is not None:
         raise InputError("the model has an adapter: merge() it first, or write it alone with save_adapter()")
     if getattr(gpt, "classifier", None) is not None:
         raise InputError("the model is a classifier; write it with save_classifier()")
-    arrays = {name: to_numpy(parameter) for name, parameter in gpt.named_parameters()}
-    return dict(weights.convert(arrays, "torch", format, gpt.config))
+    return export_arrays(gpt, format)
+
+
+def export_arrays(model: Any, format: str, table: Sequence[Row] | None = None) -> dict[str, np.ndarray]:
+    """Return the parameters of the rows of a table, by default all of the model's; see export_weights."""
+    require_values(model)
+    parameters = dict(model.named_parameters())
+    arrays = {name: to_numpy(parameters[name]) for name in weights.shapes(model.config, "torch", table)}
+    return dict(weights.convert(arrays, "torch", format, model.config, table=table))
 
 
 def to_numpy(x: Tensor) -> np.ndarray:
