@@ -92,7 +92,7 @@ def test_the_parts_explain_a_run(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     composed, whole = json.loads((tmp_path / "out" / "results.json").read_text())["measurements"]
-    assert list(composed["peers"]) == list(whole["peers"]) == ["gpt_jax"]
+    assert list(composed["peers"]) == list(whole["peers"]) == ["gpt_jax", "gpt_jax, two devices"]
     seconds, of_whole = (measured["peers"]["gpt_jax"]["median_s"] for measured in (composed, whole))
     assert "60 x step" in composed["notes"][0]
     [share] = re.findall(r"its parts explain ([\d.]+)%", whole["notes"][0])
