@@ -82,4 +82,5 @@ def test_indexed_jobs():
             assert name == "scripts/prepare_data.py"
             assert arguments[-len(work) :] == [word.format(index) for word in work]
             options = parse(prepare_data.Args, None, args=arguments)
+            prepare_data._check(options)
             assert (options.sources, str(options.out)) == (("/shared/sources",), "/shared/corpus")
