@@ -354,12 +354,25 @@ def test_the_server_ends_its_requests_before_it_stops(held):
         body = {"prompt": "a", "max_tokens": 30, "temperature": 0}
         answers.append(httpx.post(f"{address}/v1/completions", json=body, timeout=60))
 
+    def release_when_closed(address):
+        def is_closed():
+            try:
+                with connection(address):
+                    return False
+            except OSError:
+                return True
+
+        wait_until(is_closed)
+        go.set()
+
     with serving(engines) as address:
         asking = threading.Thread(target=ask_slowly, args=(address,))
         asking.start()
         wait_until(lambda: engine.n_running)
-        threading.Timer(0.3, go.set).start()
+        releasing = threading.Thread(target=release_when_closed, args=(address,))
+        releasing.start()
     asking.join(60)
+    releasing.join(60)
     assert answers[0].status_code == 200
     assert answers[0].json()["usage"]["completion_tokens"] == 30
     assert not engine.is_ready
