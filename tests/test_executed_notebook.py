@@ -166,7 +166,7 @@ def test_weights_of_openai(case, tmp_path, vocab_bpe, closed_address):
     result = run_program([sys.executable, "notebook.py"], cwd=tmp_path, env=environment)
     if case == "damaged":
         assert result.returncode == 1
-        assert "124M/checkpoint is damaged or is another file" in result.stderr
+        assert "124M/encoder.json is damaged or is another file" in result.stderr
         return
     assert result.returncode == 0, result.stderr
     message = {
