@@ -31,7 +31,7 @@ pip install --constraint constraints.txt jupyterlab
 jupyter lab docs/notebook.ipynb
 ```
 
-- **Time:** about a minute on two quiet CPU cores; most of it is training, once in each framework.
+- **Time:** less than two minutes on two quiet CPU cores; most of it is training, once in each framework.
 - **Hardware:** a CPU. A GPU is not needed, and is not used if there is one, because the model is small.
 - **Network:** not needed once the packages are installed. If OpenAI's 124M is in the cache or can be downloaded (498
   MB), the section on OpenAI's weights uses it. To forbid the download, set the environment variable
