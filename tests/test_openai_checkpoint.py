@@ -96,7 +96,7 @@ def test_both_backends_load_the_folder(folder):
 
 
 def test_tensorflow_reads_what_we_write_and_we_what_it_writes(folder, tmp_path):
-    tf = pytest.importorskip("tensorflow", reason="the tf extra is not installed")
+    tf = pytest.importorskip("tensorflow", reason="the extra tf is not installed")
     expected = openai_weights()
     reader = tf.train.load_checkpoint(str(folder / "model.ckpt"))
     assert reader.get_variable_to_shape_map().keys() == expected.keys()
@@ -120,7 +120,7 @@ def test_tensorflow_reads_what_we_write_and_we_what_it_writes(folder, tmp_path):
 
 def test_tensorflow_missing(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    with pytest.raises(InputError, match="tf extra"):
+    with pytest.raises(InputError, match="extra tf"):
         openai.read(folder, reader="tensorflow")
 
 
