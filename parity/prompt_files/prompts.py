@@ -54,7 +54,7 @@ class PromptFile:
 
     A file named .jsonl or .ndjson has a JSON object per line: {"prompt": text} or {"tokens": ids}, with an "id" (a text
     or an integer, which no other line has) and a "seed" if desired. Each line of any other file is a text. Blank lines
-    are passed over.
+    are skipped.
 
     Args:
         path: The file.
