@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from parity.cli import parse
+from parity.cli import changed_options, parse
 from parity.console import PlainConsole
 from parity.data import passes, shard_index
 from parity.data.engines import RayCluster
@@ -73,7 +73,7 @@ class Args:
     """Prepare nothing; compare the shards in this folder with the sha256 in its index."""
 
 
-_OPTIONS = {"sources": "SOURCE", "stage": "--pass"}  # fields whose options have other names
+_SHOWN = {"--sources": "SOURCE", "--stage": "--pass"}  # options that are not named like their fields
 
 
 def main() -> None:
@@ -116,9 +116,8 @@ def main() -> None:
 def _check(args: Args) -> None:
     """Raise InputError for options that do not fit each other."""
     if args.verify is not None:
-        given = [f.name for f in dataclasses.fields(args) if f.name != "verify" and getattr(args, f.name) != f.default]
-        if given:
-            names = ", ".join(_OPTIONS.get(name, f"--{name.replace('_', '-')}") for name in given)
+        if given := changed_options(args, Args(verify=args.verify)):
+            names = ", ".join(_SHOWN.get(option, option) for option in given)
             raise InputError(f"--verify reads the shards of its folder and does nothing else; leave {names} out")
         return
     if not args.sources or args.out is None:

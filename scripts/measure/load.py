@@ -214,9 +214,8 @@ def _closed(pid: int, most_files: int | None) -> Resources:
     while True:
         time.sleep(1)
         now = resources(pid)
-        if now.files == last.files if most_files is None else now.files <= most_files:
-            return now
-        if time.monotonic() > end:
+        is_closed = now.files == last.files if most_files is None else now.files <= most_files
+        if is_closed or time.monotonic() > end:
             return now
         last = now
 
